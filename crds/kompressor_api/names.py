@@ -1,0 +1,126 @@
+"""Every name that operator, worker, chart and tests must agree on."""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+
+GROUP = "kompressor.io"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "CompressionJob"
+PLURAL = "compressionjobs"
+SHORT_NAME = "kcj"
+
+LABEL_JOB_UID = f"{GROUP}/job-uid"
+"""On every child: the CompressionJob's uid; also the watch selector of child Jobs and Pods."""
+LABEL_ATTEMPT = f"{GROUP}/attempt"
+LABEL_NAME = "app.kubernetes.io/name"
+LABEL_INSTANCE = "app.kubernetes.io/instance"
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGED_BY = "kompressor-operator"
+FIELD_MANAGER = "kompressor-operator"
+WORKER_FIELD_MANAGER = "kompressor-worker"
+
+WORKER_CONTAINER = "worker"
+JOB_DIRECTORY = "/etc/kompressor/job"
+JOB_FILE = "job.json"
+"""The job's immutable ConfigMap: one key `job.json`, mounted at JOB_DIRECTORY; {apiVersion, kind, metadata, spec}."""
+CA_DIRECTORY = "/etc/kompressor/ca"
+"""A location's caBundle is mounted at CA_DIRECTORY/<source|output>/<key>."""
+CLAIM_DIRECTORY = "/var/run/kompressor/claims"
+"""pvc://CLAIM/path is CLAIM_DIRECTORY/CLAIM/path in the worker's pod; the operator mounts the claim there."""
+SCRATCH_DIRECTORY = "/var/cache/kompressor"
+"""A writable emptyDir: kernel, Triton, Inductor and Hugging Face caches; HOME points at it too."""
+TERMINATION_LOG = "/dev/termination-log"
+
+ENV_POD_UID = "KOMPRESSOR_POD_UID"
+ENV_TERMINATION_LOG = "KOMPRESSOR_TERMINATION_LOG"
+ENV_CLAIM_DIRECTORY = "KOMPRESSOR_CLAIM_DIRECTORY"
+ENV_CA_DIRECTORY = "KOMPRESSOR_CA_DIRECTORY"
+
+
+class Role(StrEnum):
+    """What a location is for; its credentials come as environment variables with this prefix (`SOURCE_AWS_ACCESS_KEY_ID`)."""
+
+    SOURCE = "source"
+    OUTPUT = "output"
+
+    @property
+    def env_prefix(self) -> str:
+        return f"{self.upper()}_"
+
+
+SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
+
+
+class ExitCode(IntEnum):
+    """How a worker ends. The child Job's podFailurePolicy acts on these numbers."""
+
+    DONE = 0
+    USER_ERROR = 64
+    """The job cannot work as written: bad spec, missing bucket, denied credentials, occupied output. Final."""
+    CORRUPT_SOURCE = 65
+    """The checkpoint is broken: truncated shard, overlapping offsets, missing tensor. Final."""
+    BAD_NUMERICS = 66
+    """NaN or Inf in weights. Final."""
+    GATE_FAILED = 67
+    """The result is not good enough. Final; nothing is published."""
+    OUT_OF_MEMORY = 71
+    """The worker saw its own allocation fail. The next attempt runs with a smaller memory plan."""
+    STORAGE = 74
+    """Object storage did not answer, or has no space. Retried in place; counts against `retry.limit`."""
+    TERMINATED = 75
+    """SIGTERM, or the claim on the output was lost; the journal is committed. Retried in place, not counted."""
+
+
+FINAL_EXIT_CODES = (ExitCode.USER_ERROR, ExitCode.CORRUPT_SOURCE, ExitCode.BAD_NUMERICS, ExitCode.GATE_FAILED)
+UNCAUGHT_EXIT_CODES = (1, 2, 134, 139)
+
+
+class Condition(StrEnum):
+    READY = "Ready"
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+    VALIDATED = "Validated"
+    SUSPENDED = "Suspended"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+
+
+class Reason(StrEnum):
+    """Stable CamelCase reasons of conditions, events and termination messages."""
+
+    # on the way
+    PENDING = "Pending"
+    QUEUED = "Queued"
+    COMPRESSING = "Compressing"
+    RETRYING = "Retrying"
+    SUSPENDED = "Suspended"
+    # early truth: still Reconciling, something outside must change
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    UNSCHEDULABLE = "Unschedulable"
+    SECRET_MISSING = "SecretMissing"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    NODE_LOST = "NodeLost"
+    NAME_CONFLICT = "NameConflict"
+    # the ends
+    COMPLETED = "Completed"
+    ALREADY_COMPRESSED = "AlreadyCompressed"
+    INVALID_SPEC = "InvalidSpec"
+    ACCESS_DENIED = "AccessDenied"
+    SOURCE_NOT_FOUND = "SourceNotFound"
+    OUTPUT_OCCUPIED = "OutputOccupied"
+    OUTPUT_NOT_FOUND = "OutputNotFound"
+    JOURNAL_MISMATCH = "JournalMismatch"
+    CORRUPT_SOURCE = "CorruptSource"
+    UNSUPPORTED_MODEL = "UnsupportedModel"
+    BAD_NUMERICS = "BadNumerics"
+    GATE_FAILED = "GateFailed"
+    OUT_OF_MEMORY = "OutOfMemory"
+    STORAGE_FAILED = "StorageFailed"
+    NO_SPACE_LEFT = "NoSpaceLeft"
+    TERMINATED = "Terminated"
+    CLAIM_LOST = "ClaimLost"
+    WORKER_CRASHED = "WorkerCrashed"
+    BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"

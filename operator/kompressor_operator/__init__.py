@@ -1,0 +1,1 @@
+"""The operator: watches CompressionJobs, starts workers, tells the truth on the status."""

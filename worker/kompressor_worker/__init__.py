@@ -1,0 +1,1 @@
+"""The worker: streams a checkpoint through passes, one block in memory."""

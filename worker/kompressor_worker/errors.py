@@ -1,0 +1,100 @@
+"""What can go wrong in a worker, as one tree.
+
+KompressorError
+├── UserError           64  the job cannot work as written
+│   ├── AccessDenied        credentials refused
+│   ├── NotFound            no such bucket, prefix, repository or claim
+│   └── OutputOccupied      the output holds something else
+├── CorruptSource       65  the checkpoint is broken
+├── BadNumerics         66  NaN or Inf where numbers belong
+├── GateFailed          67  the result is not good enough
+├── OutOfMemory         71  an allocation failed
+├── StorageError        74  storage did not answer; worth another try
+│   └── NoSpaceLeft         no room for the output
+└── Terminated          75  told to stop; the journal is committed
+    └── ClaimLost           another worker owns the output now
+
+Every message names the object, the value and the remedy. `exit_code` and `reason` go to the pod's termination message.
+"""
+
+from __future__ import annotations
+
+from kompressor_api.names import ExitCode, Reason
+
+__all__ = [
+    "AccessDenied",
+    "BadNumerics",
+    "ClaimLost",
+    "CorruptSource",
+    "GateFailed",
+    "KompressorError",
+    "NoSpaceLeft",
+    "NotFound",
+    "OutOfMemory",
+    "OutputOccupied",
+    "StorageError",
+    "Terminated",
+    "UserError",
+]
+
+
+class KompressorError(Exception):
+    exit_code = ExitCode.USER_ERROR
+    reason = Reason.INVALID_SPEC
+
+
+class UserError(KompressorError):
+    def __init__(self, message: str, reason: Reason | None = None) -> None:
+        super().__init__(message)
+        if reason is not None:
+            self.reason = reason
+
+
+class AccessDenied(UserError):
+    reason = Reason.ACCESS_DENIED
+
+
+class NotFound(UserError):
+    reason = Reason.SOURCE_NOT_FOUND
+
+
+class OutputOccupied(UserError):
+    reason = Reason.OUTPUT_OCCUPIED
+
+
+class CorruptSource(KompressorError):
+    exit_code = ExitCode.CORRUPT_SOURCE
+    reason = Reason.CORRUPT_SOURCE
+
+
+class BadNumerics(KompressorError):
+    exit_code = ExitCode.BAD_NUMERICS
+    reason = Reason.BAD_NUMERICS
+
+
+class GateFailed(KompressorError):
+    exit_code = ExitCode.GATE_FAILED
+    reason = Reason.GATE_FAILED
+
+
+class OutOfMemory(KompressorError):
+    exit_code = ExitCode.OUT_OF_MEMORY
+    reason = Reason.OUT_OF_MEMORY
+
+
+class StorageError(KompressorError):
+    exit_code = ExitCode.STORAGE
+    reason = Reason.STORAGE_FAILED
+
+
+class NoSpaceLeft(StorageError):
+    reason = Reason.NO_SPACE_LEFT
+
+
+class Terminated(KompressorError):
+    exit_code = ExitCode.TERMINATED
+    reason = Reason.TERMINATED
+
+
+class ClaimLost(Terminated):
+    reason = Reason.CLAIM_LOST

@@ -1,0 +1,132 @@
+"""What a checkpoint is made of, known from config.json and safetensors headers alone: no weight is read, no torch imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""safetensors dtype names and bytes an element."""
+
+Encoding = Literal["plain", "fp8_block", "mxfp4"]
+Kind = Literal["linear", "router", "embedding", "head"]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a source file: absolute byte range [start, stop) in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor as the model sees it, decoded from one or more stored tensors.
+
+    plain: stored = (tensor,). fp8_block: stored = (weight F8_E4M3 [out, in], weight_scale_inv [ceil(out/r), ceil(in/c)]), decoded to `dtype`.
+    mxfp4 (gpt-oss): stored = (blocks U8 [E, rows, groups, 16], scales U8 [E, rows, groups]), decoded and transposed to [E, cols, rows].
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stored: tuple[StoredTensor, ...]
+    encoding: Encoding = "plain"
+    block: tuple[int, int] = (128, 128)
+    """Rows and columns that share a scale, for fp8_block."""
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(t.nbytes for t in self.stored)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class LinearLayout:
+    """A 2-D weight [out, in] that a pass may quantise."""
+
+    name: str
+    """Module name, such as model.layers.0.self_attn.q_proj; its weight is `name + ".weight"`."""
+    shape: tuple[int, int]
+    dtype: str
+    kind: Kind = "linear"
+    fused: str | None = None
+    """Linears with the same key are one matrix in a loader (q/k/v; gate/up; an MoE layer's experts): same scheme, NVFP4 global scale shared
+    among those with the same `shared`."""
+    shared: str | None = None
+    """Linears with the same key share their global scale: q/k/v; gate/up, per expert."""
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """Tensors that are loaded, compressed and written together: q/k/v; o; gate/up; down; one expert; or a run of plain tensors."""
+
+    name: str
+    tensors: tuple[SourceTensor, ...]
+    linears: tuple[LinearLayout, ...] = ()
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(t.source_bytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """What the journal commits at once: embeddings, a decoder block, final norm and head."""
+
+    name: str
+    stages: tuple[StageLayout, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(s.source_bytes for s in self.stages)
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    config: Mapping[str, Any]
+    """config.json as it is."""
+    dtype: str
+    """What weights are stored or decoded in: BF16, F16 or F32."""
+    family: str | None
+    """Key of architectures.FAMILIES, or None: unknown decoder, laid out by tensor shape."""
+    units: tuple[UnitLayout, ...]
+    other_files: tuple[str, ...]
+    """Files that are carried over as they are: tokenizer, generation config, licence ..."""
+    source_digest: str
+    """sha256 over names, sizes and ETags of all source files, config.json and the headers."""
+    tied_embeddings: bool = False
+    warnings: tuple[str, ...] = field(default=())
+
+    def stages(self) -> Iterator[StageLayout]:
+        for unit in self.units:
+            yield from unit.stages
+
+    def linears(self) -> Iterator[LinearLayout]:
+        for stage in self.stages():
+            yield from stage.linears
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(u.source_bytes for u in self.units)

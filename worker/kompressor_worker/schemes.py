@@ -1,0 +1,43 @@
+"""Quantisation schemes as data, under the names that vLLM's users know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a linear's weight and input are represented; one entry of compressed-tensors' `config_groups`."""
+
+    name: str
+    format: str
+    bits: int
+    type: Literal["int", "float"]
+    strategy: Literal["channel", "group", "block", "tensor_group"]
+    symmetric: bool = True
+    group_size: int | None = None
+    block: tuple[int, int] | None = None
+    inputs: Literal["none", "int8_token", "fp8_token", "fp8_group"] = "none"
+    """Activation quantisation at run time: none; dynamic per token; FP8 dynamic per 128 columns."""
+
+    def with_group_size(self, group_size: int) -> Scheme:
+        """The same scheme in groups of `group_size` columns; -1: one scale a channel."""
+        if group_size == -1:
+            return replace(self, strategy="channel", group_size=None)
+        return replace(self, strategy="group", group_size=group_size)
+
+
+SCHEMES: dict[str, Scheme] = {
+    s.name: s
+    for s in (
+        Scheme("W8A8", "int-quantized", 8, "int", "channel", inputs="int8_token"),
+        Scheme("W8A16", "pack-quantized", 8, "int", "channel"),
+        Scheme("W4A16", "pack-quantized", 4, "int", "group", group_size=128),
+        Scheme("W4A16_ASYM", "pack-quantized", 4, "int", "group", symmetric=False, group_size=128),
+        Scheme("FP8_DYNAMIC", "float-quantized", 8, "float", "channel", inputs="fp8_token"),
+        Scheme("FP8_BLOCK", "float-quantized", 8, "float", "block", block=(128, 128), inputs="fp8_group"),
+        Scheme("MXFP4", "mxfp4-pack-quantized", 4, "float", "group", group_size=32),
+        Scheme("NVFP4A16", "nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=16),
+    )
+}
