@@ -1,0 +1,80 @@
+"""Makes the virtual environment `.venv` from requirements.lock, with uv; needs nothing but a Python 3.11 or newer.
+
+`python3 tools/setup.py` is what `make venv` calls. It prints each step and its time, and does nothing when nothing changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+UV_VERSION = "0.13.9"
+
+
+def cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("KOMPRESSOR_CACHE") or Path(base) / "kompressor")
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    print(f"==> {what}", flush=True)
+    began = time.monotonic()
+    yield
+    print(f"    {what}: {time.monotonic() - began:.1f} s", flush=True)
+
+
+def find_uv() -> Path:
+    """uv from the PATH, or from the cache, installed there by pip."""
+    if found := shutil.which("uv"):
+        return Path(found)
+    home = cache_directory() / f"uv-{UV_VERSION}"
+    uv = home / "bin" / "uv"
+    if not uv.exists():
+        with step("installing uv"):
+            try:
+                subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+            except subprocess.CalledProcessError:
+                sys.exit(f"{sys.executable} cannot make virtual environments; install its venv module (Debian: python3-venv)")
+            pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, f"uv=={UV_VERSION}"], check=True)
+    return uv
+
+
+def make_environment(venv: Path, lock: Path, project: bool) -> Path:
+    """A virtual environment with exactly what the lock names; returns its python."""
+    python = venv / "bin" / "python"
+    inputs = lock.read_bytes() + ((ROOT / "pyproject.toml").read_bytes() if project else b"") + str(venv).encode()
+    stamp, digest = venv / ".ready", hashlib.sha256(inputs).hexdigest()
+    if stamp.exists() and stamp.read_text() == digest and python.exists():
+        return python
+    uv = find_uv()
+    with step(f"Python packages into {venv.name} ({lock.name})"):
+        if not python.exists():
+            subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(venv)], check=True)
+        subprocess.run([uv, "pip", "sync", "--quiet", "--python", str(python), str(lock)], check=True)
+        if project:
+            subprocess.run(
+                [uv, "pip", "install", "--quiet", "--python", str(python), "--no-deps", "--editable", str(ROOT)], check=True
+            )
+    stamp.write_text(digest)
+    return python
+
+
+def main() -> None:
+    if sys.version_info < (3, 11):
+        sys.exit(f"Python {sys.version.split()[0]} is too old; Kompressor needs 3.11 or newer (make PYTHON=python3.12 ...)")
+    make_environment(VENV, ROOT / "requirements.lock", project=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from kompressor_worker.cli import main
+
+main()

@@ -1,0 +1,216 @@
+"""`kompressor run | plan | verify`: spec in, exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kompressor_api.names import ENV_MEMORY_PLAN, ExitCode, Reason
+
+from kompressor_worker.errors import KompressorError, OutOfMemory
+from kompressor_worker.job import Job, load_job
+
+RUN = """\
+Runs a CompressionJob manifest here, without a cluster: the same file that `kubectl apply` takes.
+
+  kompressor run examples/quickstart.yaml
+  SOURCE_AWS_ACCESS_KEY_ID=... OUTPUT_AWS_ACCESS_KEY_ID=... kompressor run job.yaml
+
+Credentials come from SOURCE_AWS_* and OUTPUT_AWS_* (and SOURCE_HF_TOKEN), else from the usual AWS chain. A run that was cut off goes on at
+its last committed block when it is started again. Readers of the output see nothing until all of it is there.
+
+exit codes: 0 done, 64 the job cannot work as written, 65 corrupt source, 66 NaN or Inf, 67 gate failed, 71 out of memory,
+            74 storage trouble (try again), 75 told to stop (start again to go on)
+"""
+PLAN = """\
+Says what a job would do, from headers alone, in a second or two: sizes, memory, time, and every error that can be known now.
+
+  kompressor plan job.yaml
+  kompressor plan job.yaml --json | jq .outputBytes
+"""
+VERIFY = """\
+Reads a published result and checks it: every file and tensor there, shapes as config and index say, digests as recorded, scales finite.
+
+  kompressor verify s3://models/llama-3-8b-w4a16 --endpoint http://127.0.0.1:7070
+  kompressor verify ./out
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    sys.exit(run_cli(argv))
+
+
+def run_cli(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s" if args.in_cluster else "%(message)s",
+        stream=sys.stderr,
+    )
+    for noisy in ("boto3", "botocore", "urllib3", "s3transfer", "httpx", "kubernetes"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        return command(args)
+    except KompressorError as error:
+        return failed(error, args.in_cluster)
+    except MemoryError as error:
+        return failed(OutOfMemory(f"the worker's memory is too small: {error or 'an allocation failed'}"), args.in_cluster)
+    except RuntimeError as error:
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+            return failed(OutOfMemory(f"the worker's memory is too small: {str(error).splitlines()[0]}"), args.in_cluster)
+        raise
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="kompressor",
+        description="Compress large language models from bucket to bucket, one block in memory.",
+        epilog="The same manifests run in a cluster with `kubectl apply -f`. Try: kompressor plan examples/quickstart.yaml",
+    )
+    top.add_argument("--version", action="version", version=f"kompressor {version('kompressor')}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable[[argparse.Namespace], int], short: str, text: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=short, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        p.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+        p.add_argument("-v", "--verbose", action="store_true", help="log more")
+        p.set_defaults(command=function, in_cluster=False)
+        return p
+
+    run = command("run", run_command, "compress a model as a manifest says", RUN)
+    run.add_argument("manifest", type=Path, help="a CompressionJob, YAML or JSON")
+    run.add_argument("--in-cluster", action="store_true", help="report to the CompressionJob resource and the pod's termination log")
+    plan = command("plan", plan_command, "say what a job would do", PLAN)
+    plan.add_argument("manifest", type=Path, help="a CompressionJob, YAML or JSON")
+    verify = command("verify", verify_command, "check a published result", VERIFY)
+    verify.add_argument("uri", help="s3://bucket/prefix, pvc://claim/path, file:///path, or a path")
+    verify.add_argument("--endpoint", help="URL of an S3-compatible server")
+    verify.add_argument("--region", help="region of the bucket")
+    return top
+
+
+def run_command(args: argparse.Namespace) -> int:
+    from kompressor_worker.progress import Listener, Progress
+    from kompressor_worker.report import Resource, write_termination_message
+    from kompressor_worker.run import run
+    from kompressor_worker.terminal import Bar, Lines, is_interactive
+
+    job = load_job(args.manifest, os.environ)
+    refuse_file_uris(job, args.in_cluster)
+    stop = threading.Event()
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, lambda *_: stop.set())
+    with ExitStack() as stack:
+        listeners: list[Listener] = [stack.enter_context(Bar()) if is_interactive() else Lines()]
+        resource = Resource(job.namespace, job.name) if args.in_cluster else None
+        if resource:
+            listeners.append(resource)
+        result: dict[str, Any] | None = None
+        try:
+            summary = run(job, os.environ, Progress(listeners), stop, memory_plan())
+            result = summary.result(job.spec.output.uri)
+        finally:
+            if resource:
+                resource.close(result)
+    if args.in_cluster:
+        reason = Reason.ALREADY_COMPRESSED if summary.already else Reason.COMPLETED
+        message = f"{result['sourceBytes']:,} bytes became {result['outputBytes']:,} ({result['ratio']})"
+        write_termination_message({"reason": reason, "message": message, "exitCode": 0, "result": result})
+    show_result(result, summary.already, args.json)
+    return int(ExitCode.DONE)
+
+
+def plan_command(args: argparse.Namespace) -> int:
+    from kompressor_worker.plan import make_plan
+    from kompressor_worker.terminal import human, out, table
+
+    job = load_job(args.manifest, os.environ)
+    plan = make_plan(job, os.environ, memory_plan()).as_json()
+    if args.json:
+        print(json.dumps(plan, indent=2))
+        return 0
+    rows = {
+        "model": f"{plan['family'] or 'unknown family'}, {plan['units']} units",
+        "schemes": ", ".join(f"{k}: {n} linears" for k, n in plan["schemes"].items()) + f"; exact: {plan['exact']}",
+        "size": f"{human(plan['sourceBytes'])} -> {human(plan['outputBytes'])} ({plan['ratio']}x smaller), {plan['shards']} shard(s)",
+        "peak memory": human(plan["peakMemoryBytes"]),
+        "time": f"about {plan['estimatedSeconds']} s at 300 MB/s of source",
+        "output": "already holds this result" if plan["alreadyCompressed"] else "free",
+    }
+    out.print(table(f"plan of {job.name}", rows))
+    for warning in plan["warnings"]:
+        out.print(f"warning: {warning}")
+    return 0
+
+
+def verify_command(args: argparse.Namespace) -> int:
+    from kompressor_worker.terminal import human, out, table
+    from kompressor_worker.verify import verify
+
+    checked = verify(args.uri, args.endpoint, args.region, os.environ)
+    if args.json:
+        print(json.dumps(checked, indent=2))
+    else:
+        rows = {
+            "tensors": f"{checked['tensors']} read, {human(checked['bytes'])}",
+            "quantised": f"{checked['quantizedLinears']} linears",
+            "digests": f"{checked['digests']} agree with kompressor.json" if checked["digests"] else "none recorded",
+            "scales": f"{checked['scales']} tensors, all finite",
+        }
+        out.print(table(f"{args.uri} is whole", rows))
+    return 0
+
+
+def show_result(result: dict[str, Any], already: bool, as_json: bool) -> None:
+    from kompressor_worker.terminal import human, out, table
+
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    rows = {
+        "size": f"{human(result['sourceBytes'])} -> {human(result['outputBytes'])} ({result['ratio']})",
+        "quantised": f"{result['quantizedTensors']} linears, relative weight error {result['relativeError']}",
+        "time": "none: the output already held this result" if already else f"{result['seconds']} s",
+        "where": result["uri"],
+    }
+    out.print(table("done", rows))
+    for warning in result.get("warnings", []):
+        out.print(f"warning: {warning}")
+
+
+def failed(error: KompressorError, in_cluster: bool) -> int:
+    """One clear error, on the terminal and for the operator."""
+    from kompressor_worker.report import write_termination_message
+    from kompressor_worker.terminal import err
+
+    err.print(f"[bold red]{error.reason}[/]: ", end="")
+    err.print(str(error), markup=False, highlight=False)
+    if in_cluster:
+        write_termination_message({"reason": error.reason, "message": str(error)[:2500], "exitCode": int(error.exit_code)})
+    return int(error.exit_code)
+
+
+def refuse_file_uris(job: Job, in_cluster: bool) -> None:
+    from kompressor_worker.errors import UserError
+
+    for field, uri in (("model.source.uri", job.spec.model.source.uri), ("output.uri", job.spec.output.uri)):
+        if in_cluster and uri.startswith("file://"):
+            raise UserError(f"spec.{field}: {uri} is a pod's own disk in a cluster; use s3:// or pvc://")
+
+
+def memory_plan() -> Any:
+    """How much to hold, from what the operator says: each earlier out-of-memory makes it smaller."""
+    from kompressor_worker.pipeline import Limits
+
+    return Limits().smaller(int(os.environ.get(ENV_MEMORY_PLAN, "0")))

@@ -1,0 +1,107 @@
+"""The manifest that a worker is given: the same file on a laptop and in a cluster."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import socket
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kompressor_api.names import API_VERSION, ENV_POD_UID, KIND
+from kompressor_api.v1alpha1 import CompressionJobSpec
+from pydantic import BaseModel, ValidationError
+
+from kompressor_worker.errors import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    namespace: str
+    uid: str
+    spec: CompressionJobSpec
+    owner: str
+    """Who claims the output: the pod's uid, or this process."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which job made a result, and what it was asked to do; goes into kompressor.json."""
+        spec = self.spec.model_dump(by_alias=True, exclude_none=True, include={"passes"})
+        return {"name": self.name, "namespace": self.namespace, "uid": self.uid, "passes": spec["passes"], "format": self.spec.output.format}
+
+
+def load_job(path: Path, environ: Mapping[str, str]) -> Job:
+    """Reads and validates a manifest, YAML or JSON. Raises UserError that names the field, the value and the nearest right name."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a CompressionJob manifest") from error
+    manifest = parse(path, text)
+    if manifest.get("kind") != KIND or manifest.get("apiVersion") != API_VERSION:
+        raise UserError(
+            f"{path}: is {manifest.get('apiVersion')} {manifest.get('kind')}; expected apiVersion: {API_VERSION}, kind: {KIND}"
+        )
+    metadata = manifest.get("metadata") or {}
+    unknown = sorted(set(manifest) - {"apiVersion", "kind", "metadata", "spec", "status"})
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]!r} is not a field of {KIND}; fields of the job go under spec:")
+    owner = environ.get(ENV_POD_UID) or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return Job(
+        name=metadata.get("name", path.stem),
+        namespace=metadata.get("namespace", ""),
+        uid=metadata.get("uid", ""),
+        spec=validate_spec(manifest.get("spec"), str(path)),
+        owner=owner,
+    )
+
+
+def parse(path: Path, text: str) -> dict[str, Any]:
+    if path.suffix == ".json":
+        loaded = json.loads(text)
+    else:
+        import yaml
+
+        try:
+            documents = [d for d in yaml.safe_load_all(text) if d]
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: is not YAML: {error}") from error
+        jobs = [d for d in documents if isinstance(d, dict) and d.get("kind") == KIND]
+        if len(jobs) != 1:
+            raise UserError(f"{path}: holds {len(jobs)} CompressionJobs; exactly one can be run")
+        loaded = jobs[0]
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: is not a manifest")
+    return loaded
+
+
+def validate_spec(spec: Any, where: str) -> CompressionJobSpec:
+    """The spec as its pydantic model; every error of it in one message."""
+    try:
+        return CompressionJobSpec.model_validate(spec if spec is not None else {})
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def _explain(error: Any) -> str:
+    path = "spec." + ".".join(str(p) for p in error["loc"]) if error["loc"] else "spec"
+    if error["type"] == "extra_forbidden":
+        known = _known(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        return f"{path}: is not a field; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+    value = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    return f"{path}: {error['msg'].removeprefix('Value error, ')}{value}"
+
+
+def _known(location: tuple[str | int, ...]) -> list[str]:
+    """The field names of the model at a location of the spec."""
+    model: type[BaseModel] = CompressionJobSpec
+    for step in location:
+        for name, f in model.model_fields.items():
+            if step in (name, f.alias) and isinstance(f.annotation, type) and issubclass(f.annotation, BaseModel):
+                model = f.annotation
+    return [f.alias or name for name, f in model.model_fields.items()]

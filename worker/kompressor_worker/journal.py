@@ -1,0 +1,168 @@
+"""What is done, in one small object: the only commit point of a job, and the fence against a second worker.
+
+The journal is replaced by conditional PUT, never overwritten: whoever finds its ETag changed has lost the claim and stops. It holds the
+fingerprint of the job, the next unit, and the parts of every upload; per-unit records and pending bytes are objects of their own, written
+before the commit that names them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from kompressor_api.names import Reason
+
+from kompressor_worker.errors import UserError
+from kompressor_worker.shards import OutputPlan, Position
+from kompressor_worker.storage import WORK, Output, Part
+
+log = logging.getLogger(__name__)
+
+JOURNAL = f"{WORK}journal.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One shard on its way: its multipart upload, and the parts that are stored."""
+
+    name: str
+    id: str
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def offset(self) -> int:
+        return self.parts[-1].offset + self.parts[-1].size if self.parts else 0
+
+
+@dataclass(frozen=True)
+class State:
+    fingerprint: Mapping[str, str]
+    owner: str
+    unit: int = 0
+    """The first unit that is not committed."""
+    uploads: tuple[Upload, ...] = ()
+    tail: str | None = None
+    """Name of the object with the bytes that follow the last part."""
+    publishing: bool = False
+    """All units are committed; shards may be whole already."""
+
+
+@dataclass
+class Journal:
+    output: Output
+    state: State
+    etag: str | None
+    resumed_from: int | None = None
+    lost_uploads: list[str] = field(default_factory=list)
+    """Uploads that the store no longer had; their shards are made again."""
+
+    def commit(self, state: State) -> None:
+        """Makes `state` what a restart goes on from. Raises ClaimLost when another worker has taken over."""
+        self.etag = self.output.replace(JOURNAL, encode(state), self.etag)
+        self.state = state
+
+    def write_record(self, unit: int, record: Mapping[str, Any]) -> None:
+        """What is to be said of a finished unit in the report; goes before the commit that counts it."""
+        self.output.write(_record_name(unit), json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
+
+    def read_record(self, unit: int) -> dict[str, Any]:
+        found = self.output.read(_record_name(unit))
+        assert found is not None, f"the journal counts unit {unit}, its record is missing"
+        record: dict[str, Any] = json.loads(found[0])
+        return record
+
+    def write_tail(self, unit: int, tail: bytes) -> str | None:
+        if not tail:
+            return None
+        name = f"{WORK}tail-{unit:05d}"
+        self.output.write(name, tail)
+        return name
+
+    def read_tail(self) -> bytes:
+        if self.state.tail is None:
+            return b""
+        found = self.output.read(self.state.tail)
+        assert found is not None, f"the journal names {self.state.tail}, which is missing"
+        return found[0]
+
+
+def open_journal(output: Output, fingerprint: Mapping[str, str], owner: str, plan: OutputPlan) -> Journal:
+    """Claims the output: starts a journal, or takes over the one that is there. Raises UserError when it belongs to another job, naming the
+    field that differs; ClaimLost when another worker claims at the same moment."""
+    found = output.read(JOURNAL)
+    if found is None:
+        journal = Journal(output, State(dict(fingerprint), owner), None)
+        journal.commit(journal.state)
+        return journal
+    state = decode(found[0])
+    for key in sorted({*state.fingerprint, *fingerprint}):
+        old, new = state.fingerprint.get(key), fingerprint.get(key)
+        if old != new:
+            raise UserError(
+                f"{output.uri}: an unfinished job is here whose {key} was {old}, this one's is {new}; "
+                f"choose another output, or delete {output.uri}/{WORK} to start afresh",
+                Reason.JOURNAL_MISMATCH,
+            )
+    journal = Journal(output, state, found[1])
+    kept, lost = surviving(output, state, plan)
+    if lost:
+        log.warning("%s: the store no longer has the upload of %s; going back to unit %d", output.uri, ", ".join(lost), kept.unit)
+    journal.lost_uploads = lost
+    if kept.unit or kept.publishing:
+        journal.resumed_from = kept.unit
+    journal.commit(replace(kept, owner=owner))
+    return journal
+
+
+def surviving(output: Output, state: State, plan: OutputPlan) -> tuple[State, list[str]]:
+    """The latest state whose uploads all still exist, and the names of those that do not."""
+    if state.publishing:
+        return state, []  # shards may be whole already; `complete` tells
+    lost = [u.name for u in state.uploads if not output.upload_exists(u.name, u.id, u.parts)]
+    if not lost:
+        return state, []
+    first = min(i for i, shard in enumerate(plan.shards) if shard.name in lost)
+    for unit in range(state.unit, 0, -1):
+        position = plan.position(unit)
+        if position.shard >= first and position != Position(first, 0):
+            continue
+        uploads = _cut_back(state.uploads, plan, position)
+        if uploads is not None:
+            return replace(state, unit=unit, uploads=uploads, tail=None), lost
+    return replace(state, unit=0, uploads=(), tail=None), lost
+
+
+def _cut_back(uploads: Sequence[Upload], plan: OutputPlan, position: Position) -> tuple[Upload, ...] | None:
+    """The uploads as they were at `position`, if a part ended there."""
+    kept = []
+    for upload in uploads:
+        shard = next(i for i, s in enumerate(plan.shards) if s.name == upload.name)
+        if shard < position.shard:
+            kept.append(upload)
+        elif shard == position.shard and position.offset:
+            parts = tuple(p for p in upload.parts if p.offset < position.offset)
+            cut = replace(upload, parts=parts)
+            if cut.offset != position.offset:
+                return None
+            kept.append(cut)
+    return tuple(kept)
+
+
+def encode(state: State) -> bytes:
+    return json.dumps({"version": VERSION, **asdict(state)}, sort_keys=True, separators=(",", ":")).encode()
+
+
+def decode(data: bytes) -> State:
+    raw = json.loads(data)
+    if raw.pop("version") != VERSION:
+        raise UserError("the journal was written by another version of Kompressor; finish it there, or delete it", Reason.JOURNAL_MISMATCH)
+    uploads = tuple(Upload(u["name"], u["id"], tuple(Part(**p) for p in u["parts"])) for u in raw.pop("uploads"))
+    return State(uploads=uploads, **raw)
+
+
+def _record_name(unit: int) -> str:
+    return f"{WORK}units/{unit:05d}.json"

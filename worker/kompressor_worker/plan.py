@@ -1,0 +1,73 @@
+"""What a job would do, from headers alone: sizes, memory, time, and every error that can be known. Imports no torch."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kompressor_worker.job import Job
+from kompressor_worker.layout import ModelLayout, read_layout
+from kompressor_worker.pipeline import Limits
+from kompressor_worker.publish import already_published
+from kompressor_worker.run import assign, make_fingerprint
+from kompressor_worker.schemes import Scheme
+from kompressor_worker.shards import OutputPlan, plan_output
+from kompressor_worker.storage.locations import open_output, open_source
+
+IDLE_BYTES = 350 << 20
+"""A worker after its imports, torch's CPU build; measured by benchmarks/data_free.py."""
+BYTES_PER_SECOND = 300e6
+"""Source bytes a second that the time estimate assumes: a gigabit and a half to and from object storage, two cores."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    layout: ModelLayout
+    schemes: Mapping[str, Scheme]
+    output: OutputPlan
+    peak_bytes: int
+    already: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "family": self.layout.family,
+            "units": len(self.layout.units),
+            "sourceBytes": self.layout.source_bytes,
+            "outputBytes": self.output.tensor_bytes,
+            "ratio": round(self.layout.source_bytes / max(1, self.output.tensor_bytes), 3),
+            "shards": len(self.output.shards),
+            "schemes": dict(Counter(s.name for s in self.schemes.values())),
+            "exact": sum(1 for x in self.layout.linears() if x.name not in self.schemes),
+            "peakMemoryBytes": self.peak_bytes,
+            "estimatedSeconds": round(self.layout.source_bytes / BYTES_PER_SECOND),
+            "alreadyCompressed": self.already,
+            "warnings": list(self.layout.warnings),
+        }
+
+
+def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None) -> Plan:
+    """Raises whatever `run` would raise before it reads a weight."""
+    stop = threading.Event()
+    source = open_source(job.spec.model.source, environ, stop)
+    output = open_output(job.spec.output, environ, stop)
+    layout = read_layout(source)
+    _, schemes = assign(job.spec, layout)
+    planned = plan_output(layout, schemes)
+    already = already_published(output, make_fingerprint(job.spec, layout)) is not None
+    return Plan(layout, schemes, planned, peak_memory(layout, planned, schemes, limits or Limits()), already)
+
+
+def peak_memory(layout: ModelLayout, planned: OutputPlan, schemes: Mapping[str, Scheme], limits: Limits) -> int:
+    """Bytes at the worst moment: the largest stage as stored, decoded and encoded, what is read ahead, and what waits to be uploaded.
+    Plain stages pass through in slices. It does not depend on the number of blocks."""
+    largest = 2 * limits.slice
+    for unit, stages in zip(layout.units, planned.stages, strict=True):
+        for stage, placed in zip(unit.stages, stages, strict=True):
+            if any(x.name in schemes for x in stage.linears) or any(t.encoding != "plain" for t in stage.tensors):
+                decoded = sum(t.nbytes for t in stage.tensors if t.encoding != "plain")
+                largest = max(largest, stage.source_bytes + decoded + sum(t.stop - t.start for t in placed))
+    ahead = max(limits.lookahead, max((s.source_bytes for s in layout.stages() if any(x.name in schemes for x in s.linears)), default=0))
+    return IDLE_BYTES + largest + ahead + limits.pending

@@ -1,0 +1,91 @@
+"""How far a job is, told to whoever listens: a terminal, a log, the resource."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from kompressor_worker.layout import ModelLayout
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    unit: str
+    units_done: int
+    units_total: int
+    bytes_done: int
+    bytes_total: int
+    bytes_per_second: float
+    phase: str = "Compressing"
+
+    @property
+    def percent(self) -> int:
+        return int(100 * self.bytes_done / self.bytes_total) if self.bytes_total else 100
+
+    @property
+    def eta_seconds(self) -> int | None:
+        left = self.bytes_total - self.bytes_done
+        return round(left / self.bytes_per_second) if self.bytes_per_second else None
+
+    def status(self) -> dict[str, Any]:
+        """As it stands in `status.progress`."""
+        return {
+            "percent": self.percent,
+            "unit": self.unit,
+            "unitsDone": self.units_done,
+            "unitsTotal": self.units_total,
+            "bytesRead": self.bytes_done,
+            "bytesTotal": self.bytes_total,
+            "bytesPerSecond": round(self.bytes_per_second),
+            "etaSeconds": self.eta_seconds,
+            "updatedAt": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+
+
+Listener = Callable[[Snapshot], None]
+
+
+class Progress:
+    """Measures the stream and tells listeners after every stage; they throttle themselves."""
+
+    def __init__(self, listeners: Sequence[Listener] = (), clock: Callable[[], float] = time.monotonic) -> None:
+        self._listeners = listeners
+        self._clock = clock
+        self._layout: ModelLayout | None = None
+        self._began = 0.0
+        self._skipped = 0
+
+    def start(self, layout: ModelLayout, first_unit: int) -> None:
+        self._layout = layout
+        self._began = self._clock()
+        self._skipped = sum(u.source_bytes for u in layout.units[:first_unit])
+        if first_unit < len(layout.units):
+            self.done(first_unit, self._skipped)
+
+    def done(self, unit: int, done: int) -> None:
+        """`done` source bytes are behind the stream, which is in unit number `unit`."""
+        assert self._layout is not None
+        elapsed = max(1e-6, self._clock() - self._began)
+        self._tell(
+            Snapshot(
+                self._layout.units[unit].name,
+                unit,
+                len(self._layout.units),
+                done,
+                self._layout.source_bytes,
+                (done - self._skipped) / elapsed,
+            )
+        )
+
+    def publishing(self) -> None:
+        assert self._layout is not None
+        total, units = self._layout.source_bytes, len(self._layout.units)
+        elapsed = max(1e-6, self._clock() - self._began)
+        self._tell(Snapshot("publishing", units, units, total, total, (total - self._skipped) / elapsed, "Publishing"))
+
+    def _tell(self, snapshot: Snapshot) -> None:
+        for listener in self._listeners:
+            listener(snapshot)

@@ -1,0 +1,128 @@
+"""From finished parts to a result that readers can see: all at once, `config.json` last.
+
+Until config.json is there no loader opens the output, and every reader of ours goes by that. Each step may be cut off and done again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from kompressor_worker.errors import OutputOccupied
+from kompressor_worker.formats.compressed_tensors import quantization_config
+from kompressor_worker.journal import Journal
+from kompressor_worker.storage import WORK, Output, Source
+
+if TYPE_CHECKING:
+    from kompressor_worker.stream import Work
+
+REPORT = "kompressor.json"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+CHUNK = 16 << 20
+
+
+def publish(work: Work, source: Source, output: Output, journal: Journal, report: Mapping[str, Any]) -> None:
+    """Completes the uploads, writes the small files, then config.json. Raises ClaimLost, StorageError, OutputOccupied."""
+    if not journal.state.publishing:
+        journal.commit(replace(journal.state, publishing=True))
+    for upload in journal.state.uploads:
+        output.complete(upload.name, upload.id, upload.parts)
+    for name in work.layout.other_files:
+        carry_over(source, output, name)
+    journal.commit(journal.state)  # the fence once more: what follows is seen by readers
+    if len(work.plan.shards) > 1:
+        output.write(INDEX, dumps(work.plan.index()))
+    output.write(REPORT, dumps(report))
+    output.publish(CONFIG, dumps(published_config(work)))
+    output.cleanup()
+
+
+def carry_over(source: Source, output: Output, name: str) -> None:
+    """Copies one of the source's other files: tokenizer, templates, licence."""
+    output.write(name, source.read(name))
+
+
+def published_config(work: Work) -> dict[str, Any]:
+    """config.json of the result: the source's, its own quantisation replaced by ours."""
+    config = {k: v for k, v in work.layout.config.items() if k != "quantization_config"}
+    if work.schemes:
+        config["quantization_config"] = quantization_config(list(work.layout.linears()), work.schemes)
+    return config
+
+
+def build_report(work: Work, fingerprint: Mapping[str, str], job: Mapping[str, Any], journal: Journal, source_uri: str) -> dict[str, Any]:
+    """kompressor.json: what was done to what, with which error. It holds no times, so that a resumed job makes the same bytes."""
+    linears: dict[str, Any] = {}
+    digests: dict[str, str] = {}
+    for unit in range(len(work.layout.units)):
+        record = journal.read_record(unit)
+        digests |= record["digests"]
+        for name, entry in record["linears"].items():
+            linears[name] = {
+                "scheme": entry["scheme"],
+                "relativeError": relative(entry["squaredError"], entry["squaredNorm"]),
+                **({"saturated": entry["saturated"]} if entry["saturated"] else {}),
+                "_error": entry["squaredError"],
+                "_norm": entry["squaredNorm"],
+            }
+    total = relative(sum(x.pop("_error") for x in linears.values()), sum(x.pop("_norm") for x in linears.values()))
+    return {
+        "kompressor": version("kompressor"),
+        "versions": {"python": platform.python_version(), "torch": version("torch")},
+        "job": dict(job),
+        "fingerprint": dict(fingerprint),
+        "source": {"uri": source_uri, "digest": work.layout.source_digest, "tensorBytes": work.layout.source_bytes},
+        "result": {
+            "tensorBytes": work.plan.tensor_bytes,
+            "digest": "xxh3-128:" + xxhash.xxh3_128("".join(f"{k}={digests[k]}\n" for k in sorted(digests))).hexdigest(),
+            "relativeError": total,
+            "quantizedLinears": len(linears),
+        },
+        "warnings": list(work.layout.warnings),
+        "linears": linears,
+        "tensors": {k: f"xxh3-128:{v}" for k, v in sorted(digests.items())},
+        "files": sorted(
+            [s.name for s in work.plan.shards] + list(work.layout.other_files) + [REPORT, CONFIG]
+            + ([INDEX] if len(work.plan.shards) > 1 else [])
+        ),
+    }  # fmt: skip
+
+
+def relative(squared_error: float, squared_norm: float) -> float:
+    """Root of squared error over squared norm, rounded so that sums in another order say the same."""
+    return float(f"{(squared_error / squared_norm) ** 0.5:.6g}") if squared_norm else 0.0
+
+
+def already_published(output: Output, fingerprint: Mapping[str, str]) -> dict[str, Any] | None:
+    """The report of an identical earlier result, or None when the output is free (or holds our own unfinished work).
+
+    Raises OutputOccupied when it holds anything else."""
+    existing = output.existing()
+    if CONFIG in existing:
+        report: dict[str, Any] = json.loads(output.read_published(REPORT)) if REPORT in existing else {}
+        theirs = report.get("fingerprint")
+        if theirs == dict(fingerprint):
+            return report
+        what = "another model"
+        if theirs:
+            field = next(k for k in sorted({*theirs, *fingerprint}) if theirs.get(k) != fingerprint.get(k))
+            what = f"a result whose {field} is {theirs.get(field)}, this job's is {fingerprint.get(field)}"
+        raise OutputOccupied(f"{output.uri}: already holds {what}; choose another output.uri, or remove what is there")
+    if existing and output.read(f"{WORK}journal.json") is None:
+        names = sorted(existing)
+        raise OutputOccupied(
+            f"{output.uri}: already holds {len(names)} objects that are not ours ({', '.join(names[:3])}"
+            f"{' ...' if len(names) > 3 else ''}); choose an empty output.uri"
+        )
+    return None
+
+
+def dumps(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,131 @@
+"""The output's shards, known to the byte before any weight is read: so headers go first and tensors follow as they are made.
+
+Tensors stand in a shard in the order in which the stream makes them. Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from kompressor_worker.formats.compressed_tensors import PlannedTensor, planned_tensors
+from kompressor_worker.layout import DTYPE_BYTES, ModelLayout, StageLayout
+from kompressor_worker.schemes import Scheme
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""What transformers calls max_shard_size, and its default for years."""
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A tensor of the output: bytes [start, stop) of its shard's data, which begins after the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the output: `offset` bytes of shard number `shard` are behind it, header included."""
+
+    shard: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str
+    header: bytes
+    """Length prefix and JSON, padded to 8 bytes."""
+    size: int
+    """Of the whole file."""
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    shards: tuple[Shard, ...]
+    stages: tuple[tuple[tuple[PlacedTensor, ...], ...], ...]
+    """Per unit, per stage: its tensors in file order."""
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(t.stop - t.start for unit in self.stages for stage in unit for t in stage)
+
+    def position(self, unit: int) -> Position:
+        """Where a unit's first byte goes; for the number of units: the end."""
+        for stages in self.stages[unit:]:
+            for stage in stages:
+                for t in stage:
+                    header = 0 if t.start == 0 else len(self.shards[t.shard].header)
+                    return Position(t.shard, header + t.start)
+        return Position(len(self.shards) - 1, self.shards[-1].size)
+
+    def index(self) -> dict[str, object]:
+        """`model.safetensors.index.json`."""
+        tensors = [t for unit in self.stages for stage in unit for t in stage]
+        return {
+            "metadata": {"total_size": self.tensor_bytes},
+            "weight_map": {t.name: self.shards[t.shard].name for t in sorted(tensors, key=lambda t: t.name)},
+        }
+
+
+def plan_output(layout: ModelLayout, schemes: Mapping[str, Scheme], max_shard: int = MAX_SHARD_BYTES) -> OutputPlan:
+    """Places every tensor of the result. A new shard begins when `max_shard` would be passed, and where a tensor would no longer be aligned
+    to its own dtype (a loader that views the file in place needs that; safetensors allows no gaps)."""
+    shard, size = 0, 0
+    placed: list[tuple[tuple[PlacedTensor, ...], ...]] = []
+    for unit in layout.units:
+        stages = []
+        for stage in unit.stages:
+            tensors = stage_tensors(stage, schemes)
+            total = sum(nbytes(t) for t in tensors)
+            widest = max((DTYPE_BYTES[t.dtype] for t in tensors), default=1)
+            if size and (size + total > max_shard or size % widest):
+                shard, size = shard + 1, 0
+            row = []
+            for t in tensors:
+                row.append(PlacedTensor(t.name, t.dtype, tuple(t.shape), shard, size, size + nbytes(t)))
+                size += nbytes(t)
+            stages.append(tuple(row))
+        placed.append(tuple(stages))
+    return OutputPlan(_shards(placed, shard + 1), tuple(placed))
+
+
+def stage_tensors(stage: StageLayout, schemes: Mapping[str, Scheme]) -> list[PlannedTensor]:
+    """What a stage becomes, widest dtype first so that each tensor is aligned when the stage is."""
+    linears = {linear.weight: linear for linear in stage.linears if linear.name in schemes}
+    tensors: list[PlannedTensor] = []
+    for t in stage.tensors:
+        if linear := linears.get(t.name):
+            tensors += planned_tensors(linear.name, linear.shape, linear.dtype, schemes[linear.name])
+        else:
+            tensors.append(PlannedTensor(t.name, t.dtype, t.shape))
+    return sorted(tensors, key=lambda t: -DTYPE_BYTES[t.dtype])
+
+
+def nbytes(tensor: PlannedTensor) -> int:
+    return prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+
+
+def _shards(placed: list[tuple[tuple[PlacedTensor, ...], ...]], count: int) -> tuple[Shard, ...]:
+    entries: list[dict[str, object]] = [{"__metadata__": {"format": "pt"}} for _ in range(count)]
+    sizes = [0] * count
+    for unit in placed:
+        for stage in unit:
+            for t in stage:
+                entries[t.shard][t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.stop]}
+                sizes[t.shard] = t.stop
+    shards = []
+    for i, (entry, size) in enumerate(zip(entries, sizes, strict=True)):
+        name = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        text = json.dumps(entry, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        shards.append(Shard(name, header, len(header) + size))
+    return tuple(shards)

@@ -1,0 +1,81 @@
+"""What a person at a terminal sees: a bar, tables, one clear error."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from kompressor_worker.progress import Snapshot
+
+out = Console()
+err = Console(stderr=True, soft_wrap=True)
+
+
+class Bar:
+    """A progress bar; use as a context manager and as a listener."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TransferSpeedColumn(), TimeRemainingColumn(), console=err,
+        )  # fmt: skip
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, s: Snapshot) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task(s.unit, total=s.bytes_total)
+        self._progress.update(self._task, completed=s.bytes_done, description=s.unit)
+
+
+class Lines:
+    """Progress as log lines, for places without a terminal: one every few seconds, and the last."""
+
+    def __init__(self, interval: float = 5.0) -> None:
+        self._interval = interval
+        self._next = 0.0
+
+    def __call__(self, s: Snapshot) -> None:
+        now = time.monotonic()
+        if now >= self._next or s.phase != "Compressing":
+            self._next = now + self._interval
+            eta = f", {s.eta_seconds} s left" if s.eta_seconds else ""
+            logging.getLogger("kompressor").info(
+                "%3d %%  %s  (%d of %d units, %s/s%s)",
+                s.percent, s.unit, s.units_done, s.units_total, human(s.bytes_per_second), eta,
+            )  # fmt: skip
+
+
+def human(size: float) -> str:
+    """Bytes for people, in powers of 1000 as disks and model cards have them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def table(title: str, rows: Mapping[str, Any]) -> Table:
+    t = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    t.add_column(style="dim")
+    t.add_column()
+    for key, value in rows.items():
+        t.add_row(key, str(value))
+    return t
+
+
+def is_interactive() -> bool:
+    return sys.stderr.isatty()
