@@ -1,0 +1,152 @@
+"""From a location of the API to a store: which kind, with whose credentials, which certificates, which folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from kompressor_api.names import (
+    CA_DIRECTORY,
+    CLAIM_DIRECTORY,
+    ENV_CA_DIRECTORY,
+    ENV_CLAIM_DIRECTORY,
+    Reason,
+    Role,
+)
+from kompressor_api.v1alpha1 import Location, OutputSpec, SourceLocation
+from kompressor_worker.errors import NotFound, UserError
+from kompressor_worker.storage import Output, Source, s3_environment
+from kompressor_worker.storage.patience import Patience
+
+_NOT_FOUND = {Role.SOURCE: Reason.SOURCE_NOT_FOUND, Role.OUTPUT: Reason.OUTPUT_NOT_FOUND}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A location with everything looked up that the environment has to say about it."""
+
+    role: Role
+    scheme: str
+    uri: str
+    authority: str
+    """Bucket, claim, owner of a hub repository; empty for file://."""
+    path: str
+    """Below the authority, without slashes at its ends."""
+    endpoint: str | None
+    region: str | None
+    path_style: bool | None
+    ca_bundle: Path | None
+    credentials: Mapping[str, str]
+    """AWS_ACCESS_KEY_ID and so on, HF_TOKEN; empty: the default chain of the SDK."""
+    secret: str | None
+    """Name of the Secret that the credentials come from, for error messages."""
+
+    @property
+    def missing(self) -> Reason:
+        return _NOT_FOUND[self.role]
+
+    @property
+    def credentials_source(self) -> str:
+        """For error messages: where the credentials came from, and so what to correct."""
+        if self.secret is not None:
+            return f"Secret {self.secret} (keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, HF_TOKEN)"
+        if self.credentials:
+            return f"the environment variables {', '.join(self.role.env_prefix + key for key in sorted(self.credentials))}"
+        return "the pod's own identity (no credentialsSecret is set)"
+
+
+def open_source(location: SourceLocation, environ: Mapping[str, str], stop: threading.Event | None = None) -> Source:
+    """The checkpoint's store; nothing is read yet, but a hub's revision, which is pinned here.
+
+    `stop` ends all waiting once set: calls then raise Terminated. Raises UserError, NotFound (no claim, no such revision), AccessDenied.
+    """
+    place = locate(location, Role.SOURCE, environ)
+    patience = Patience.from_environ(environ, stop)
+    if place.scheme == "s3":
+        from kompressor_worker.storage.s3 import S3Source, S3Store
+
+        return S3Source(S3Store(place, environ, patience))
+    if place.scheme == "hf":
+        from kompressor_worker.storage.hub import HubSource
+
+        return HubSource(place, location.revision, environ, patience)
+    from kompressor_worker.storage.file_source import FileSource
+
+    root, confine = _folder(place, environ)
+    return FileSource(place.uri, root, confine)
+
+
+def open_output(location: OutputSpec, environ: Mapping[str, str], stop: threading.Event | None = None) -> Output:
+    """The result's store; nothing is touched yet. Arguments and errors as for open_source."""
+    place = locate(location, Role.OUTPUT, environ)
+    patience = Patience.from_environ(environ, stop)
+    if place.scheme == "s3":
+        from kompressor_worker.storage.s3 import S3Store
+        from kompressor_worker.storage.s3_output import S3Output
+
+        return S3Output(S3Store(place, environ, patience))
+    if place.scheme == "hf":
+        raise UserError(f"output {location.uri}: a hub is read-only here; use s3:// or pvc://")
+    from kompressor_worker.storage.files import FileOutput
+
+    root, confine = _folder(place, environ)
+    if root == confine or root.parent == root:
+        raise UserError(f"output {place.uri} is the root of its volume, where nothing can be renamed into place; add a folder to it")
+    return FileOutput(place.uri, root)
+
+
+def locate(location: Location, role: Role, environ: Mapping[str, str]) -> Place:
+    """Raises UserError (a uri that leads out of its place), NotFound (the CA bundle is not mounted)."""
+    scheme, _, rest = location.uri.partition("://")
+    authority, _, path = rest.partition("/")
+    if scheme in ("file", "pvc"):
+        path = unquote(path)
+    names = [name for name in path.split("/") if name not in ("", ".")]
+    if ".." in names:
+        raise UserError(f"{role} {location.uri}: '..' is refused; write the place it leads to")
+    if scheme != "file" and not authority:
+        raise UserError(f"{role} {location.uri}: no name after {scheme}://; write {scheme}://NAME/path")
+    if scheme == "file" and authority not in ("", "localhost"):
+        raise UserError(f"{role} {location.uri}: file:// takes an absolute path after three slashes, file:///{authority}/{path}")
+    bundle = None
+    if location.ca_bundle is not None:
+        bundle = Path(environ.get(ENV_CA_DIRECTORY) or CA_DIRECTORY) / role.value / location.ca_bundle.key
+        if not bundle.is_file():
+            raise NotFound(
+                f"{role} {location.uri}: no CA bundle at {bundle}; ConfigMap {location.ca_bundle.config_map} needs the key "
+                f"{location.ca_bundle.key}",
+                reason=_NOT_FOUND[role],
+            )
+    return Place(
+        role=role,
+        scheme=scheme,
+        uri=f"{scheme}://{authority}/{'/'.join(names)}".rstrip("/"),
+        authority=authority,
+        path="/".join(names),
+        endpoint=location.endpoint,
+        region=location.region,
+        path_style=location.path_style,
+        ca_bundle=bundle,
+        credentials=s3_environment(role.env_prefix, environ),
+        secret=location.credentials_secret,
+    )
+
+
+def _folder(place: Place, environ: Mapping[str, str]) -> tuple[Path, Path | None]:
+    """The folder of a file:// or pvc:// location, and the folder it may not lead out of."""
+    if place.scheme == "file":
+        return Path("/") / place.path, None
+    claim = Path(environ.get(ENV_CLAIM_DIRECTORY) or CLAIM_DIRECTORY) / place.authority
+    if not claim.is_dir():
+        raise NotFound(
+            f"{place.role} {place.uri}: claim {place.authority} is not mounted at {claim}; create the PersistentVolumeClaim in the "
+            f"job's namespace, or set {ENV_CLAIM_DIRECTORY} outside a cluster",
+            reason=place.missing,
+        )
+    root = claim / place.path
+    if not root.resolve().is_relative_to(claim.resolve()):
+        raise UserError(f"{place.role} {place.uri}: a link leads out of the claim, to {root.resolve()}; name a folder of the claim")
+    return root, claim

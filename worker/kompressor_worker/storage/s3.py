@@ -1,0 +1,227 @@
+"""S3 and whatever speaks its protocol: one client a location, every request retried here, objects read by ranges.
+
+The SDK's own retries are off: they do not cover bodies, cannot be stopped, and share one budget among all threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, StorageError
+from kompressor_worker.storage import WORK, ObjectInfo
+from kompressor_worker.storage.body import SLICE, receive
+from kompressor_worker.storage.locations import Place
+from kompressor_worker.storage.patience import Patience
+from kompressor_worker.storage.s3_errors import ABSENT, PRECONDITION, code_of, is_transient, status_of, translate
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+T = TypeVar("T")
+CONNECTIONS = 32
+"""Connections kept for one location: those of all reading and writing threads, or each request would dial anew."""
+
+
+class S3Store:
+    """One location: client, bucket, prefix, and the way a request is made, retried and explained."""
+
+    def __init__(self, place: Place, environ: Mapping[str, str], patience: Patience) -> None:
+        self.place = place
+        self.patience = patience
+        self.bucket = place.authority
+        self.prefix = f"{place.path}/" if place.path else ""
+        self._client: S3Client | None = None
+        self._environ = environ
+        self._lock = threading.Lock()
+
+    @property
+    def client(self) -> S3Client:
+        with self._lock:
+            if self._client is None:
+                self._client = _connect(self.place, self._environ, self.patience)
+            return self._client
+
+    def key(self, name: str) -> str:
+        return self.prefix + name
+
+    def call(self, what: str, request: Callable[[S3Client], T], failed: Callable[[BaseException], None] | None = None) -> T:
+        """Makes a request until it is answered. `failed` sees every failure first and may raise an error of its own.
+
+        Raises Terminated, NotFound, AccessDenied, NoSpaceLeft, UserError, StorageError.
+        """
+        failures = 0
+        while True:
+            self.patience.check()
+            try:
+                return request(self.client)
+            except KompressorError:
+                raise
+            except (ClientError, BotoCoreError, OSError) as error:
+                failures += 1
+                if failed is not None:
+                    failed(error)
+                if not is_transient(error) or failures >= self.patience.attempts:
+                    raise translate(error, self.place, what, failures) from error
+            self.patience.pause(failures)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Objects below the location's prefix plus `prefix`; folder markers left out."""
+        token: dict[str, str] = {}
+        while True:
+            page: Any = self.call(
+                f"listing {self.key(prefix)}",
+                lambda s3: s3.list_objects_v2(Bucket=self.bucket, Prefix=self.key(prefix), **token),  # type: ignore[arg-type]  # noqa: B023
+            )
+            for entry in page.get("Contents", ()):
+                name = entry["Key"].removeprefix(self.prefix)
+                if name and not name.endswith("/"):
+                    yield ObjectInfo(name, entry["Size"], entry["ETag"])
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def get(self, name: str) -> tuple[bytes, str]:
+        """A whole object and its ETag, checked against the checksum that the store sends. Raises NotFound."""
+        return self.call(f"reading {self.key(name)}", lambda s3: self._whole(s3, name))
+
+    def get_or_none(self, name: str) -> tuple[bytes, str] | None:
+        def absent(error: BaseException) -> None:
+            if code_of(error) in ABSENT:
+                raise _Absent
+
+        try:
+            return self.call(f"reading {self.key(name)}", lambda s3: self._whole(s3, name), absent)
+        except _Absent:
+            return None
+
+    def _whole(self, s3: S3Client, name: str) -> tuple[bytes, str]:
+        answer = s3.get_object(Bucket=self.bucket, Key=self.key(name), ChecksumMode="ENABLED")
+        return answer["Body"].read(), answer["ETag"]
+
+
+class _Absent(Exception):
+    """An object is not there, and that is an answer."""
+
+
+class S3Source:
+    """A prefix, read by ranges; each object must stay the one that was listed."""
+
+    def __init__(self, store: S3Store) -> None:
+        self.uri = store.place.uri
+        self._store = store
+        self._listed: dict[str, ObjectInfo] = {}
+
+    def list(self) -> dict[str, ObjectInfo]:
+        self._listed = {info.name: info for info in self._store.list() if not info.name.startswith(WORK)}
+        if not self._listed:
+            raise NotFound(f"{self.uri}: nothing there; give the prefix that holds config.json", reason=self._store.place.missing)
+        return dict(self._listed)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        listed = self._listed.get(name)
+        if start == 0 and (stop is None or (listed is not None and stop == listed.size)):
+            data, etag = self._store.get(name)
+            if listed is not None and etag != listed.etag:
+                raise self._changed(name)
+            if stop is not None and len(data) != stop:
+                raise self._short(name, stop, len(data))
+            return data
+        if stop is None:
+            stop = listed.size if listed is not None else self._size(name)
+        buffer = bytearray(stop - start)
+        self.read_into(name, start, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        buffer = buffer.cast("B")
+        done = failures = 0
+        while done < len(buffer):
+            raw = self._open(name, start + done, start + len(buffer))
+            count, problem = receive(raw, buffer[done:])
+            done += count
+            if problem is None:
+                continue
+            failures = 1 if count >= SLICE else failures + 1
+            if failures >= self._store.patience.attempts or not is_transient(problem):
+                raise translate(problem, self._store.place, f"reading {name} at byte {start + done}", failures) from problem
+            self._store.patience.pause(failures)
+
+    def _open(self, name: str, start: int, stop: int) -> Any:
+        """A response whose body is the bytes [start, stop)."""
+        listed = self._listed.get(name)
+        extra = {"IfMatch": listed.etag} if listed is not None else {}
+
+        def failed(error: BaseException) -> None:
+            if code_of(error) in PRECONDITION or status_of(error) == 412:
+                raise self._changed(name) from error
+            if status_of(error) == 416:
+                raise self._short(name, stop, listed.size if listed else None) from error
+
+        answer: Any = self._store.call(
+            f"reading {self._store.key(name)}",
+            lambda s3: s3.get_object(  # type: ignore[call-overload]
+                Bucket=self._store.bucket, Key=self._store.key(name), Range=f"bytes={start}-{stop - 1}", **extra
+            ),
+            failed,
+        )
+        raw = answer["Body"]._raw_stream
+        sent = answer["ContentLength"]
+        if answer["ResponseMetadata"]["HTTPStatusCode"] != 206 and (start or sent != stop):
+            raw.close()
+            raise StorageError(f"{self.uri}: the store at {self._store.place.endpoint} does not honour Range, which streaming needs")
+        if sent < stop - start:
+            raw.close()
+            raise self._short(name, stop, start + sent)
+        return raw
+
+    def _size(self, name: str) -> int:
+        answer: Any = self._store.call(
+            f"looking at {self._store.key(name)}",
+            lambda s3: s3.head_object(Bucket=self._store.bucket, Key=self._store.key(name)),
+        )
+        return int(answer["ContentLength"])
+
+    def _changed(self, name: str) -> CorruptSource:
+        return CorruptSource(f"{self.uri}: {name} changed while it was read; let its writer finish, then start again")
+
+    def _short(self, name: str, wanted: int, size: int | None) -> CorruptSource:
+        return CorruptSource(
+            f"{self.uri}: {name} ends at byte {'?' if size is None else size}, but bytes up to {wanted} are wanted; "
+            "it is truncated, upload it again"
+        )
+
+
+def _connect(place: Place, environ: Mapping[str, str], patience: Patience) -> S3Client:
+    session = boto3.session.Session(
+        aws_access_key_id=place.credentials.get("AWS_ACCESS_KEY_ID"),
+        aws_secret_access_key=place.credentials.get("AWS_SECRET_ACCESS_KEY"),
+        aws_session_token=place.credentials.get("AWS_SESSION_TOKEN"),
+    )
+    endpoint = place.endpoint or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or None
+    path_style = place.path_style if place.path_style is not None else endpoint is not None
+    # Over TLS the checksum of a part, itself signed, stands for the part; in the clear its SHA-256 is signed too.
+    signing = {} if endpoint is not None and endpoint.startswith("http:") else {"payload_signing_enabled": False}
+    config = Config(
+        connect_timeout=patience.connect_timeout,
+        read_timeout=patience.timeout,
+        max_pool_connections=CONNECTIONS,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        request_checksum_calculation="when_required",  # S3Output sends its own, once it knows that the store takes them
+        response_checksum_validation="when_required",
+        s3={"addressing_style": "path" if path_style else "virtual" if place.path_style is False else "auto", **signing},  # type: ignore[typeddict-item]
+        user_agent_extra="kompressor",
+        tcp_keepalive=True,
+    )
+    return session.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=place.region or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        verify=str(place.ca_bundle) if place.ca_bundle is not None else environ.get("AWS_CA_BUNDLE") or None,
+        config=config,
+    )
