@@ -61,18 +61,16 @@ def build_report(work: Work, fingerprint: Mapping[str, str], job: Mapping[str, A
     """kompressor.json: what was done to what, with which error. It holds no times, so that a resumed job makes the same bytes."""
     linears: dict[str, Any] = {}
     digests: dict[str, str] = {}
+    errors: list[float] = []
+    norms: list[float] = []
     for unit in range(len(work.layout.units)):
         record = journal.read_record(unit)
         digests |= record["digests"]
         for name, entry in record["linears"].items():
-            linears[name] = {
-                "scheme": entry["scheme"],
-                "relativeError": relative(entry["squaredError"], entry["squaredNorm"]),
-                **({"saturated": entry["saturated"]} if entry["saturated"] else {}),
-                "_error": entry["squaredError"],
-                "_norm": entry["squaredNorm"],
-            }
-    total = relative(sum(x.pop("_error") for x in linears.values()), sum(x.pop("_norm") for x in linears.values()))
+            error, norm = entry.pop("squaredError"), entry.pop("squaredNorm")
+            linears[name] = {**entry, "relativeError": relative(error, norm)}
+            errors.append(error)
+            norms.append(norm)
     return {
         "kompressor": version("kompressor"),
         "versions": {"python": platform.python_version(), "torch": version("torch")},
@@ -82,7 +80,7 @@ def build_report(work: Work, fingerprint: Mapping[str, str], job: Mapping[str, A
         "result": {
             "tensorBytes": work.plan.tensor_bytes,
             "digest": "xxh3-128:" + xxhash.xxh3_128("".join(f"{k}={digests[k]}\n" for k in sorted(digests))).hexdigest(),
-            "relativeError": total,
+            "relativeError": relative(sum(errors), sum(norms)),
             "quantizedLinears": len(linears),
         },
         "warnings": list(work.layout.warnings),

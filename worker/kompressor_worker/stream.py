@@ -17,10 +17,10 @@ from typing import Any
 import xxhash
 
 from kompressor_worker import kernels
-from kompressor_worker.block import Stage
+from kompressor_worker.block import Encoded, Stage
 from kompressor_worker.errors import BadNumerics, Terminated
 from kompressor_worker.journal import Journal, Upload
-from kompressor_worker.layout import ModelLayout, StageLayout, StoredTensor
+from kompressor_worker.layout import LinearLayout, ModelLayout, StageLayout, StoredTensor
 from kompressor_worker.passes import Pass
 from kompressor_worker.pipeline import Limits, Load, Loaded, Prefetcher, Uploader, results
 from kompressor_worker.schemes import Scheme
@@ -79,9 +79,10 @@ def compress(layout: StageLayout, placed: Sequence[PlacedTensor], loaded: Loaded
     for p in work.passes:
         p.apply(stage)
     made = {name: tensor for e in stage.encoded.values() for name, tensor in e.tensors.items()}
-    for name, encoded in stage.encoded.items():
-        writer.record_linear(name, stage.schemes[name].name, encoded.squared_error, encoded.squared_norm, encoded.saturated)
-        del weights[f"{name}.weight"]
+    for linear in layout.linears:
+        if encoded := stage.encoded.get(linear.name):
+            writer.record_linear(linear, stage.schemes[linear.name], encoded)
+            del weights[linear.weight]
     for name, tensor in weights.items():
         refuse_nonfinite(name, kernels.nonfinite(tensor))
         made[name] = tensor.contiguous()
@@ -175,10 +176,16 @@ class Writer:
     def record_digest(self, tensor: str, value: str) -> None:
         self._digests[tensor] = value
 
-    def record_linear(self, name: str, scheme: str, squared_error: float, squared_norm: float, saturated: int) -> None:
-        self._linears[name] = {
-            "scheme": scheme, "squaredError": squared_error, "squaredNorm": squared_norm, "saturated": saturated,
-        }  # fmt: skip
+    def record_linear(self, linear: LinearLayout, scheme: Scheme, encoded: Encoded) -> None:
+        self._linears[linear.name] = {
+            "scheme": scheme.name,
+            "shape": list(linear.shape),
+            "dtype": linear.dtype,
+            "squaredError": encoded.squared_error,
+            "squaredNorm": encoded.squared_norm,
+            **({"groupSize": scheme.group_size or -1} if scheme.choosable_groups else {}),
+            **({"saturated": encoded.saturated} if encoded.saturated else {}),
+        }
 
     def finish(self, unit: int) -> None:
         """Commits the unit in the background, after the one before it."""

@@ -1,0 +1,115 @@
+"""Checks a published result: reads every byte of it and compares with what config.json, the index and kompressor.json say."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from kompressor_api.names import Reason
+from kompressor_api.v1alpha1 import SourceLocation
+from pydantic import ValidationError
+
+from kompressor_worker import kernels
+from kompressor_worker.checkpoint import Checkpoint, read_checkpoint
+from kompressor_worker.errors import BadNumerics, CorruptSource, UserError
+from kompressor_worker.formats.compressed_tensors import planned_tensors
+from kompressor_worker.layout import StoredTensor
+from kompressor_worker.pipeline import Limits, Load, Prefetcher
+from kompressor_worker.publish import REPORT
+from kompressor_worker.schemes import SCHEMES
+from kompressor_worker.storage import Source
+from kompressor_worker.storage.locations import open_source
+from kompressor_worker.tensors import float_view
+
+SCALES = ("_scale", "_scale_inv", "_global_scale")
+E8M0_NAN = 255
+
+
+def verify(uri: str, endpoint: str | None, region: str | None, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Counts of what was checked. Raises CorruptSource (missing or damaged tensor), BadNumerics (a scale is NaN or Inf), UserError."""
+    if "://" not in uri:
+        uri = Path(uri).absolute().as_uri()
+    try:
+        location = SourceLocation(uri=uri, endpoint=endpoint, region=region)
+    except ValidationError as error:
+        raise UserError(f"{uri}: {error.errors()[0]['msg']}; give s3://, hf://, pvc://, file:// or a path") from error
+    source = open_source(location, environ, threading.Event())
+    checkpoint = read_checkpoint(source)
+    report = read_report(source, checkpoint)
+    check_names(checkpoint, report)
+    seen = {"tensors": 0, "bytes": 0, "digests": 0, "scales": 0}
+    for tensor, digest, bad in read_all(source, checkpoint):
+        seen["tensors"] += 1
+        seen["bytes"] += tensor.nbytes
+        if tensor.name.endswith(SCALES):
+            seen["scales"] += 1
+        if bad:
+            raise BadNumerics(f"{uri}: {tensor.name}: {bad} values are NaN or Inf; compress the model again")
+        if recorded := report.get("tensors", {}).get(tensor.name):
+            seen["digests"] += 1
+            if recorded != f"xxh3-128:{digest}":
+                raise CorruptSource(f"{uri}: {tensor.name} in {tensor.file} is not what was written ({recorded}); upload it again")
+    return {"uri": uri, **seen, "quantizedLinears": len(report.get("linears", {}))}
+
+
+def read_report(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
+    if REPORT not in source.list():
+        if "quantization_config" not in checkpoint.config:
+            raise UserError(f"{source.uri}: no {REPORT} and no quantization_config: this is not a result", Reason.SOURCE_NOT_FOUND)
+        return {}
+    report: dict[str, Any] = json.loads(source.read(REPORT))
+    return report
+
+
+def check_names(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
+    """Every tensor that the report names is there, no other, and quantised linears have their scheme's tensors."""
+    if not report:
+        return
+    missing = sorted(set(report["tensors"]) - set(checkpoint.tensors))
+    extra = sorted(set(checkpoint.tensors) - set(report["tensors"]))
+    if missing or extra:
+        what = f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} is not in {REPORT}"
+        raise CorruptSource(f"{what}: the files are not of one run; upload the result again")
+    for name, linear in report["linears"].items():
+        scheme = SCHEMES[linear["scheme"]]
+        if linear.get("groupSize") is not None:
+            scheme = scheme.with_group_size(linear["groupSize"])
+        for planned in planned_tensors(name, tuple(linear["shape"]), linear["dtype"], scheme):
+            stored = checkpoint.tensors.get(planned.name)
+            if stored is None or (stored.dtype, stored.shape) != (planned.dtype, planned.shape):
+                found = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
+                raise CorruptSource(f"{planned.name}: {found}; {linear['scheme']} has {planned.dtype} {list(planned.shape)} there")
+
+
+def read_all(source: Source, checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, str, int]]:
+    """Every tensor with its digest and its number of non-finite values, read in slices."""
+    limits = Limits()
+    loads = [
+        Load(((t, start, min(start + limits.slice, t.nbytes)),))
+        for t in checkpoint.tensors.values()
+        for start in range(0, max(1, t.nbytes), limits.slice)
+    ]
+    hasher, bad = xxhash.xxh3_128(), 0
+    with Prefetcher(source, loads, limits) as prefetched:
+        for loaded in prefetched:
+            ((tensor, _, stop),) = loaded.load.ranges
+            view = loaded.views[tensor.name]
+            hasher.update(view)
+            bad += count_nonfinite(tensor, view)
+            if stop == tensor.nbytes:
+                yield tensor, hasher.hexdigest(), bad
+                hasher, bad = xxhash.xxh3_128(), 0
+
+
+def count_nonfinite(tensor: StoredTensor, view: memoryview) -> int:
+    if tensor.dtype == "U8" and tensor.name.endswith("weight_scale"):
+        return bytes(view).count(E8M0_NAN)
+    if tensor.dtype == "F8_E4M3":  # two codes are NaN, there is no infinity
+        data = bytes(view)
+        return data.count(0x7F) + data.count(0xFF)
+    values = float_view(view, tensor.dtype)
+    return kernels.nonfinite(values) if values is not None else 0
