@@ -1,8 +1,9 @@
 """`kompressor.io/v1alpha1`: the spec and status of a CompressionJob, as pydantic models.
 
-The CRD is generated from these models (`make crds`), `kompressor run` validates with them, and the operator does the same, so there is one
-truth. Every field's description is what `kubectl explain` prints. Unknown names are refused, never dropped.
-The parameters of a pass live beside its maths in the worker; here a pass is one name and an opaque object.
+The CRD is generated from these models (`make crds`), `kompressor run` validates with them, and the operator does the
+same, so there is one truth. Every field's description is what `kubectl explain` prints. Unknown names are refused,
+never dropped. The parameters of a pass live beside its maths in the worker; here a pass is one name and an opaque
+object.
 """
 
 from __future__ import annotations
@@ -12,19 +13,29 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-Uri = Annotated[str, StringConstraints(pattern=r"^(s3|hf|pvc|file)://.+$", max_length=1024)]
-Short = Annotated[str, StringConstraints(max_length=253)]
+from kompressor_api.fields import Count, Flag, Message, Model, Name, Short, Text, Time, Uri, Warnings
+from kompressor_api.pod import PlainDict, Resources, Toleration
 
-
-class Model(BaseModel):
-    """camelCase on the wire, snake_case in Python; unknown names are an error."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        populate_by_name=True,
-        alias_generator=lambda name: "".join(w if i == 0 else w.capitalize() for i, w in enumerate(name.split("_"))),
-    )
+__all__ = [
+    "CaBundle",
+    "CompressionJobSpec",
+    "CompressionJobStatus",
+    "Location",
+    "Model",
+    "ModelSpec",
+    "Name",
+    "OutputSpec",
+    "PassEntry",
+    "Progress",
+    "Result",
+    "RetrySpec",
+    "Short",
+    "SourceLocation",
+    "StatusCondition",
+    "Uri",
+    "WorkerSpec",
+    "canonical_uri",
+]
 
 
 class CaBundle(Model):
@@ -37,20 +48,27 @@ class CaBundle(Model):
 class Location(Model):
     """A place in object storage, on a hub or on a volume, and how to reach it."""
 
-    uri: Uri = Field(description="s3://bucket/prefix, hf://owner/name, pvc://claim/path; file:///path outside a cluster only.")
+    uri: Uri = Field(
+        description="s3://bucket/prefix, hf://owner/name, pvc://claim/path; file:///path outside a cluster only."
+    )
     endpoint: Annotated[str, StringConstraints(pattern=r"^https?://.+$", max_length=512)] | None = Field(
         default=None, description="URL of an S3-compatible server, or of a hub mirror. Default: AWS, or the public hub."
     )
-    region: Short | None = Field(default=None, description="Region of the bucket. Default: what the environment says, else us-east-1.")
-    path_style: bool | None = Field(
-        default=None, description="Address buckets as endpoint/bucket rather than bucket.endpoint. Default: true with an endpoint."
+    region: Short | None = Field(
+        default=None, description="Region of the bucket. Default: what the environment says, else us-east-1."
     )
-    ca_bundle: CaBundle | None = Field(default=None, description="Certificate authority of the endpoint, if it is a private one.")
+    path_style: Flag | None = Field(
+        default=None,
+        description="Address buckets as endpoint/bucket rather than bucket.endpoint. Default: true with an endpoint.",
+    )
+    ca_bundle: CaBundle | None = Field(
+        default=None, description="Certificate authority of the endpoint, if it is a private one."
+    )
     credentials_secret: Name | None = Field(
         default=None,
         description=(
-            "Secret in the job's namespace with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN), or HF_TOKEN. "
-            "Default: the identity of the worker's pod."
+            "Secret in the job's namespace with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN), "
+            "or HF_TOKEN. Default: the identity of the worker's pod."
         ),
     )
 
@@ -59,7 +77,8 @@ class SourceLocation(Location):
     """Where the checkpoint is read from."""
 
     revision: Short | None = Field(
-        default=None, description="Branch, tag or commit on a hub; pinned to a commit when the job starts. Default: main."
+        default=None,
+        description="Branch, tag or commit on a hub; pinned to a commit when the job starts. Default: main.",
     )
 
 
@@ -73,7 +92,8 @@ class OutputSpec(Location):
     """Where the result is written. Readers see nothing there until all of it is there."""
 
     format: Literal["compressed-tensors"] = Field(
-        default="compressed-tensors", description="File format of the result: compressed-tensors (vLLM, SGLang, transformers)."
+        default="compressed-tensors",
+        description="File format of the result: compressed-tensors (vLLM, SGLang, transformers).",
     )
 
     @field_validator("uri")
@@ -87,53 +107,65 @@ class OutputSpec(Location):
 class WorkerSpec(Model):
     """The pod that does the work."""
 
-    image: Annotated[str, StringConstraints(max_length=512)] | None = Field(
+    image: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = Field(
         default=None, description="Worker image. Default: the one the operator was installed with."
     )
-    resources: dict[str, Any] = Field(
+    resources: Annotated[dict[str, Any], PlainDict(Resources)] = Field(
         default_factory=dict, description="Requests and limits of the worker's container, as in a Pod."
     )
-    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels that the worker's node must have.")
-    tolerations: list[dict[str, Any]] = Field(
+    node_selector: dict[Short, Short] = Field(
+        default_factory=dict, max_length=32, description="Labels that the worker's node must have."
+    )
+    tolerations: list[Annotated[dict[str, Any], PlainDict(Toleration)]] = Field(
         default_factory=list, max_length=32, description="Taints that the worker's pod tolerates, as in a Pod."
     )
     service_account_name: Name | None = Field(
         default=None,
-        description="An existing service account for the pod (workload identity). Default: one made for this job alone.",
+        description="Existing service account for the pod (workload identity). Default: one made for this job alone.",
     )
 
 
 class RetrySpec(Model):
     """What happens when a worker fails for a reason that may pass."""
 
-    limit: int = Field(default=4, ge=0, le=100, description="Failed pods tolerated before the job is Failed; preemption is not counted.")
+    limit: Count = Field(
+        default=4,
+        ge=0,
+        le=100,
+        description="Failed pods tolerated before the job is Failed; preemption is not counted.",
+    )
 
 
-PassEntry = Annotated[dict[str, Any], Field(min_length=1, max_length=1)]
+PassEntry = Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)]
 
 
 class CompressionJobSpec(Model):
-    """Which model, what to do with it, where to put it. Immutable but for suspend, retry and ttlSecondsAfterFinished."""
+    """Model, passes and output. Immutable but for suspend, retry and ttlSecondsAfterFinished."""
 
     model: ModelSpec = Field(description="The model to compress.")
     output: OutputSpec = Field(description="Where the result is written, and in which format.")
     passes: list[PassEntry] = Field(
-        min_length=1, max_length=16, description="What to do, in this order; each entry has exactly one key, the name of a pass."
+        min_length=1,
+        max_length=16,
+        description="What to do, in this order; each entry has exactly one key, the name of a pass.",
     )
     worker: WorkerSpec = Field(default_factory=WorkerSpec, description="The pod that does the work.")
-    suspend: bool = Field(default=False, description="Stop the worker at its last committed block; false goes on from there.")
+    suspend: Flag = Field(
+        default=False, description="Stop the worker at its last committed block; false goes on from there."
+    )
     retry: RetrySpec = Field(default_factory=RetrySpec, description="How failures that may pass are retried.")
-    ttl_seconds_after_finished: int | None = Field(
+    ttl_seconds_after_finished: Count | None = Field(
         default=None,
         ge=0,
         le=31536000,
-        description="Seconds after the end until the child Job is removed. The CompressionJob itself stays. Default: it is kept.",
+        description="Seconds from the end until the child Job is removed; the CompressionJob stays. Default: never.",
     )
 
     @model_validator(mode="after")
     def _source_differs_from_output(self) -> CompressionJobSpec:
-        if canonical_uri(self.model.source.uri) == canonical_uri(self.output.uri):
-            raise ValueError(f"output.uri {self.output.uri} is the source itself; choose another prefix")
+        source, output = self.model.source, self.output
+        if canonical_uri(source.uri) == canonical_uri(output.uri) and source.endpoint == output.endpoint:
+            raise ValueError(f"output.uri {output.uri} is the source itself; choose another prefix")
         return self
 
 
@@ -144,8 +176,8 @@ class StatusCondition(BaseModel):
     type: Short = Field(description="Ready, Reconciling, Stalled, Validated, Suspended, Complete or Failed.")
     status: Literal["True", "False", "Unknown"] = Field(description="True, False or Unknown.")
     reason: Short = Field(description="CamelCase reason of the last transition.")
-    message: Annotated[str, StringConstraints(max_length=32768)] = Field(default="", description="What happened, and what to do about it.")
-    lastTransitionTime: str = Field(description="When the status last changed.", json_schema_extra={"format": "date-time"})
+    message: Message = Field(default="", description="What happened, and what to do about it.")
+    lastTransitionTime: Time = Field(description="When the status last changed.")
     observedGeneration: int | None = Field(default=None, description="The generation that this condition speaks of.")
 
 
@@ -153,7 +185,9 @@ class Progress(BaseModel):
     """How far the worker is; written by the worker."""
 
     model_config = ConfigDict(extra="allow")
-    percent: int | None = Field(default=None, ge=0, le=100, description="Share of the source's bytes that are done, in percent.")
+    percent: int | None = Field(
+        default=None, ge=0, le=100, description="Share of the source's bytes that are done, in percent."
+    )
     unit: Short | None = Field(default=None, description="What is being compressed now, such as model.layers.7.")
     unitsDone: int | None = Field(default=None, description="Units (embeddings, blocks, head) committed.")
     unitsTotal: int | None = Field(default=None, description="Units in the model.")
@@ -161,26 +195,28 @@ class Progress(BaseModel):
     bytesTotal: int | None = Field(default=None, description="Bytes of the source.")
     bytesPerSecond: int | None = Field(default=None, description="Source bytes per second, since this worker started.")
     etaSeconds: int | None = Field(default=None, description="Estimated seconds to the end.")
-    updatedAt: str | None = Field(default=None, description="When the worker last said so.", json_schema_extra={"format": "date-time"})
+    updatedAt: Time | None = Field(default=None, description="When the worker last said so.")
 
 
 class Result(BaseModel):
     """What came out; written by the worker when the output is published."""
 
     model_config = ConfigDict(extra="allow")
-    uri: str | None = Field(default=None, description="Where the result is.")
+    uri: Text | None = Field(default=None, description="Where the result is.")
     sourceBytes: int | None = Field(default=None, description="Tensor bytes of the source.")
     outputBytes: int | None = Field(default=None, description="Tensor bytes of the result.")
-    ratio: str | None = Field(default=None, description="sourceBytes / outputBytes, such as 3.6x.")
+    ratio: Text | None = Field(default=None, description="sourceBytes / outputBytes, such as 3.6x.")
     quantizedTensors: int | None = Field(default=None, description="Linear layers quantised.")
-    relativeError: str | None = Field(
+    relativeError: Text | None = Field(
         default=None, description="Root of squared weight error over squared weights, all quantised layers together."
     )
-    sourceDigest: str | None = Field(default=None, description="Digest of the source's files and headers.")
-    resultDigest: str | None = Field(default=None, description="Digest over the digests of all published tensors.")
-    resumedFromUnit: int | None = Field(default=None, description="The unit at which the last worker went on; absent if undisturbed.")
+    sourceDigest: Text | None = Field(default=None, description="Digest of the source's files and headers.")
+    resultDigest: Text | None = Field(default=None, description="Digest over the digests of all published tensors.")
+    resumedFromUnit: int | None = Field(
+        default=None, description="The unit at which the last worker went on; absent if undisturbed."
+    )
     seconds: int | None = Field(default=None, description="Wall-clock seconds of the last worker.")
-    warnings: list[str] | None = Field(default=None, description="What the report warns of.")
+    warnings: Warnings | None = Field(default=None, description="What the report warns of.")
 
 
 class CompressionJobStatus(BaseModel):
@@ -190,14 +226,16 @@ class CompressionJobStatus(BaseModel):
     observedGeneration: int = Field(default=-1, description="The generation that the conditions speak of.")
     phase: Short | None = Field(default=None, description="One word for people; nothing decides on it.")
     conditions: list[StatusCondition] = Field(
-        default_factory=list, max_length=16, description="Ready, Reconciling, Stalled, Validated, Suspended, Complete, Failed."
+        default_factory=list,
+        max_length=16,
+        description="Ready, Reconciling, Stalled, Validated, Suspended, Complete, Failed.",
     )
     jobName: Short | None = Field(default=None, description="The child Job of the current attempt.")
     attempt: int | None = Field(default=None, description="The current attempt; a new Job each.")
     retries: int | None = Field(default=None, description="Pods of the current Job that failed.")
-    startTime: str | None = Field(default=None, description="When the first child Job was created.", json_schema_extra={"format": "date-time"})
-    completionTime: str | None = Field(default=None, description="When the job ended.", json_schema_extra={"format": "date-time"})
-    specDigest: str | None = Field(default=None, description="Digest of the spec that the worker was given.")
+    startTime: Time | None = Field(default=None, description="When the first child Job was created.")
+    completionTime: Time | None = Field(default=None, description="When the job ended.")
+    specDigest: Text | None = Field(default=None, description="Digest of the spec that the worker was given.")
     progress: Progress | None = Field(default=None, description="How far the worker is; written by the worker.")
     result: Result | None = Field(default=None, description="What came out; written by the worker.")
 
