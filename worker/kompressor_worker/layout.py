@@ -1,11 +1,14 @@
-"""What a checkpoint is made of, known from config.json and safetensors headers alone: no weight is read, no torch imported."""
+"""What a checkpoint is made of, known from config.json and safetensors headers alone: no weight read, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from kompressor_worker.storage import Source
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -37,8 +40,10 @@ class StoredTensor:
 class SourceTensor:
     """One tensor as the model sees it, decoded from one or more stored tensors.
 
-    plain: stored = (tensor,). fp8_block: stored = (weight F8_E4M3 [out, in], weight_scale_inv [ceil(out/r), ceil(in/c)]), decoded to `dtype`.
-    mxfp4 (gpt-oss): stored = (blocks U8 [E, rows, groups, 16], scales U8 [E, rows, groups]), decoded and transposed to [E, cols, rows].
+    plain: stored = (tensor,).
+    fp8_block: stored = (weight F8_E4M3 [out, in], weight_scale_inv [ceil(out/r), ceil(in/c)]), decoded to `dtype`.
+    mxfp4 (gpt-oss): stored = (blocks U8 [E, rows, groups, 16], scales U8 [E, rows, groups]), decoded and transposed
+    to [E, cols, rows].
     """
 
     name: str
@@ -68,10 +73,9 @@ class LinearLayout:
     dtype: str
     kind: Kind = "linear"
     fused: str | None = None
-    """Linears with the same key are one matrix in a loader (q/k/v; gate/up; an MoE layer's experts): same scheme, NVFP4 global scale shared
-    among those with the same `shared`."""
+    """Linears with the same key are one matrix in a loader (q/k/v; gate/up; an MoE layer's experts): same scheme."""
     shared: str | None = None
-    """Linears with the same key share their global scale: q/k/v; gate/up, per expert."""
+    """Linears with the same key share their NVFP4 global scale: q/k/v; gate/up, per expert."""
 
     @property
     def weight(self) -> str:
@@ -80,7 +84,7 @@ class LinearLayout:
 
 @dataclass(frozen=True)
 class StageLayout:
-    """Tensors that are loaded, compressed and written together: q/k/v; o; gate/up; down; one expert; or a run of plain tensors."""
+    """Tensors that are loaded, compressed and written together: q/k/v; o; gate/up; down; one expert; plain ones."""
 
     name: str
     tensors: tuple[SourceTensor, ...]
@@ -115,7 +119,7 @@ class ModelLayout:
     other_files: tuple[str, ...]
     """Files that are carried over as they are: tokenizer, generation config, licence ..."""
     source_digest: str
-    """sha256 over names, sizes and ETags of all source files, config.json and the headers."""
+    """sha256: and hex digits, over names, sizes and ETags of all files that are read, config.json and the headers."""
     tied_embeddings: bool = False
     warnings: tuple[str, ...] = field(default=())
 
@@ -130,3 +134,25 @@ class ModelLayout:
     @property
     def source_bytes(self) -> int:
         return sum(u.source_bytes for u in self.units)
+
+    def exact_modules(self) -> tuple[str, ...]:
+        """Modules with a matrix that is no linear here (a vision tower's, an unknown family's router): a loader must be
+        told to leave them alone."""
+        known = {linear.weight for linear in self.linears()}
+        return tuple(
+            tensor.name.removesuffix(".weight")
+            for stage in self.stages()
+            for tensor in stage.tensors
+            if len(tensor.shape) == 2 and tensor.name.endswith(".weight") and tensor.name not in known
+        )
+
+
+def read_layout(source: Source) -> ModelLayout:
+    """The layout of the checkpoint at `source`, from its listing, config.json, index and headers.
+
+    Raises UserError (not a checkpoint that can be compressed: pickles, GGUF, already quantised), CorruptSource (broken:
+    truncated, missing or overlapping tensors, shapes that contradict config.json), and what storage raises.
+    """
+    from kompressor_worker.reading import read  # which builds what this module declares
+
+    return read(source)

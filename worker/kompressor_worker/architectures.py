@@ -1,0 +1,172 @@
+"""Decoder families as data: which linears a block has, which of them share an input, and what loaders fuse.
+
+Names are those in the files that `save_pretrained` writes and hubs hold, without the block's own prefix
+(`model.layers.7.`). A new family is an entry in FAMILIES; code that knows a family by name is a mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["FAMILIES", "Dimensions", "Experts", "Family", "Group", "Linear", "family_of", "text_config"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight [rows, columns]; sizes are names in Dimensions, `+` adds them."""
+
+    name: str
+    rows: str
+    columns: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that share an input: one stage. More than one of them: one matrix in a loader."""
+
+    name: str
+    linears: tuple[Linear, ...]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture in place of `Family.feed_forward` in a sparse layer."""
+
+    router: str
+    """Module, a linear [experts, hidden] that stays exact."""
+    expert: str = ""
+    """Module of one expert, `{expert}` its number; its groups' names hang below."""
+    groups: tuple[Group, ...] = ()
+    """Of one expert. Loaders fuse all experts of a layer."""
+    stacked: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Experts fused in the file: parameter and its shape, no linear of its own."""
+
+
+@dataclass(frozen=True)
+class Family:
+    model_types: tuple[str, ...]
+    """`model_type` in config.json, or in its text_config."""
+    attention: tuple[Group, ...]
+    feed_forward: tuple[Group, ...] = ()
+    experts: Experts | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What config.json may leave out because transformers' config class has another default than most."""
+
+    def sparse(self, config: Mapping[str, Any], layer: int) -> bool:
+        """Whether this layer has experts. Rule of Qwen's mixtures; the others have neither key."""
+        if self.experts is None or layer in (config.get("mlp_only_layers") or ()):
+            return False
+        return not self.feed_forward or (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
+
+
+Q = Linear("self_attn.q_proj", "q", "hidden")
+K = Linear("self_attn.k_proj", "kv", "hidden")
+V = Linear("self_attn.v_proj", "kv", "hidden")
+O = Linear("self_attn.o_proj", "hidden", "q")  # noqa: E741
+ATTENTION = (Group("self_attn.qkv", (Q, K, V)), Group("self_attn.o", (O,)))
+
+
+def gated(
+    prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", width: str = "ffn"
+) -> tuple[Group, ...]:
+    """The usual feed-forward: down(act(gate(x)) * up(x))."""
+    return (
+        Group(f"{prefix}gate_up", (Linear(prefix + gate, width, "hidden"), Linear(prefix + up, width, "hidden"))),
+        Group(f"{prefix}down", (Linear(prefix + down, "hidden", width),)),
+    )
+
+
+GEMMA = {"tie_word_embeddings": True}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(("llama", "ministral"), ATTENTION, gated("mlp.")),
+    "mistral": Family(("mistral",), ATTENTION, gated("mlp.")),
+    "qwen2": Family(("qwen2",), ATTENTION, gated("mlp.")),
+    "qwen3": Family(("qwen3",), ATTENTION, gated("mlp.")),
+    "gemma2": Family(("gemma2",), ATTENTION, gated("mlp."), defaults=GEMMA),
+    "gemma3": Family(
+        ("gemma3_text",),
+        ATTENTION,
+        gated("mlp."),
+        defaults={**GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    ),
+    "phi3": Family(
+        ("phi3",),
+        (Group("self_attn.qkv", (Linear("self_attn.qkv_proj", "q+kv+kv", "hidden"),)), Group("self_attn.o", (O,))),
+        (
+            Group("mlp.gate_up", (Linear("mlp.gate_up_proj", "ffn+ffn", "hidden"),)),
+            Group("mlp.down", (Linear("mlp.down_proj", "hidden", "ffn"),)),
+        ),
+    ),
+    "mixtral": Family(
+        ("mixtral",),
+        ATTENTION,
+        experts=Experts("block_sparse_moe.gate", "block_sparse_moe.experts.{expert}", gated("", "w1", "w3", "w2")),
+    ),
+    "qwen3_moe": Family(
+        ("qwen3_moe",),
+        ATTENTION,
+        gated("mlp."),
+        Experts("mlp.gate", "mlp.experts.{expert}", gated("", width="moe_ffn")),
+    ),
+    "gpt_oss": Family(
+        ("gpt_oss",),
+        ATTENTION,
+        experts=Experts(
+            "mlp.router",
+            stacked=(
+                ("mlp.experts.gate_up_proj", ("experts", "hidden", "ffn+ffn")),
+                ("mlp.experts.down_proj", ("experts", "ffn", "hidden")),
+            ),
+        ),
+    ),
+}
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The decoder's part of config.json: all of it, or text_config in a model that also sees or hears."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def family_of(config: Mapping[str, Any]) -> str | None:
+    """Key of FAMILIES for a config.json, or None."""
+    model_type = text_config(config).get("model_type")
+    return next((name for name, family in FAMILIES.items() if model_type in family.model_types), None)
+
+
+class Dimensions:
+    """Sizes that config.json promises, by name: hidden, q, kv, ffn, moe_ffn, experts, vocab, layers; None where it
+    promises nothing."""
+
+    def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
+        text = {**family.defaults, **text_config(config)}
+
+        def size(*names: str) -> int | None:
+            return next((v for n in names if type(v := text.get(n)) is int and v > 0), None)
+
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        head = size("head_dim") or (hidden // heads if hidden and heads else None)
+        kv_heads = size("num_key_value_heads")
+        self.sizes: dict[str, int | None] = {
+            "hidden": hidden,
+            "q": heads * head if heads and head else None,
+            "kv": kv_heads * head if kv_heads and head else None,
+            "ffn": size("intermediate_size"),
+            "moe_ffn": size("moe_intermediate_size"),
+            "experts": size("num_experts", "num_local_experts"),
+            "vocab": size("vocab_size"),
+            "layers": size("num_hidden_layers"),
+        }
+
+    def __getitem__(self, name: str) -> int | None:
+        """`name` may be a sum such as q+kv+kv; None as soon as one term is unknown."""
+        total = 0
+        for part in name.split("+"):
+            term = self.sizes[part]
+            if term is None:
+                return None
+            total += term
+        return total
