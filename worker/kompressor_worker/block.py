@@ -30,7 +30,8 @@ class Encoded:
 class Stage:
     layout: StageLayout
     weights: dict[str, torch.Tensor]
-    """Decoded source tensors by full name. A pass that encodes a linear leaves its weight here; the stream drops it afterwards."""
+    """Decoded source tensors by full name. A pass that encodes a linear leaves its weight here; the stream drops it
+    afterwards."""
     schemes: dict[str, Scheme] = field(default_factory=dict)
     """Linear name to scheme, decided from headers before the stream began."""
     encoded: dict[str, Encoded] = field(default_factory=dict)

@@ -21,11 +21,27 @@ class Scheme:
     inputs: Literal["none", "int8_token", "fp8_token", "fp8_group"] = "none"
     """Activation quantisation at run time: none; dynamic per token; FP8 dynamic per 128 columns."""
 
+    @property
+    def choosable_groups(self) -> bool:
+        """Whether its readers take other groups than its own: integer weights that are packed."""
+        return self.format == "pack-quantized"
+
     def with_group_size(self, group_size: int) -> Scheme:
         """The same scheme in groups of `group_size` columns; -1: one scale a channel."""
         if group_size == -1:
             return replace(self, strategy="channel", group_size=None)
         return replace(self, strategy="group", group_size=group_size)
+
+    def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of a weight [out, in] that share a scale."""
+        if self.block is not None:
+            return self.block
+        return 1, self.group_size or max(shape[1], 1)
+
+    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the scales of a weight [out, in]; tiles at the edges may be partial."""
+        rows, columns = self.tile(shape)
+        return -(-shape[0] // rows), -(-shape[1] // columns)
 
 
 SCHEMES: dict[str, Scheme] = {

@@ -1,8 +1,8 @@
 """Algorithms: one file each, one line in REGISTRY.
 
-A pass is configured by its `Params` (pydantic, camelCase, extra forbidden; the CRD is generated from it, so this module and the pass modules
-import torch lazily). It first assigns schemes from headers alone, which is where every impossible request is refused; then it is applied to
-each materialised stage.
+A pass is configured by its `Params` (pydantic, camelCase, extra forbidden; the CRD is generated from it, so this module
+and the pass modules import torch lazily). It first assigns schemes from headers alone, which is where every impossible
+request is refused; then it is applied to each materialised stage.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from kompressor_api.v1alpha1 import Model
 from pydantic import ValidationError
 
+from kompressor_api.v1alpha1 import Model
 from kompressor_worker.errors import UserError
 from kompressor_worker.schemes import Scheme
 
@@ -34,8 +34,8 @@ class Pass(Protocol):
     def __init__(self, params: Any) -> None: ...
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
-        """Linear name to scheme for the linears that this pass quantises, those in `taken` (by earlier passes) left out.
-        Headers only. Raises UserError."""
+        """Linear name to scheme for the linears that this pass quantises, those in `taken` (by earlier passes) left
+        out. Headers only. Raises UserError."""
 
     def apply(self, stage: Stage) -> None:
         """Encodes this stage's linears in `assign`'s answer: fills `stage.encoded`. Raises BadNumerics."""
@@ -65,14 +65,18 @@ def build_passes(entries: Sequence[Mapping[str, Any]]) -> list[Pass]:
 
 
 def explain(error: ValidationError, model: type[Model]) -> str:
-    """A pydantic error in one line: every wrong key with its nearest neighbour, every wrong value with what was expected."""
+    """A pydantic error in one line: every wrong key with its nearest neighbour, every wrong value with what was
+    expected."""
     known = [f.alias or n for n, f in model.model_fields.items()]
     lines = []
     for e in error.errors():
         where = ".".join(str(p) for p in e["loc"])
         if e["type"] == "extra_forbidden":
             near = difflib.get_close_matches(where, known, n=1)
-            lines.append(f"{where!r} is not a parameter; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"))
+            lines.append(
+                f"{where!r} is not a parameter; "
+                + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+            )
         else:
             lines.append(f"{where}: {e['msg']} (got {e['input']!r})")
     return "; ".join(lines)

@@ -1,0 +1,1 @@
+"""File formats: names, shapes and layout of tensors as loaders read them."""

@@ -1,0 +1,218 @@
+"""compressed-tensors: which tensors a quantised linear is stored as, what config.json says of them, and how they are
+read back.
+
+Names, shapes and the meaning of `quantization_config` follow compressed-tensors 0.20 (its compressors,
+`QuantizationConfig` and `match_targets`), vLLM's and transformers' readers of it. What is needed before a weight is
+read works from shapes alone, without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from kompressor_worker.formats.targets import patterns_for
+from kompressor_worker.layout import DTYPE_BYTES, LinearLayout
+from kompressor_worker.schemes import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = "0.20.0"
+"""The compressed-tensors release whose format this is; readers do not act on it."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the output, known before there is any."""
+
+    name: str
+    dtype: str
+    """safetensors' name of it."""
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def planned_tensors(name: str, shape: tuple[int, int], dtype: str, scheme: Scheme) -> list[PlannedTensor]:
+    """The tensors that a linear `name` with a weight of this shape [out, in] and safetensors dtype (BF16, F16, F32) is
+    stored as."""
+    rows, columns = shape
+    scales = scheme.scale_shape(shape)
+
+    def planned(suffix: str, dtype: str, *shape: int) -> PlannedTensor:
+        return PlannedTensor(f"{name}.{suffix}", dtype, shape)
+
+    match scheme.format:
+        case "int-quantized":
+            return [planned("weight", "I8", rows, columns), planned("weight_scale", dtype, *scales)]
+        case "float-quantized":
+            return [planned("weight", "F8_E4M3", rows, columns), planned("weight_scale", dtype, *scales)]
+        case "pack-quantized":
+            tensors = [
+                planned("weight_packed", "I32", rows, _words(columns, scheme.bits)),
+                planned("weight_scale", dtype, *scales),
+                planned("weight_shape", "I64", 2),
+            ]
+            if not scheme.symmetric:
+                tensors.append(planned("weight_zero_point", "I32", _words(rows, scheme.bits), scales[1]))
+            return tensors
+        case "mxfp4-pack-quantized":
+            return [planned("weight_packed", "U8", rows, columns // 2), planned("weight_scale", "U8", *scales)]
+        case "nvfp4-pack-quantized":
+            return [
+                planned("weight_packed", "U8", rows, columns // 2),
+                planned("weight_scale", "F8_E4M3", *scales),
+                planned("weight_global_scale", "F32", 1),
+            ]
+    raise AssertionError(f"{scheme.name}: no layout for format {scheme.format}")
+
+
+def quantization_config(linears: Sequence[LinearLayout], schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """`config.json["quantization_config"]` for a model of these linears, those in `schemes` (by name) quantised.
+
+    One scheme: it targets "Linear", and what stays exact is on the ignore list. Several: each group names its own
+    linears, disjointly, so that no reader's order of precedence matters (compressed-tensors sorts targets, vLLM takes
+    the first that matches).
+    """
+    groups: dict[Scheme, list[str]] = {}
+    for linear in linears:
+        if linear.name in schemes:
+            groups.setdefault(schemes[linear.name], []).append(linear.name)
+    names = [linear.name for linear in linears]
+    ignored = [linear.name for linear in linears if linear.name not in schemes]
+    ignore = patterns_for(ignored, names)
+    if not any(linear.kind == "head" for linear in linears):
+        ignore.append("lm_head")  # tied to the embeddings: not in the file, but a Linear in the loaded model
+    # transformers takes the first group that speaks of experts for the routed ones; shared experts have the word in
+    # their name too
+    ordered = sorted(groups.items(), key=lambda group: not any(".experts." in name for name in group[1]))
+    targets = [["Linear"]] if len(ordered) == 1 else [patterns_for(members, names) for _, members in ordered]
+    formats = {scheme.format for scheme in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": VERSION,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "config_groups": {
+            f"group_{i}": _group(scheme, target)
+            for i, ((scheme, _), target) in enumerate(zip(ordered, targets, strict=True))
+        },
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+
+
+def named_tensors(
+    name: str,
+    shape: tuple[int, int],
+    scheme: Scheme,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """What `planned_tensors` announces, filled: codes, scales and zero points of a weight [out, in] as a kernel packs
+    them."""
+    import torch
+
+    packed = scheme.format in ("pack-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized")
+    tensors = {f"{name}.weight_packed" if packed else f"{name}.weight": codes, f"{name}.weight_scale": scale}
+    if scheme.format == "pack-quantized":
+        tensors[f"{name}.weight_shape"] = torch.tensor(shape, dtype=torch.int64)
+    if zero_point is not None:
+        tensors[f"{name}.weight_zero_point"] = zero_point
+    if scheme.format == "nvfp4-pack-quantized":
+        assert global_scale is not None
+        tensors[f"{name}.weight_global_scale"] = global_scale
+    return tensors
+
+
+def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] in `dtype` that a reader sees: (code - zero point) * scale in fp32, then rounded. `tensors`
+    by full name."""
+    import torch
+
+    from kompressor_worker import grid
+    from kompressor_worker.formats import packing
+
+    def tensor(suffix: str) -> torch.Tensor:
+        return tensors[f"{name}.{suffix}"]
+
+    zero_point = global_scale = None
+    scale = tensor("weight_scale")
+    match scheme.format:
+        case "int-quantized" | "float-quantized":
+            codes = tensor("weight")
+        case "pack-quantized":
+            rows, columns = (int(n) for n in tensor("weight_shape"))
+            codes = packing.unpack_int32(tensor("weight_packed"), scheme.bits, columns)
+            if not scheme.symmetric:
+                zero_point = packing.unpack_int32(tensor("weight_zero_point"), scheme.bits, rows, dim=0)
+        case "mxfp4-pack-quantized":
+            codes, scale = packing.unpack_fp4(tensor("weight_packed")), grid.mx_scale(scale)
+        case "nvfp4-pack-quantized":
+            codes, global_scale = packing.unpack_fp4(tensor("weight_packed")), tensor("weight_global_scale")
+        case _:
+            raise AssertionError(f"{scheme.name}: no layout for format {scheme.format}")
+    return grid.dequantize(codes, grid.Grid(scale.to(torch.float32), zero_point, global_scale), scheme).to(dtype)
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // 32)
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    return {
+        "targets": targets,
+        "weights": _weights(scheme),
+        "input_activations": _inputs(scheme),
+        "output_activations": None,
+        "format": scheme.format,
+    }
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    args = _args(scheme.bits, scheme.type, scheme.strategy, scheme.group_size, dynamic=False)
+    args["symmetric"] = scheme.symmetric
+    if scheme.block is not None:
+        args["block_structure"] = list(scheme.block)
+    if scheme.format == "mxfp4-pack-quantized":
+        args["scale_dtype"] = "torch.uint8"
+    if scheme.format == "nvfp4-pack-quantized":
+        args["scale_dtype"] = "torch.float8_e4m3fn"
+    if not scheme.symmetric:
+        args["zp_dtype"] = "torch.int8"
+    return args
+
+
+def _inputs(scheme: Scheme) -> dict[str, Any] | None:
+    match scheme.inputs:
+        case "none":
+            return None
+        case "int8_token":
+            return _args(8, "int", "token", None, dynamic=True)
+        case "fp8_token":
+            return _args(8, "float", "token", None, dynamic=True)
+        case "fp8_group":
+            return _args(8, "float", "group", 128, dynamic=True)
+
+
+def _args(bits: int, kind: str, strategy: str, group_size: int | None, *, dynamic: bool) -> dict[str, Any]:
+    """compressed-tensors' QuantizationArgs, as it writes them itself; keys that it leaves out when they say nothing are
+    left out."""
+    return {
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": True,
+        "group_size": group_size,
+        "strategy": strategy,
+        "dynamic": dynamic,
+    }

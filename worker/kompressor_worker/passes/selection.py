@@ -1,0 +1,97 @@
+"""Which linears a pass takes: targets and ignore patterns against names known from headers, torch-free.
+
+Patterns are compressed-tensors': a module's exact name, `re:<regex>` matched from the start of the name, or the class
+name `Linear`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from kompressor_worker.errors import UserError
+from kompressor_worker.formats.targets import matches
+from kompressor_worker.layout import LinearLayout, ModelLayout
+from kompressor_worker.schemes import Scheme
+
+LINEAR = "Linear"
+
+
+def select(
+    layout: ModelLayout, taken: Mapping[str, Scheme], targets: Sequence[str], ignore: Sequence[str]
+) -> list[LinearLayout]:
+    """The linears that match `targets`, less those that match `ignore` or are in `taken`, in the model's order.
+
+    Embeddings, heads and MoE routers are left out; a head is taken if `targets` has its exact name.
+    Raises UserError: a pattern that matches nothing, an embedding or router asked for by name, a fused group that would
+    be split, nothing left.
+    """
+    linears = list(layout.linears())
+    _refuse_unmatched("targets", targets, layout, linears)
+    _refuse_unmatched("ignore", ignore, layout, linears)
+    chosen = [
+        linear
+        for linear in linears
+        if linear.name not in taken
+        and _targeted(linear, targets)
+        and not any(_match(pattern, linear) for pattern in ignore)
+    ]
+    if not chosen:
+        raise UserError(
+            f"targets {list(targets)} and ignore {list(ignore)} leave no linear layer to quantise "
+            f"({len(linears)} in the model, {len(taken)} taken by earlier passes); "
+            "widen targets, shorten ignore, or drop this pass"
+        )
+    _refuse_split(linears, {linear.name for linear in chosen}, taken)
+    return chosen
+
+
+def _match(pattern: str, linear: LinearLayout) -> bool:
+    return matches(pattern, linear.name) or (pattern == LINEAR and linear.kind == "linear")
+
+
+def _targeted(linear: LinearLayout, targets: Sequence[str]) -> bool:
+    if linear.kind == "linear":
+        return any(_match(pattern, linear) for pattern in targets)
+    if linear.name not in targets:
+        return False
+    if linear.kind == "head":
+        return True
+    what = "an embedding" if linear.kind == "embedding" else "a router of a mixture of experts"
+    raise UserError(f"targets: {linear.name} is {what}, which loaders want exact; take it out of targets")
+
+
+def _refuse_unmatched(
+    field: str, patterns: Sequence[str], layout: ModelLayout, linears: Sequence[LinearLayout]
+) -> None:
+    names = {linear.name for linear in linears}
+    names.update(tensor.name.rpartition(".")[0] for stage in layout.stages() for tensor in stage.tensors)
+    if layout.tied_embeddings:
+        names.add("lm_head")  # commonly listed, and absent only because it is tied
+    for pattern in patterns:
+        pool = {linear.name for linear in linears} if field == "targets" else names
+        if pattern == LINEAR or any(matches(pattern, name) for name in pool):
+            continue
+        near = difflib.get_close_matches(pattern, sorted(pool), n=1)
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else 'use a module name such as model.layers.0.mlp.down_proj, "re:.*down_proj$" or "Linear"'
+        )
+        if pattern == "lm_head":
+            hint = "its weight is tied to the embeddings, which are left exact"
+        raise UserError(f"{field}: {pattern!r} matches no linear layer of this model; {hint}")
+
+
+def _refuse_split(linears: Sequence[LinearLayout], chosen: set[str], taken: Mapping[str, Scheme]) -> None:
+    """What a loader fuses into one matrix must be quantised as one."""
+    inside: dict[str, str] = {linear.fused: linear.name for linear in linears if linear.fused and linear.name in chosen}
+    for linear in linears:
+        if linear.fused is None or linear.fused not in inside or linear.name in chosen:
+            continue
+        other = inside[linear.fused]
+        state = f"{taken[linear.name].name} by an earlier pass" if linear.name in taken else "left exact"
+        raise UserError(
+            f"{linear.name} would be {state}, but {other}, which loaders fuse with it, is quantised here; "
+            "target or ignore both in the same pass"
+        )

@@ -1,0 +1,81 @@
+"""Which shapes a scheme's loaders read, checked on headers before a weight is read. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from kompressor_worker.errors import UserError
+from kompressor_worker.layout import LinearLayout, ModelLayout
+from kompressor_worker.schemes import Scheme
+
+USUAL_GROUPS = (128, 64, 32)
+"""Group sizes for which vLLM has its fastest kernels."""
+
+
+def check_shapes(layout: ModelLayout, linears: Sequence[LinearLayout], scheme: Scheme) -> None:
+    """Raises UserError for the first linear that `scheme` cannot hold in a form that its loaders read."""
+    for linear in linears:
+        if 0 in linear.shape:
+            raise UserError(f"{linear.name}: weight {list(linear.shape)} is empty; list it under ignore")
+        match scheme.format:
+            case "pack-quantized":
+                _check_group(linear, scheme)
+                _check_packing(linear, scheme)
+            case "mxfp4-pack-quantized" | "nvfp4-pack-quantized":
+                _check_group(linear, scheme)
+    if scheme.block is not None:
+        _check_blocks(layout, linears, scheme.block)
+
+
+def _check_group(linear: LinearLayout, scheme: Scheme) -> None:
+    group, columns = scheme.group_size, linear.shape[1]
+    if group is None or columns % group == 0:
+        return
+    if not scheme.choosable_groups:
+        raise UserError(
+            f"{linear.name}: {columns} columns not divisible by {scheme.name}'s groups of {group}; "
+            "list it under ignore, or choose another scheme"
+        )
+    fitting = [str(size) for size in USUAL_GROUPS if columns % size == 0]
+    choice = ", ".join([*fitting, "or -1"]) if fitting else "-1"
+    raise UserError(
+        f"{linear.name}: {columns} columns not divisible by groupSize {group}; choose {choice}, or list it under ignore"
+    )
+
+
+def _check_packing(linear: LinearLayout, scheme: Scheme) -> None:
+    rows, columns = linear.shape
+    per_word = 32 // scheme.bits
+    if columns % per_word:
+        raise UserError(
+            f"{linear.name}: {columns} columns do not fill the 32-bit words of {scheme.name} ({per_word} a word); "
+            "list it under ignore, or choose W8A8 or FP8_DYNAMIC"
+        )
+    if not scheme.symmetric and rows % per_word:
+        raise UserError(
+            f"{linear.name}: the zero points of {rows} rows do not fill the 32-bit words of {scheme.name} "
+            f"({per_word} a word); list it under ignore, or choose W4A16"
+        )
+
+
+def _check_blocks(layout: ModelLayout, linears: Sequence[LinearLayout], block: tuple[int, int]) -> None:
+    """vLLM's `validate_fp8_block_shape` and `validate_fp8_block_shape_moe`: whole blocks of columns, and of the rows of
+    whatever another matrix is appended to."""
+    height, width = block
+    remedy = "list it under ignore, or choose FP8_DYNAMIC"
+    last = {linear.fused: linear.name for linear in layout.linears() if linear.fused is not None}
+    for linear in linears:
+        rows, columns = linear.shape
+        if columns % width:
+            raise UserError(f"{linear.name}: {columns} columns not divisible by FP8_BLOCK's {width}; {remedy}")
+        appended = linear.fused is not None and (is_routed_expert(linear.name) or last[linear.fused] != linear.name)
+        if appended and rows % height:
+            raise UserError(
+                f"{linear.name}: {rows} rows not divisible by FP8_BLOCK's {height}, "
+                f"and loaders append another matrix to it; {remedy}"
+            )
+
+
+def is_routed_expert(name: str) -> bool:
+    return re.search(r"\.experts\.\d+\.", name) is not None
