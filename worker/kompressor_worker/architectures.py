@@ -68,9 +68,7 @@ O = Linear("self_attn.o_proj", "hidden", "q")  # noqa: E741
 ATTENTION = (Group("self_attn.qkv", (Q, K, V)), Group("self_attn.o", (O,)))
 
 
-def gated(
-    prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", width: str = "ffn"
-) -> tuple[Group, ...]:
+def gated(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", width: str = "ffn") -> tuple[Group, ...]:
     """The usual feed-forward: down(act(gate(x)) * up(x))."""
     return (
         Group(f"{prefix}gate_up", (Linear(prefix + gate, width, "hidden"), Linear(prefix + up, width, "hidden"))),

@@ -10,7 +10,7 @@ from typing import Any
 from kompressor_api.names import Reason
 from kompressor_worker.architectures import FAMILIES, text_config
 from kompressor_worker.errors import UserError
-from kompressor_worker.layout import SourceTensor, StageLayout, UnitLayout
+from kompressor_worker.layout import Kind, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.stages import linear_layout, other_units, plain_stages
 
 __all__ = ["arrange_by_shape"]
@@ -26,9 +26,7 @@ TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Families that keep weights as [in, out] in a module that is no linear: scales would lie along the wrong side."""
 
 
-def arrange_by_shape(
-    config: Mapping[str, Any], tensors: Mapping[str, SourceTensor], warnings: list[str]
-) -> list[UnitLayout]:
+def arrange_by_shape(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor], warnings: list[str]) -> list[UnitLayout]:
     """Embeddings, numbered blocks with every linear in a stage of its own, the rest.
 
     Raises UserError where there are no blocks."""
@@ -110,7 +108,7 @@ def _matrices(name: str, tensors: list[SourceTensor]) -> UnitLayout:
     plain: list[SourceTensor] = []
     for tensor in tensors:
         module = tensor.name.removesuffix(".weight")
-        kind = "head" if HEAD.search(module) else "embedding" if name == "embeddings" else None
+        kind: Kind | None = "head" if HEAD.search(module) else "embedding" if name == "embeddings" else None
         if kind is not None and len(tensor.shape) == 2 and tensor.name.endswith(".weight"):
             stages.append(StageLayout(module, (tensor,), (linear_layout(tensor, kind),)))
         else:

@@ -31,9 +31,7 @@ OTHER_WEIGHTS = re.compile(
 )
 """The same weights once more, in another format or for another loader."""
 OTHER_FOLDERS = ("original/", "onnx/", "openvino/", "coreml/", "metal/")
-IGNORED = re.compile(
-    r"(.*/)?(\.git|\.cache|\.huggingface|__pycache__)/.*|(.*/)?(\.gitattributes|\.gitignore|\.DS_Store)"
-)
+IGNORED = re.compile(r"(.*/)?(\.git|\.cache|\.huggingface|__pycache__)/.*|(.*/)?(\.gitattributes|\.gitignore|\.DS_Store)")
 """What tools leave behind; not worth a word."""
 
 
@@ -84,9 +82,7 @@ def parse_index(text: bytes) -> dict[str, str]:
     return weight_map
 
 
-def find_weights(
-    uri: str, files: Mapping[str, ObjectInfo], index: Mapping[str, str] | None, warnings: list[str]
-) -> list[str]:
+def find_weights(uri: str, files: Mapping[str, ObjectInfo], index: Mapping[str, str] | None, warnings: list[str]) -> list[str]:
     """The safetensors files that make up the model, in order. Raises UserError, NotFound, CorruptSource."""
     if index is not None:
         named = sorted(set(index.values()))
@@ -95,9 +91,7 @@ def find_weights(
                 tensor = next(t for t, f in index.items() if f == file)
                 raise CorruptSource(f"{INDEX}: {tensor!r} is in {file}, which {uri} lacks; upload that file")
         if WEIGHTS in files and WEIGHTS not in named:
-            raise CorruptSource(
-                f"{uri}: {WEIGHTS} and {INDEX} are both there; loaders disagree on which counts: remove the stale one"
-            )
+            raise CorruptSource(f"{uri}: {WEIGHTS} and {INDEX} are both there; loaders disagree on which counts: remove the stale one")
         return named
     if WEIGHTS in files:
         return [WEIGHTS]
@@ -140,7 +134,8 @@ def other_files(files: Mapping[str, ObjectInfo], weights: Iterable[str], warning
     """What is carried over as it is: all but the weights, what describes them, and their copies in other formats."""
     ours = {CONFIG, INDEX, REPORT, *weights}
     consolidated = any(name.startswith("consolidated") for name in files)
-    carried, left = [], []
+    carried: list[str] = []
+    left: list[str] = []
     for name in sorted(files):
         if name in ours or IGNORED.fullmatch(name):
             continue

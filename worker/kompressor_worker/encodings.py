@@ -138,14 +138,9 @@ def _mxfp4(dtype: str, stored: Mapping[str, StoredTensor]) -> dict[str, SourceTe
             scales = stored.get(f"{plain}_scales")
             if scales is None:
                 raise CorruptSource(f"{name}: blocks without {plain}_scales; upload the checkpoint again")
-            if (
-                len(tensor.shape) != 4
-                or tensor.shape[3] != 16
-                or scales.dtype != "U8"
-                or scales.shape != tensor.shape[:3]
-            ):
+            if tensor.shape != (*scales.shape, 16) or len(scales.shape) != 3 or scales.dtype != "U8":
                 raise CorruptSource(
-                    f"{name}: {tensor.dtype} {list(tensor.shape)} with scales {scales.dtype} {list(scales.shape)} is not "
+                    f"{name}: {tensor.dtype} {list(tensor.shape)} and scales {scales.dtype} {list(scales.shape)} are no "
                     "MXFP4 ([E, rows, groups, 16] and [E, rows, groups]); upload the checkpoint again"
                 )
             experts, rows, groups, _ = tensor.shape

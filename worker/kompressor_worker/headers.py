@@ -33,13 +33,9 @@ def header_length(file: str, size: int, head: bytes) -> int:
         raise CorruptSource(f"{file}: {size} bytes, too short for a safetensors header; {UPLOAD_AGAIN}")
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER:
-        raise CorruptSource(
-            f"{file}: a header of {length} bytes, above {MAX_HEADER}: not a safetensors file; {UPLOAD_AGAIN}"
-        )
+        raise CorruptSource(f"{file}: a header of {length} bytes, above {MAX_HEADER}: not a safetensors file; {UPLOAD_AGAIN}")
     if 8 + length > size:
-        raise CorruptSource(
-            f"{file}: truncated: the header alone has {8 + length} bytes, the file {size}; {UPLOAD_AGAIN}"
-        )
+        raise CorruptSource(f"{file}: truncated: the header alone has {8 + length} bytes, the file {size}; {UPLOAD_AGAIN}")
     return length
 
 
@@ -51,9 +47,7 @@ def parse_header(file: str, size: int, text: bytes) -> list[StoredTensor]:
     begin = 8 + len(text)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CorruptSource(
-            f"{file}: __metadata__ must map names to strings; write the file with the safetensors library"
-        )
+        raise CorruptSource(f"{file}: __metadata__ must map names to strings; write the file with the safetensors library")
     tensors = [_parse_entry(file, name, entry, begin) for name, entry in entries.items()]
     tensors.sort(key=lambda t: (t.start, t.stop))
     _check_cover(file, size, begin, tensors)
@@ -112,13 +106,10 @@ def _check_cover(file: str, size: int, begin: int, tensors: list[StoredTensor]) 
         if tensor.start != at:
             kind = "overlap" if tensor.start < at else "leave a gap"
             raise CorruptSource(
-                f"{file}: offsets of {before!r} and {tensor.name!r} {kind}: byte {tensor.start} where {at} is expected; "
-                f"{UPLOAD_AGAIN}"
+                f"{file}: offsets of {before!r} and {tensor.name!r} {kind}: {tensor.start} where {at} is expected; {UPLOAD_AGAIN}"
             )
         at, before = tensor.stop, tensor.name
     if at > size:
         raise CorruptSource(f"{file}: truncated: {before!r} ends at byte {at}, the file at {size}; {UPLOAD_AGAIN}")
     if at < size:
-        raise CorruptSource(
-            f"{file}: {size - at} bytes after the last tensor {before!r} belong to none; {UPLOAD_AGAIN}"
-        )
+        raise CorruptSource(f"{file}: {size - at} bytes after the last tensor {before!r} belong to none; {UPLOAD_AGAIN}")

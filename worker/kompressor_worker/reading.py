@@ -83,9 +83,7 @@ class Arrangement:
         head = self.head()
         extra = [n for n in self.left if n.startswith(f"{self.prefix}layers.")]
         if extra:
-            self.warnings.append(
-                f"{extra[0]} and {len(extra) - 1} more tensors are beyond num_hidden_layers {len(blocks)}; kept as they are"
-            )
+            self.warnings.append(f"{extra[0]} and {len(extra) - 1} more are beyond num_hidden_layers {len(blocks)}; kept as they are")
         return [UnitLayout("embeddings", (embedding,)), *blocks, head, *other_units(self.left.values())]
 
     def layers(self) -> int:
@@ -98,9 +96,7 @@ class Arrangement:
         name = f"{self.prefix}layers.{layer}"
         present = [n for n in self.left if n.startswith(name + ".")]
         if not present:
-            raise CorruptSource(
-                f"{name}: no tensor of it, though config.json says num_hidden_layers {self.layers()}; {REMEDY}"
-            )
+            raise CorruptSource(f"{name}: no tensor of it, though config.json says num_hidden_layers {self.layers()}; {REMEDY}")
         stages = [self.group(name, group) for group in self.family.attention]
         if self.family.experts is not None and self.family.sparse(self.text, layer):
             stages += self.experts(name, self.family.experts)
@@ -114,9 +110,7 @@ class Arrangement:
         tensors, linears = self.linears(f"{block}.", group, fused=key, shared=key)
         return StageLayout(f"{block}.{group.name}", tuple(tensors), tuple(linears))
 
-    def linears(
-        self, prefix: str, group: Group, fused: str | None, shared: str | None
-    ) -> tuple[list[SourceTensor], list[LinearLayout]]:
+    def linears(self, prefix: str, group: Group, fused: str | None, shared: str | None) -> tuple[list[SourceTensor], list[LinearLayout]]:
         tensors: list[SourceTensor] = []
         linears: list[LinearLayout] = []
         for linear in group.linears:
@@ -174,9 +168,7 @@ class Arrangement:
         if tensor is None:
             raise CorruptSource(f"{name} is missing, which {self.text.get('model_type')} has; {REMEDY}")
         expected = [self.sizes[size] for size in shape]
-        if len(tensor.shape) != len(shape) or any(
-            e not in (None, s) for e, s in zip(expected, tensor.shape, strict=True)
-        ):
+        if len(tensor.shape) != len(shape) or any(e not in (None, s) for e, s in zip(expected, tensor.shape, strict=True)):
             wanted = ", ".join(f"{what}={size or '?'}" for what, size in zip(shape, expected, strict=True))
             raise CorruptSource(f"{name}: shape {list(tensor.shape)}, but config.json says [{wanted}]; {REMEDY}")
         return tensor

@@ -17,9 +17,7 @@ STAGE_BYTES = 128 * 1024 * 1024
 FIRST_NUMBER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
 
 
-def linear_layout(
-    tensor: SourceTensor, kind: Kind = "linear", fused: str | None = None, shared: str | None = None
-) -> LinearLayout:
+def linear_layout(tensor: SourceTensor, kind: Kind = "linear", fused: str | None = None, shared: str | None = None) -> LinearLayout:
     """Raises UserError where the weight is stored in a type that holds no plain numbers."""
     if tensor.dtype not in ("F32", "F16", "BF16"):
         raise UserError(
@@ -44,7 +42,7 @@ def plain_stages(name: str, tensors: Iterable[SourceTensor]) -> list[StageLayout
 
 
 def other_units(tensors: Iterable[SourceTensor]) -> list[UnitLayout]:
-    """What no decoder block, embedding or head claims (a vision tower): a unit for every numbered block, and the rest."""
+    """What no block, embedding or head claims (a vision tower): a unit for every numbered block, and the rest."""
     by_place: dict[str, list[SourceTensor]] = {}
     for tensor in tensors:
         numbered = FIRST_NUMBER.match(tensor.name)
