@@ -1,15 +1,41 @@
-"""The bodies of HTTP messages without copies: answers received straight into a buffer, uploads sent straight from chunks."""
+"""Bodies of HTTP messages without copies: answers received straight into a buffer, uploads sent straight from chunks."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from kompressor_worker.errors import KompressorError
+from kompressor_worker.storage.patience import Patience
 
 SLICE = 1 << 20
 """Bytes asked for or sent at a time: what a broken connection can lose, and what one network timeout allows for."""
+
+
+def fill(
+    buffer: memoryview,
+    open_at: Callable[[int], Any],
+    patience: Patience,
+    given_up: Callable[[BaseException, int, int], KompressorError],
+) -> None:
+    """Fills `buffer` from answers that break off: `open_at(done)` gives a urllib3 response with the bytes from there to the end.
+
+    Attempts are counted anew after progress. Raises what open_at does, Terminated, and given_up(cause, done, attempts).
+    """
+    done = failures = 0
+    while done < len(buffer):
+        count, problem = receive(open_at(done), buffer[done:])
+        done += count
+        if problem is None:
+            return
+        failures = 1 if count >= SLICE else failures + 1
+        if failures >= patience.attempts:
+            raise given_up(problem, done, failures) from problem
+        patience.pause(failures, problem)
 
 
 def receive(raw: Any, buffer: memoryview) -> tuple[int, Exception | None]:
@@ -19,7 +45,7 @@ def receive(raw: Any, buffer: memoryview) -> tuple[int, Exception | None]:
     The connection goes back to its pool after a whole body, and is closed after anything else.
     """
     inner = getattr(raw, "_fp", None)
-    direct = isinstance(inner, io.BufferedIOBase) and not getattr(inner, "chunked", True) and not raw.headers.get("content-encoding")
+    direct = isinstance(inner, http.client.HTTPResponse) and not inner.chunked and not raw.headers.get("content-encoding")
     stream: Any = inner if direct else raw
     done = 0
     problem: Exception | None = None
@@ -30,9 +56,9 @@ def receive(raw: Any, buffer: memoryview) -> tuple[int, Exception | None]:
                 problem = EOFError(f"the answer ended {len(buffer) - done} bytes early")
                 break
             done += count
-    except Exception as error:  # whatever the network libraries raise, what came before it is good
+    except Exception as error:  # whatever the network libraries raise: what came before it is good
         problem = error
-    if problem is None and (not direct or inner.isclosed()):
+    if problem is None and (not direct or stream.isclosed()):
         raw.release_conn()
     else:
         with contextlib.suppress(Exception):
@@ -80,7 +106,7 @@ class Chunks(io.RawIOBase):
         return offset
 
     def read(self, size: int | None = -1) -> Any:
-        """The next slice of at most SLICE bytes. `size` is not kept to: senders ask for 16 KiB, which would cost as much as sending."""
+        """The next slice, of at most SLICE bytes. `size` is not kept to: senders ask for 16 KiB, and each piece costs them a call."""
         if self._index == len(self._chunks):
             return b""
         chunk = self._chunks[self._index]

@@ -29,7 +29,7 @@ class Claims:
 
     def generations(self, name: str) -> list[int]:
         try:
-            return sorted(int(entry) for entry in os.listdir(self._object(name)) if entry.isdigit())
+            return sorted(int(entry.name) for entry in self._object(name).iterdir() if entry.name.isdigit())
         except FileNotFoundError:
             return []
 
@@ -78,12 +78,6 @@ class Claims:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                 raise
-
-    def names(self) -> list[str]:
-        try:
-            return [urllib.parse.unquote(entry) for entry in os.listdir(self.folder)]
-        except FileNotFoundError:
-            return []
 
     def _lost(self, name: str, etag: str | None, present: list[int]) -> str:
         found = f"generation {present[-1]}" if present else "nothing"

@@ -20,14 +20,14 @@ LONGEST_PAUSE = 20.0
 
 @dataclass(frozen=True)
 class Patience:
-    """Raises from `check` and `pause`: Terminated, once `stop` is set."""
+    """How often and how long. Requests are still made after `stop` is set, so that a last commit can go through; only waiting ends."""
 
     attempts: int = 8
     """Tries of one request, the first included."""
     timeout: float = 60.0
     """Seconds without a byte after which a connection is given up."""
     stop: threading.Event = field(default_factory=threading.Event)
-    """Set on SIGTERM: no further try is made and pauses end at once."""
+    """Set on SIGTERM: a try that fails from then on is not made again, and pauses end at once."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], stop: threading.Event | None = None) -> Patience:
@@ -42,16 +42,12 @@ class Patience:
     def connect_timeout(self) -> float:
         return min(CONNECT_TIMEOUT, self.timeout)
 
-    def check(self) -> None:
-        if self.stop.is_set():
-            raise Terminated("told to stop while waiting for storage; the journal holds what was committed")
-
-    def pause(self, failures: int) -> None:
+    def pause(self, failures: int, cause: BaseException) -> None:
         """Waits before the next try, after `failures` (from 1) in a row. Half of the pause is random, so that many workers do not
-        come back to a recovering store in step."""
+        come back to a recovering store in step. Raises Terminated."""
         longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (failures - 1))
-        self.stop.wait(longest * (0.5 + random.random() / 2))
-        self.check()
+        if self.stop.wait(longest * (0.5 + random.random() / 2)):
+            raise Terminated(f"told to stop while storage did not answer ({cause}); the journal holds what was committed") from cause
 
 
 def _positive(environ: Mapping[str, str], name: str, default: float) -> float:

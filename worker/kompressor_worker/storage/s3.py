@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
@@ -15,7 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, StorageError
 from kompressor_worker.storage import WORK, ObjectInfo
-from kompressor_worker.storage.body import SLICE, receive
+from kompressor_worker.storage.body import fill
 from kompressor_worker.storage.locations import Place
 from kompressor_worker.storage.patience import Patience
 from kompressor_worker.storage.s3_errors import ABSENT, PRECONDITION, code_of, is_transient, status_of, translate
@@ -57,7 +58,6 @@ class S3Store:
         """
         failures = 0
         while True:
-            self.patience.check()
             try:
                 return request(self.client)
             except KompressorError:
@@ -68,16 +68,14 @@ class S3Store:
                     failed(error)
                 if not is_transient(error) or failures >= self.patience.attempts:
                     raise translate(error, self.place, what, failures) from error
-            self.patience.pause(failures)
+                cause = error
+            self.patience.pause(failures, cause)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects below the location's prefix plus `prefix`; folder markers left out."""
-        token: dict[str, str] = {}
+        token: dict[str, Any] = {}
         while True:
-            page: Any = self.call(
-                f"listing {self.key(prefix)}",
-                lambda s3: s3.list_objects_v2(Bucket=self.bucket, Prefix=self.key(prefix), **token),  # type: ignore[arg-type]  # noqa: B023
-            )
+            page = self.call(f"listing {self.key(prefix)}", partial(self._page, prefix=self.key(prefix), **token))
             for entry in page.get("Contents", ()):
                 name = entry["Key"].removeprefix(self.prefix)
                 if name and not name.endswith("/"):
@@ -86,6 +84,9 @@ class S3Store:
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
+    def _page(self, s3: S3Client, prefix: str, **token: Any) -> Any:
+        return s3.list_objects_v2(Bucket=self.bucket, Prefix=prefix, **token)
+
     def get(self, name: str) -> tuple[bytes, str]:
         """A whole object and its ETag, checked against the checksum that the store sends. Raises NotFound."""
         return self.call(f"reading {self.key(name)}", lambda s3: self._whole(s3, name))
@@ -93,10 +94,24 @@ class S3Store:
     def get_or_none(self, name: str) -> tuple[bytes, str] | None:
         def absent(error: BaseException) -> None:
             if code_of(error) in ABSENT:
-                raise _Absent
+                raise _Absent from error
 
         try:
             return self.call(f"reading {self.key(name)}", lambda s3: self._whole(s3, name), absent)
+        except _Absent:
+            return None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, or None."""
+
+        def absent(error: BaseException) -> None:
+            if code_of(error) in ABSENT or status_of(error) == 404:
+                raise _Absent from error
+
+        try:
+            return self.call(f"looking at {self.key(name)}", lambda s3: s3.head_object(Bucket=self.bucket, Key=self.key(name)), absent)[
+                "ContentLength"
+            ]
         except _Absent:
             return None
 
@@ -133,29 +148,24 @@ class S3Source:
                 raise self._short(name, stop, len(data))
             return data
         if stop is None:
-            stop = listed.size if listed is not None else self._size(name)
+            stop = listed.size if listed is not None else self._store.size(name) or 0
         buffer = bytearray(stop - start)
         self.read_into(name, start, memoryview(buffer))
         return bytes(buffer)
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         buffer = buffer.cast("B")
-        done = failures = 0
-        while done < len(buffer):
-            raw = self._open(name, start + done, start + len(buffer))
-            count, problem = receive(raw, buffer[done:])
-            done += count
-            if problem is None:
-                continue
-            failures = 1 if count >= SLICE else failures + 1
-            if failures >= self._store.patience.attempts or not is_transient(problem):
-                raise translate(problem, self._store.place, f"reading {name} at byte {start + done}", failures) from problem
-            self._store.patience.pause(failures)
+
+        def given_up(cause: BaseException, done: int, attempts: int) -> KompressorError:
+            return translate(cause, self._store.place, f"reading {name} at byte {start + done}", attempts)
+
+        stop = start + len(buffer)
+        fill(buffer, lambda done: self._open(name, start + done, stop), self._store.patience, given_up)
 
     def _open(self, name: str, start: int, stop: int) -> Any:
         """A response whose body is the bytes [start, stop)."""
         listed = self._listed.get(name)
-        extra = {"IfMatch": listed.etag} if listed is not None else {}
+        extra: dict[str, Any] = {"IfMatch": listed.etag} if listed is not None else {}
 
         def failed(error: BaseException) -> None:
             if code_of(error) in PRECONDITION or status_of(error) == 412:
@@ -165,30 +175,22 @@ class S3Source:
 
         answer: Any = self._store.call(
             f"reading {self._store.key(name)}",
-            lambda s3: s3.get_object(  # type: ignore[call-overload]
-                Bucket=self._store.bucket, Key=self._store.key(name), Range=f"bytes={start}-{stop - 1}", **extra
-            ),
+            lambda s3: s3.get_object(Bucket=self._store.bucket, Key=self._store.key(name), Range=f"bytes={start}-{stop - 1}", **extra),
             failed,
         )
         raw = answer["Body"]._raw_stream
         sent = answer["ContentLength"]
         if answer["ResponseMetadata"]["HTTPStatusCode"] != 206 and (start or sent != stop):
             raw.close()
-            raise StorageError(f"{self.uri}: the store at {self._store.place.endpoint} does not honour Range, which streaming needs")
+            at = self._store.place.endpoint
+            raise StorageError(f"{self.uri}: the store at {at} does not honour Range, which streaming needs")
         if sent < stop - start:
             raw.close()
             raise self._short(name, stop, start + sent)
         return raw
 
-    def _size(self, name: str) -> int:
-        answer: Any = self._store.call(
-            f"looking at {self._store.key(name)}",
-            lambda s3: s3.head_object(Bucket=self._store.bucket, Key=self._store.key(name)),
-        )
-        return int(answer["ContentLength"])
-
     def _changed(self, name: str) -> CorruptSource:
-        return CorruptSource(f"{self.uri}: {name} changed while it was read; let its writer finish, then start again")
+        return CorruptSource(f"{self.uri}: {name} changed while it was read; let its writer end, then start again")
 
     def _short(self, name: str, wanted: int, size: int | None) -> CorruptSource:
         return CorruptSource(
@@ -206,7 +208,8 @@ def _connect(place: Place, environ: Mapping[str, str], patience: Patience) -> S3
     endpoint = place.endpoint or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or None
     path_style = place.path_style if place.path_style is not None else endpoint is not None
     # Over TLS the checksum of a part, itself signed, stands for the part; in the clear its SHA-256 is signed too.
-    signing = {} if endpoint is not None and endpoint.startswith("http:") else {"payload_signing_enabled": False}
+    options: Any = {} if endpoint is not None and endpoint.startswith("http:") else {"payload_signing_enabled": False}
+    options["addressing_style"] = "path" if path_style else "virtual" if place.path_style is False else "auto"
     config = Config(
         connect_timeout=patience.connect_timeout,
         read_timeout=patience.timeout,
@@ -214,7 +217,7 @@ def _connect(place: Place, environ: Mapping[str, str], patience: Patience) -> S3
         retries={"total_max_attempts": 1, "mode": "standard"},
         request_checksum_calculation="when_required",  # S3Output sends its own, once it knows that the store takes them
         response_checksum_validation="when_required",
-        s3={"addressing_style": "path" if path_style else "virtual" if place.path_style is False else "auto", **signing},  # type: ignore[typeddict-item]
+        s3=options,
         user_agent_extra="kompressor",
         tcp_keepalive=True,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    ConnectionError as BotoConnectionError,
     CredentialRetrievalError,
     FlexibleChecksumError,
     HTTPClientError,
@@ -16,6 +15,9 @@ from botocore.exceptions import (
     ResponseStreamingError,
     SSLError,
 )
+from botocore.exceptions import (
+    ConnectionError as BotoConnectionError,
+)
 
 from kompressor_worker.errors import AccessDenied, KompressorError, NoSpaceLeft, NotFound, StorageError, UserError
 from kompressor_worker.storage.locations import Place
@@ -23,16 +25,17 @@ from kompressor_worker.storage.locations import Place
 PRECONDITION = frozenset({"PreconditionFailed", "412"})
 ABSENT = frozenset({"NoSuchKey", "404", "NotFound"})
 UNSUPPORTED = frozenset({"NotImplemented", "501", "InvalidArgument", "InvalidRequest", "MalformedTrailerError", "UnsupportedOperation"})
-_DENIED = frozenset(
-    "AccessDenied 403 401 Forbidden Unauthorized InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken TokenRefreshRequired "
-    "AccountProblem AllAccessDisabled InvalidSecurity NotSignedUp UnauthorizedAccess InvalidClientTokenId AuthFailure".split()
-)
-_RETRIED = frozenset(
-    "SlowDown RequestTimeout RequestTimeoutException Throttling ThrottlingException TooManyRequests TooManyRequestsException "
-    "RequestLimitExceeded BandwidthLimitExceeded ProvisionedThroughputExceededException PriorRequestNotComplete OperationAborted "
-    "ConditionalRequestConflict InternalError ServiceUnavailable BadDigest InvalidDigest XAmzContentSHA256Mismatch "
-    "XAmzContentChecksumMismatch IncompleteBody".split()
-)
+_DENIED = frozenset({
+    "AccessDenied", "403", "401", "Forbidden", "Unauthorized", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken",
+    "InvalidToken", "TokenRefreshRequired", "AccountProblem", "AllAccessDisabled", "InvalidSecurity", "NotSignedUp",
+    "UnauthorizedAccess", "InvalidClientTokenId", "AuthFailure",
+})  # fmt: skip
+_RETRIED = frozenset({
+    "SlowDown", "RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException", "TooManyRequests",
+    "TooManyRequestsException", "RequestLimitExceeded", "BandwidthLimitExceeded", "ProvisionedThroughputExceededException",
+    "PriorRequestNotComplete", "OperationAborted", "ConditionalRequestConflict", "InternalError", "ServiceUnavailable",
+    "BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody",
+})  # fmt: skip
 _FULL = frozenset({"QuotaExceeded", "EntityTooLarge", "XMinioStorageFull", "InsufficientCapacity", "XMinioAdminBucketQuotaExceeded", "507"})
 _NETWORK = (HTTPClientError, BotoConnectionError, IncompleteReadError, ResponseStreamingError, FlexibleChecksumError, OSError, EOFError)
 
@@ -58,7 +61,7 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, (*_NETWORK, CredentialRetrievalError))
 
 
-def reached_store(error: BaseException) -> bool:
+def may_be_done(error: BaseException) -> bool:
     """Whether a failed write may have been done all the same: its answer was lost, or the server failed after it."""
     return not isinstance(error, ClientError) or status_of(error) >= 500
 
@@ -74,7 +77,9 @@ def translate(error: BaseException, place: Place, what: str, attempts: int) -> K
     if isinstance(error, (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)):
         return AccessDenied(f"{place.uri}: no usable credentials ({said}); check {place.credentials_source}, or set credentialsSecret")
     if code in _FULL or status_of(error) == 507:
-        return NoSpaceLeft(f"{place.uri}: {what} at {at}: no room ({said}); raise the quota or free space, the next worker goes on from here")
+        return NoSpaceLeft(
+            f"{place.uri}: {what} at {at}: no room ({said}); raise the quota or free space, the next worker goes on from here"
+        )
     if code in ABSENT:
         return NotFound(f"{place.uri}: {what} at {at}: no such object; check {place.role}.uri", reason=place.missing)
     if isinstance(error, SSLError) and not is_transient(error):

@@ -62,7 +62,7 @@ class Staging:
 
     def data_generations(self) -> list[int]:
         try:
-            return sorted(int(entry.removeprefix(_DATA)) for entry in os.listdir(self.folder) if entry.startswith(_DATA))
+            return sorted(int(entry.name.removeprefix(_DATA)) for entry in self.folder.glob(f"{_DATA}*"))
         except FileNotFoundError:
             return []
 
