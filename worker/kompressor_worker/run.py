@@ -14,8 +14,9 @@ from typing import Any
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
 
+from kompressor_worker.errors import ClaimLost
 from kompressor_worker.job import Job
-from kompressor_worker.journal import open_journal
+from kompressor_worker.journal import JOURNAL, open_journal
 from kompressor_worker.layout import ModelLayout, read_layout
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.pipeline import Limits
@@ -84,10 +85,15 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     if journal.resumed_from is not None:
         log.info("going on at unit %d of %d", journal.resumed_from, len(layout.units))
     progress.start(layout, journal.state.unit)
-    stream(work, source, output, journal, progress.done, stop)
-    progress.publishing()
-    report = build_report(work, fingerprint, job.identity, journal, source.uri)
-    publish(work, source, output, journal, report)
+    try:
+        stream(work, source, output, journal, progress.done, stop)
+        progress.publishing()
+        report = build_report(work, fingerprint, job.identity, journal, source.uri)
+        publish(work, source, output, journal, report)
+    except ClaimLost:
+        if output.read(JOURNAL) is None:  # the other worker is done and gone: what we wrote since then is nobody's
+            output.cleanup()
+        raise
     return Summary(report, time.monotonic() - began, resumed_from=journal.resumed_from, warnings=tuple(warnings))
 
 

@@ -1,0 +1,48 @@
+# Every target does its own set-up: a virtual environment from requirements.lock, a control plane in a cache outside the checkout.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help venv binaries demo test test-vllm check crds lock bench image-check clean
+
+help: ## say what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+venv: ## make .venv (uv, requirements.lock)
+	@$(PYTHON) tools/setup.py
+
+binaries: ## find or build kube-apiserver, etcd, Helm, an S3 server ... (in a cache, 7 minutes at the first time)
+	@$(PYTHON) tools/binaries.py
+
+demo: ## the main job on a real control plane on this machine: install, apply, watch, load (KEEP=1 leaves it up)
+	@$(PYTHON) tools/demo.py $(if $(KEEP),--keep)
+
+test: ## all tests that can run here; says what it left out and why (ARGS="-k resume" for some)
+	@$(PYTHON) tools/setup.py --with-binaries
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-vllm: ## load the results with vLLM on the CPU, in an environment of its own
+	@$(PYTHON) tools/setup.py --with-vllm
+	@$(BIN)/python -m pytest -m vllm tests/e2e/test_vllm.py $(ARGS)
+
+check: venv ## ruff, mypy --strict, import-linter, generated files up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/generate_crds.py --check
+
+crds: venv ## generate the CRD, the chart's copy and its admission policy from the models
+	$(BIN)/python tools/generate_crds.py
+
+lock: venv ## compile the lock files from pyproject.toml
+	$(PYTHON) tools/lock.py
+
+bench: venv ## throughput beside cp, boto3 and llm-compressor; latency from apply to Job (minutes)
+	$(BIN)/python benchmarks/data_free.py
+	$(BIN)/python benchmarks/apply_latency.py
+
+image-check: venv ## build both images with buildah, without a container engine, and start them
+	$(BIN)/python tools/image_check.py $(ARGS)
+
+clean: ## remove the virtual environment and what tools left in the checkout (the cache stays)
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

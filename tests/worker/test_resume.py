@@ -1,0 +1,158 @@
+"""Cut off anywhere, a job goes on where it was and ends with the same bytes; two workers never publish both."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import jobs
+import pytest
+from jobs import Bucket
+
+FINISHED = re.compile(r"finished unit (\d+)")
+
+
+def kill_after(process: "jobs.subprocess.Popen[str]", units: int, delay: float, how: signal.Signals) -> tuple[list[int], str]:
+    """Lets a worker finish some units, waits a little more, then ends it; which units it had finished, and all it said."""
+    assert process.stderr is not None
+    said, finished = "", []
+    while len(finished) < units and (line := process.stderr.readline()):
+        said += line
+        if found := FINISHED.search(line):
+            finished.append(int(found[1]))
+    time.sleep(delay)
+    if process.poll() is None:
+        process.send_signal(how)
+    said += process.communicate()[1]
+    return [int(u) for u in FINISHED.findall(said)], said
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_resumes(job: Path, environ: dict[str, str], kills: int, seed: int) -> None:
+    """Kills `kills` workers at random moments; no unit but the last finished one may be done twice. The final run goes to the end."""
+    chance = random.Random(seed)
+    before: list[int] = []
+    for _ in range(kills):
+        finished, said = kill_after(jobs.worker(job, environ), chance.randrange(0, 4), chance.uniform(0, 0.02), signal.SIGKILL)
+        if finished and before:
+            assert finished[0] >= before[-1], f"unit {finished[0]} done again, {before[-1]} was the last to be finished\n{said}"
+        before = finished or before
+    code, said = jobs.run(job, environ)
+    assert code == 0, said
+    assert "going on at unit" in said
+
+
+def test_killed_twenty_times_on_s3(bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
+    bucket.upload(deep_model, "source")
+    endpoint = bucket.server.endpoint
+    whole = jobs.write(tmp_path / "whole.json", jobs.manifest(bucket.uri("source"), bucket.uri("whole"), endpoint=endpoint))
+    assert jobs.run(whole, bucket.environ)[0] == 0
+    cut = jobs.write(tmp_path / "cut.json", jobs.manifest(bucket.uri("source"), bucket.uri("cut"), endpoint=endpoint))
+    assert_resumes(cut, bucket.environ, kills=20, seed=1)
+    assert bucket.files("cut") == bucket.files("whole")
+    assert bucket.uploads("cut") == [], "an upload was left behind"
+
+
+def test_killed_on_a_file_system(deep_model: Path, tmp_path: Path) -> None:
+    def job(name: str) -> Path:
+        return jobs.write(tmp_path / f"{name}.json", jobs.manifest(deep_model.as_uri(), (tmp_path / name).as_uri()))
+
+    assert jobs.run(job("whole"))[0] == 0
+    assert_resumes(job("cut"), {}, kills=6, seed=2)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    assert {p.name for p in tmp_path.iterdir() if not p.suffix} == {"cut", "whole"}, "a staging folder was left behind"
+
+
+@pytest.mark.parametrize("units", [0, 3])
+def test_sigterm_commits_and_exits_75(bucket: Bucket, deep_model: Path, tmp_path: Path, units: int) -> None:
+    bucket.upload(deep_model, "source")
+    job = jobs.write(tmp_path / "j.json", jobs.manifest(bucket.uri("source"), bucket.uri("out"), endpoint=bucket.server.endpoint))
+    process = jobs.worker(job, bucket.environ)
+    finished, said = kill_after(process, units, 0, signal.SIGTERM) if units else stop_at_start(process)
+    assert process.returncode == 75, said
+    assert not [n for n in bucket.names("out") if not n.startswith(".kompressor/")], "readers see something"
+    code, said = jobs.run(job, bucket.environ)
+    assert code == 0
+    if finished:
+        assert f"going on at unit {finished[-1] + 1} " in said, "what was finished before SIGTERM was not committed"
+
+
+def stop_at_start(process: "jobs.subprocess.Popen[str]") -> tuple[list[int], str]:
+    assert process.stderr is not None
+    said = process.stderr.readline()  # the first progress line: the journal is claimed
+    process.send_signal(signal.SIGTERM)
+    said += process.communicate()[1]
+    return [int(u) for u in FINISHED.findall(said)], said
+
+
+@pytest.mark.parametrize("where", ["s3", "file"])
+def test_a_worker_that_wakes_up_late_stops(bucket: Bucket, deep_model: Path, tmp_path: Path, where: str) -> None:
+    """SIGSTOP freezes the first worker; a second takes over and publishes; the first wakes up, notices, and changes nothing."""
+    if where == "s3":
+        bucket.upload(deep_model, "source")
+        body = jobs.manifest(bucket.uri("source"), bucket.uri("out"), endpoint=bucket.server.endpoint)
+    else:
+        body = jobs.manifest(deep_model.as_uri(), (tmp_path / "out").as_uri())
+    job = jobs.write(tmp_path / "j.json", body)
+    first = jobs.worker(job, bucket.environ)
+    assert first.stderr is not None
+    while "finished unit 2" not in first.stderr.readline():
+        pass
+    os.kill(first.pid, signal.SIGSTOP)
+    code, said = jobs.run(job, bucket.environ)
+    assert code == 0, said
+    published = bucket.files("out") if where == "s3" else files_of(tmp_path / "out")
+    os.kill(first.pid, signal.SIGCONT)
+    said = first.communicate(timeout=60)[1]
+    assert first.returncode == 75, said
+    assert "ClaimLost" in said
+    assert (bucket.files("out") if where == "s3" else files_of(tmp_path / "out")) == published
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_two_live_workers_one_result(bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
+    """The later one takes the claim, the earlier one stops at its next commit."""
+    bucket.upload(deep_model, "source")
+    job = jobs.write(tmp_path / "j.json", jobs.manifest(bucket.uri("source"), bucket.uri("out"), endpoint=bucket.server.endpoint))
+    both = [jobs.worker(job, bucket.environ) for _ in range(2)]
+    codes = sorted(p.wait(timeout=120) or 0 for p in both if p.communicate(timeout=120))
+    assert codes in ([0, 75], [0, 0]), codes  # 0, 0: the second came when the first was done
+    assert "config.json" in bucket.names("out")
+    assert not [n for n in bucket.names("out") if n.startswith(".kompressor/")]
+    code, said = jobs.run(job, bucket.environ)
+    assert code == 0
+    assert "already holds this result" in said
+
+
+def test_a_journal_of_another_job_is_refused(deep_model: Path, tmp_path: Path) -> None:
+    out = (tmp_path / "out").as_uri()
+    job = jobs.write(tmp_path / "a.json", jobs.manifest(deep_model.as_uri(), out))
+    kill_after(jobs.worker(job), 3, 0, signal.SIGKILL)
+    other = jobs.write(tmp_path / "b.json", jobs.manifest(deep_model.as_uri(), out, [{"rtn": {"scheme": "W8A8"}}]))
+    code, said = jobs.run(other)
+    assert code == 64
+    assert "JournalMismatch" in said
+    assert "passes" in said
+
+
+def test_an_upload_that_the_store_took_away_is_made_again(bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
+    """A lifecycle rule aborts old multipart uploads."""
+    bucket.upload(deep_model, "source")
+    job = jobs.write(tmp_path / "j.json", jobs.manifest(bucket.uri("source"), bucket.uri("out"), endpoint=bucket.server.endpoint))
+    whole = jobs.write(tmp_path / "w.json", jobs.manifest(bucket.uri("source"), bucket.uri("whole"), endpoint=bucket.server.endpoint))
+    assert jobs.run(whole, bucket.environ)[0] == 0
+    kill_after(jobs.worker(job, bucket.environ), 5, 0, signal.SIGKILL)
+    client = bucket.server.client()
+    for upload in client.list_multipart_uploads(Bucket=bucket.name)["Uploads"]:
+        client.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
+    code, said = jobs.run(job, bucket.environ)
+    assert code == 0, said
+    assert "no longer has the upload" in said
+    assert bucket.files("out") == bucket.files("whole")
