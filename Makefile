@@ -1,4 +1,4 @@
-# Every target does its own set-up: a virtual environment from requirements.lock, a control plane in a cache outside the checkout.
+# Every target does its own set-up: a virtual environment from locks/dev.lock, a control plane in a cache outside the checkout.
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
@@ -7,7 +7,7 @@ BIN := .venv/bin
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-venv: ## make .venv (uv, requirements.lock)
+venv: ## make .venv (uv, locks/dev.lock)
 	@$(PYTHON) tools/setup.py
 
 binaries: ## find or build kube-apiserver, etcd, Helm, an S3 server ... (in a cache, 7 minutes at the first time)

@@ -1,10 +1,11 @@
-"""Makes the virtual environment `.venv` from requirements.lock, with uv; needs nothing but a Python 3.11 or newer.
+"""Makes the virtual environment `.venv` from locks/dev.lock, with uv; needs nothing but a Python 3.11 or newer.
 
 `python3 tools/setup.py` is what `make venv` calls. It prints each step and its time, and does nothing when nothing changed.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -70,10 +71,26 @@ def make_environment(venv: Path, lock: Path, project: bool) -> Path:
     return python
 
 
+def vllm_python() -> Path:
+    """The python of vLLM's own environment, in the cache: its pins exclude ours."""
+    lock = ROOT / "locks" / "vllm.lock"
+    home = cache_directory() / f"vllm-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
+    return make_environment(home, lock, project=False)
+
+
 def main() -> None:
     if sys.version_info < (3, 11):
         sys.exit(f"Python {sys.version.split()[0]} is too old; Kompressor needs 3.11 or newer (make PYTHON=python3.12 ...)")
-    make_environment(VENV, ROOT / "requirements.lock", project=True)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--with-binaries", action="store_true", help="find or build the control plane too, beside the packages")
+    parser.add_argument("--with-vllm", action="store_true", help="make vLLM's environment too, in the cache")
+    options = parser.parse_args()
+    builder = subprocess.Popen([sys.executable, ROOT / "tools" / "binaries.py"]) if options.with_binaries else None
+    make_environment(VENV, ROOT / "locks" / "dev.lock", project=True)
+    if options.with_vllm:
+        vllm_python()
+    if builder and builder.wait():
+        sys.exit("the control plane could not be found or built, see above")
 
 
 if __name__ == "__main__":
