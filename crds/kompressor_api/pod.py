@@ -58,9 +58,7 @@ class Resources(Model):
         max_length=32,
         description="What the pod may use at most, such as memory: 24Gi, nvidia.com/gpu: 1.",
     )
-    claims: list[ResourceClaim] = Field(
-        default_factory=list, max_length=16, description="Dynamic resource claims that the container uses."
-    )
+    claims: list[ResourceClaim] = Field(default_factory=list, max_length=16, description="Dynamic resource claims that the container uses.")
 
 
 class Toleration(Model):
@@ -74,6 +72,4 @@ class Toleration(Model):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         default=None, description="NoSchedule, PreferNoSchedule or NoExecute. Default: all of them."
     )
-    toleration_seconds: Count | None = Field(
-        default=None, description="Seconds that a NoExecute taint is tolerated. Default: for ever."
-    )
+    toleration_seconds: Count | None = Field(default=None, description="Seconds that a NoExecute taint is tolerated. Default: for ever.")

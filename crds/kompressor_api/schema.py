@@ -144,8 +144,7 @@ def _add_rules(spec: Schema) -> None:
             "rule": f"self.{name} == oldSelf.{name}"
             if name in spec["required"]
             else f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})",
-            "message": f"spec.{name} cannot change once the job exists; create another CompressionJob "
-            f"(only {_mutable()} may change)",
+            "message": f"cannot change once the job exists; create another CompressionJob (only {_mutable()} may change)",
             "reason": "FieldValueForbidden",
             "fieldPath": f".{name}",
         }
@@ -157,7 +156,7 @@ def _add_rules(spec: Schema) -> None:
             "rule": f"{_canonical('self.model.source.uri')} != {_canonical('self.output.uri')} || "
             "(has(self.model.source.endpoint) ? self.model.source.endpoint : '') != "
             "(has(self.output.endpoint) ? self.output.endpoint : '')",
-            "message": "spec.output.uri is the source itself; choose another prefix",
+            "message": "is the source itself; choose another prefix",
             "fieldPath": ".output.uri",
         }
     )
@@ -186,9 +185,7 @@ def _convert(node: Schema, definitions: Mapping[str, Schema], where: str, keep_u
         return node
     unknown = set(node) - _KEPT - _READ
     if unknown:
-        raise SchemaError(
-            f"{where}: {', '.join(sorted(unknown))} has no place in a structural schema; state it otherwise"
-        )
+        raise SchemaError(f"{where}: {', '.join(sorted(unknown))} has no place in a structural schema; state it otherwise")
     result = {key: value for key, value in node.items() if key in _KEPT and value is not None}
     _bound(result)
     if node.get("type") == "array":
@@ -204,14 +201,11 @@ def _convert(node: Schema, definitions: Mapping[str, Schema], where: str, keep_u
     return result
 
 
-def _convert_object(
-    node: Schema, result: Schema, definitions: Mapping[str, Schema], where: str, keep_unknown: bool
-) -> None:
+def _convert_object(node: Schema, result: Schema, definitions: Mapping[str, Schema], where: str, keep_unknown: bool) -> None:
     extra = node.get("additionalProperties")
     if "properties" in node:
         result["properties"] = {
-            name: _property(name, child, node, definitions, f"{where}.{name}", keep_unknown)
-            for name, child in node["properties"].items()
+            name: _property(name, child, node, definitions, f"{where}.{name}", keep_unknown) for name, child in node["properties"].items()
         }
         if keep_unknown:
             result[PRESERVE] = True
@@ -222,9 +216,7 @@ def _convert_object(
         result[PRESERVE] = True
 
 
-def _property(
-    name: str, child: Schema, parent: Schema, definitions: Mapping[str, Schema], where: str, keep_unknown: bool
-) -> Schema:
+def _property(name: str, child: Schema, parent: Schema, definitions: Mapping[str, Schema], where: str, keep_unknown: bool) -> Schema:
     result = _convert(child, definitions, where, keep_unknown)
     if not result.get("description"):
         raise SchemaError(f"{where}: has no description; `kubectl explain` shows it, so give its Field one")

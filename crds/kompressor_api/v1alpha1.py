@@ -48,22 +48,16 @@ class CaBundle(Model):
 class Location(Model):
     """A place in object storage, on a hub or on a volume, and how to reach it."""
 
-    uri: Uri = Field(
-        description="s3://bucket/prefix, hf://owner/name, pvc://claim/path; file:///path outside a cluster only."
-    )
+    uri: Uri = Field(description="s3://bucket/prefix, hf://owner/name, pvc://claim/path; file:///path outside a cluster only.")
     endpoint: Annotated[str, StringConstraints(pattern=r"^https?://.+$", max_length=512)] | None = Field(
         default=None, description="URL of an S3-compatible server, or of a hub mirror. Default: AWS, or the public hub."
     )
-    region: Short | None = Field(
-        default=None, description="Region of the bucket. Default: what the environment says, else us-east-1."
-    )
+    region: Short | None = Field(default=None, description="Region of the bucket. Default: what the environment says, else us-east-1.")
     path_style: Flag | None = Field(
         default=None,
         description="Address buckets as endpoint/bucket rather than bucket.endpoint. Default: true with an endpoint.",
     )
-    ca_bundle: CaBundle | None = Field(
-        default=None, description="Certificate authority of the endpoint, if it is a private one."
-    )
+    ca_bundle: CaBundle | None = Field(default=None, description="Certificate authority of the endpoint, if it is a private one.")
     credentials_secret: Name | None = Field(
         default=None,
         description=(
@@ -113,9 +107,7 @@ class WorkerSpec(Model):
     resources: Annotated[dict[str, Any], PlainDict(Resources)] = Field(
         default_factory=dict, description="Requests and limits of the worker's container, as in a Pod."
     )
-    node_selector: dict[Short, Short] = Field(
-        default_factory=dict, max_length=32, description="Labels that the worker's node must have."
-    )
+    node_selector: dict[Short, Short] = Field(default_factory=dict, max_length=32, description="Labels that the worker's node must have.")
     tolerations: list[Annotated[dict[str, Any], PlainDict(Toleration)]] = Field(
         default_factory=list, max_length=32, description="Taints that the worker's pod tolerates, as in a Pod."
     )
@@ -150,9 +142,7 @@ class CompressionJobSpec(Model):
         description="What to do, in this order; each entry has exactly one key, the name of a pass.",
     )
     worker: WorkerSpec = Field(default_factory=WorkerSpec, description="The pod that does the work.")
-    suspend: Flag = Field(
-        default=False, description="Stop the worker at its last committed block; false goes on from there."
-    )
+    suspend: Flag = Field(default=False, description="Stop the worker at its last committed block; false goes on from there.")
     retry: RetrySpec = Field(default_factory=RetrySpec, description="How failures that may pass are retried.")
     ttl_seconds_after_finished: Count | None = Field(
         default=None,
@@ -185,9 +175,7 @@ class Progress(BaseModel):
     """How far the worker is; written by the worker."""
 
     model_config = ConfigDict(extra="allow")
-    percent: int | None = Field(
-        default=None, ge=0, le=100, description="Share of the source's bytes that are done, in percent."
-    )
+    percent: int | None = Field(default=None, ge=0, le=100, description="Share of the source's bytes that are done, in percent.")
     unit: Short | None = Field(default=None, description="What is being compressed now, such as model.layers.7.")
     unitsDone: int | None = Field(default=None, description="Units (embeddings, blocks, head) committed.")
     unitsTotal: int | None = Field(default=None, description="Units in the model.")
@@ -212,9 +200,7 @@ class Result(BaseModel):
     )
     sourceDigest: Text | None = Field(default=None, description="Digest of the source's files and headers.")
     resultDigest: Text | None = Field(default=None, description="Digest over the digests of all published tensors.")
-    resumedFromUnit: int | None = Field(
-        default=None, description="The unit at which the last worker went on; absent if undisturbed."
-    )
+    resumedFromUnit: int | None = Field(default=None, description="The unit at which the last worker went on; absent if undisturbed.")
     seconds: int | None = Field(default=None, description="Wall-clock seconds of the last worker.")
     warnings: Warnings | None = Field(default=None, description="What the report warns of.")
 

@@ -1,0 +1,36 @@
+{{/* The operator's settings: one variable a field of kompressor_operator/settings.py. */}}
+{{- define "kompressor.operatorEnv" -}}
+- name: KOMPRESSOR_WORKER_IMAGE
+  value: {{ include "kompressor.image" (dict "image" .Values.worker.image "chart" .Chart) | quote }}
+{{- with .Values.worker.image.pullPolicy }}
+- name: KOMPRESSOR_WORKER_IMAGE_PULL_POLICY
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.worker.imagePullSecrets }}
+- name: KOMPRESSOR_WORKER_IMAGE_PULL_SECRETS
+  value: {{ join "," . | quote }}
+{{- end }}
+{{- with .Values.worker.env }}
+- name: KOMPRESSOR_WORKER_ENV
+  value: {{ toJson . | quote }}
+{{- end }}
+{{- with .Values.worker.resources }}
+- name: KOMPRESSOR_WORKER_RESOURCES
+  value: {{ toJson . | quote }}
+{{- end }}
+- name: KOMPRESSOR_WORKER_GRACE_SECONDS
+  value: {{ .Values.worker.graceSeconds | int | quote }}
+{{- with .Values.worker.scratchSize }}
+- name: KOMPRESSOR_WORKER_SCRATCH_SIZE
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.watch.namespaces }}
+- name: KOMPRESSOR_NAMESPACES
+  value: {{ join "," . | quote }}
+{{- end }}
+- name: KOMPRESSOR_LOG_LEVEL
+  value: {{ .Values.logLevel | quote }}
+{{- with .Values.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
