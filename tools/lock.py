@@ -13,8 +13,8 @@ from setup import ROOT, find_uv
 LOCKS = ROOT / "locks"
 TARGETS: dict[str, list[str]] = {
     "dev": ["--all-extras", "pyproject.toml"],
-    "operator": ["--extra", "operator", "pyproject.toml"],
-    "worker": ["--extra", "worker", "pyproject.toml"],
+    "operator": ["--constraint", "locks/dev.lock", "--extra", "operator", "pyproject.toml"],  # what is tested is what is shipped
+    "worker": ["--constraint", "locks/dev.lock", "--extra", "worker", "pyproject.toml"],
     "vllm": ["--override", "locks/vllm-overrides.txt", "locks/vllm.in"],
     "peer": ["locks/peer.in"],
 }
