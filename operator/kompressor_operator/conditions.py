@@ -1,0 +1,126 @@
+"""What the status says, by the rules of kstatus: from a verdict to conditions, to the smallest status patch, to an event. Pure.
+
+Ready is always present; Reconciling and Stalled exist only while True; Complete and Failed are the two ends. lastTransitionTime
+moves only with the status of its condition, and a status that says the same already is not written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from kompressor_api.names import Condition, Reason
+from kompressor_operator.observed import CompressionJob, Manifest, stamp
+
+
+class Phase(StrEnum):
+    """One word for people; nothing decides on it."""
+
+    PENDING = "Pending"
+    COMPRESSING = "Compressing"
+    RETRYING = "Retrying"
+    SUSPENDED = "Suspended"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+
+
+NORMAL_REASONS = frozenset(
+    {Reason.PENDING, Reason.QUEUED, Reason.COMPRESSING, Reason.SUSPENDED, Reason.COMPLETED, Reason.ALREADY_COMPRESSED}
+)
+"""Events with any other reason are warnings."""
+
+FREE_FIELDS = ("jobName", "attempt", "retries", "startTime", "completionTime", "specDigest", "progress", "result")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is true now. The phase says which of the ways (on the way, suspended, complete, failed) the conditions take."""
+
+    phase: Phase
+    reason: str
+    message: str
+    validated: bool = True
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Other status fields by name; None or absent leaves a field as it is."""
+
+
+@dataclass(frozen=True)
+class Event:
+    warning: bool
+    reason: str
+    message: str
+
+
+def conditions(job: CompressionJob, verdict: Verdict, now: datetime) -> list[Manifest]:
+    """The whole list: the operator is its only writer, and a merge patch replaces it."""
+    suspended, said = verdict.phase is Phase.SUSPENDED, (verdict.reason, verdict.message)
+    states: dict[Condition, tuple[bool, str, str]] = {
+        Condition.READY: (verdict.phase is Phase.COMPLETE, *said),
+    }
+    if verdict.phase in (Phase.PENDING, Phase.COMPRESSING, Phase.RETRYING):
+        states[Condition.RECONCILING] = (True, *said)
+    if verdict.phase is Phase.FAILED:
+        states[Condition.STALLED] = (True, *said)
+    if verdict.validated:
+        states[Condition.VALIDATED] = (True, Reason.VALID, "the spec is valid")
+    else:
+        states[Condition.VALIDATED] = (False, *said)
+    if suspended:
+        states[Condition.SUSPENDED] = (True, *said)
+    elif job.condition(Condition.SUSPENDED):
+        states[Condition.SUSPENDED] = (False, Reason.RESUMED, "spec.suspend is false")
+    if verdict.phase is Phase.COMPLETE:
+        states[Condition.COMPLETE] = (True, *said)
+    if verdict.phase is Phase.FAILED:
+        states[Condition.FAILED] = (True, *said)
+    return [_condition(job, kind, *state, now) for kind, state in states.items()]
+
+
+def status_patch(job: CompressionJob, verdict: Verdict, now: datetime) -> Manifest:
+    """The fields of the status that are to change; empty if nothing is."""
+    wanted: dict[str, Any] = {
+        "observedGeneration": job.generation,
+        "phase": str(verdict.phase),
+        "conditions": conditions(job, verdict, now),
+        **{name: verdict.facts[name] for name in FREE_FIELDS if verdict.facts.get(name) is not None},
+    }
+    return {name: value for name, value in wanted.items() if not _says(job.status.get(name), value)}
+
+
+def generation_patch(job: CompressionJob) -> Manifest:
+    """For a finished job whose spec changed where it may (TTL, suspend): the end still holds, for the new generation too."""
+    if job.status.get("observedGeneration") == job.generation:
+        return {}
+    kept = [{**c, "observedGeneration": job.generation} for c in job.status.get("conditions") or ()]
+    return {"observedGeneration": job.generation, "conditions": kept}
+
+
+def transition(job: CompressionJob, verdict: Verdict) -> Event | None:
+    """The event to tell, if this verdict differs from what is stored in more than words."""
+    ready = job.condition(Condition.READY)
+    if ready.get("reason") == verdict.reason and job.status.get("phase") == verdict.phase:
+        return None
+    return Event(verdict.reason not in NORMAL_REASONS, verdict.reason, verdict.message)
+
+
+def _condition(job: CompressionJob, kind: Condition, on: bool, reason: str, message: str, now: datetime) -> Manifest:
+    status, before = "True" if on else "False", job.condition(kind)
+    kept = before.get("status") == status
+    return {
+        "type": str(kind),
+        "status": status,
+        "reason": str(reason),
+        "message": message,
+        "lastTransitionTime": before.get("lastTransitionTime") if kept else stamp(now),
+        "observedGeneration": job.generation,
+    }
+
+
+def _says(present: Any, wanted: Any) -> bool:
+    """Does the stored value already say this? Objects are merged by the patch, so fields that it does not name do not matter."""
+    if isinstance(wanted, dict) and isinstance(present, dict):
+        return all(_says(present.get(key), value) for key, value in wanted.items())
+    return bool(present == wanted)

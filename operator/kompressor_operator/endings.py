@@ -1,0 +1,136 @@
+"""How an attempt ended: exit code, reason and words of the pod that decided it. Pure.
+
+A worker says why it stopped in its termination message: `{"reason", "message", "exitCode", "summary"}`. A process that was killed
+could not; then the exit code and the kubelet's own reason have to do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kompressor_api import names
+from kompressor_api.names import ExitCode, Reason
+from kompressor_operator.observed import ChildJob, ChildPod, Terminated
+
+SIGKILL_CODE = 137
+TEXT_LIMIT = 1500
+"""Characters of a worker's own words on the status; the log has the rest."""
+
+REASON_OF_CODE: Mapping[int, Reason] = {
+    ExitCode.DONE: Reason.COMPLETED,
+    ExitCode.USER_ERROR: Reason.INVALID_SPEC,
+    ExitCode.CORRUPT_SOURCE: Reason.CORRUPT_SOURCE,
+    ExitCode.BAD_NUMERICS: Reason.BAD_NUMERICS,
+    ExitCode.GATE_FAILED: Reason.GATE_FAILED,
+    ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
+    ExitCode.STORAGE: Reason.STORAGE_FAILED,
+    ExitCode.TERMINATED: Reason.TERMINATED,
+}
+
+ADVICE: Mapping[str, str] = {
+    Reason.OUT_OF_MEMORY: "raise spec.worker.resources.limits.memory",
+    Reason.WORKER_CRASHED: "read its log with `kubectl logs`; if the input is sound this is a bug worth a report",
+    Reason.STORAGE_FAILED: "check that the endpoint answers and has space; apply the job again and it goes on at its last block",
+    Reason.TERMINATED: "see why the pod is being stopped: node pressure, preemption or a person",
+    Reason.DEADLINE_EXCEEDED: "give the Job more time, or a faster node",
+    Reason.BACKOFF_LIMIT_EXCEEDED: "read the pods' logs with `kubectl logs`, and raise spec.retry.limit if the cause may pass",
+}
+"""A line of what to do, for reasons where the worker itself could not say."""
+
+_POD_IN_MESSAGE = re.compile(r"for pod [^\s/]+/(?P<pod>\S+) failed with exit code (?P<code>\d+)")
+_REASON = re.compile(r"^[A-Za-z][A-Za-z0-9]{0,62}$")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a pod, and with it perhaps its Job, ended."""
+
+    reason: str
+    message: str
+    exit_code: int | None = None
+    out_of_memory: bool = False
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+def ending_of(job: ChildJob, pods: Sequence[ChildPod]) -> Ending:
+    """How this finished Job ended, by the pod that its condition names, or else by the last one that ended."""
+    named = _POD_IN_MESSAGE.search(job.ended_message)
+    finished = [pod for pod in pods if pod.ended]
+    if named:
+        finished = [pod for pod in finished if pod.name == named["pod"]]
+    elif job.ended == "Complete":
+        finished = [pod for pod in finished if pod.phase == "Succeeded"]
+    if finished:
+        return ending_of_pod(max(finished, key=lambda pod: (_finished_at(pod), pod.created, pod.name)))
+    if named:  # the pod is gone, its exit code is not
+        return _ending(Terminated(int(named["code"])), f"pod {named['pod']}")
+    if job.ended == "Complete":
+        return Ending(Reason.COMPLETED, "", ExitCode.DONE)
+    known = job.ended_reason in (Reason.DEADLINE_EXCEEDED, Reason.BACKOFF_LIMIT_EXCEEDED)
+    reason = job.ended_reason if known or _REASON.match(job.ended_reason) else Reason.WORKER_CRASHED
+    return Ending(reason, advised(reason, job.ended_message or f"Job {job.name} failed and its pods are gone"))
+
+
+def ending_of_pod(pod: ChildPod) -> Ending:
+    """How one pod ended; also one that never got to run its container."""
+    if pod.terminated is None:
+        why = pod.disrupted or pod.reason or "no container status"
+        return Ending(Reason.TERMINATED, advised(Reason.TERMINATED, f"pod {pod.name} ended without its worker: {why}"))
+    return _ending(pod.terminated, f"pod {pod.name}")
+
+
+def advised(reason: str, text: str) -> str:
+    """The text and what to do about it."""
+    return f"{text.rstrip('.')}: {ADVICE[reason]}" if reason in ADVICE else text
+
+
+def _ending(ended: Terminated, who: str) -> Ending:
+    told = _report(ended.message)
+    code = ended.exit_code
+    memory = ended.reason == "OOMKilled" or code == ExitCode.OUT_OF_MEMORY
+    own = told.get("reason")
+    reason = str(own) if own and _REASON.match(str(own)) else REASON_OF_CODE.get(code, Reason.WORKER_CRASHED)
+    if ended.reason == "OOMKilled":
+        reason = Reason.OUT_OF_MEMORY
+    summary = told.get("summary")
+    return Ending(
+        reason=reason,
+        message=_words(told, ended, who, reason),
+        exit_code=code,
+        out_of_memory=memory,
+        summary=summary if isinstance(summary, dict) else {},
+    )
+
+
+def _words(told: Mapping[str, Any], ended: Terminated, who: str, reason: str) -> str:
+    own = str(told.get("message") or "").strip()
+    if own:
+        return own[:TEXT_LIMIT]
+    if ended.exit_code == ExitCode.DONE:
+        return ""
+    how = f"{who} ended with exit code {ended.exit_code}"
+    if ended.reason == "OOMKilled":
+        how = f"{who} was killed because it used more memory than its limit"
+    elif ended.exit_code == SIGKILL_CODE:
+        how = f"{who} was killed (SIGKILL), but not for memory"
+    elif ended.exit_code in names.UNCAUGHT_EXIT_CODES:
+        how = f"{who} crashed with exit code {ended.exit_code}"
+    text = "" if told else ended.message.strip()[-TEXT_LIMIT:]
+    return advised(reason, how) + (f"; it said last: {text}" if text else "")
+
+
+def _report(message: str) -> Mapping[str, Any]:
+    """The worker's own report, or nothing if the message is something else, such as the end of a log."""
+    try:
+        told = json.loads(message) if message.lstrip().startswith("{") else None
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _finished_at(pod: ChildPod) -> str:
+    return pod.terminated.finished_at if pod.terminated else ""

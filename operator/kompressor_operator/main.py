@@ -1,0 +1,169 @@
+"""Kopf wiring, and the order in which everything starts and stops.
+
+Kopf keeps the watches. Its `on.event` handlers only put a key into our own queue: they write nothing, so there are no finalizers, no
+annotations and no handler state. Our tasks exist before Kopf starts, so that it leaves them alone when it stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import kopf
+
+from kompressor_api import names
+from kompressor_operator import logs
+from kompressor_operator.cluster import Cluster
+from kompressor_operator.health import Health, Watchdog, serve_probes
+from kompressor_operator.observed import Key, Manifest
+from kompressor_operator.reconcile import Reconciler
+from kompressor_operator.relist import Relister
+from kompressor_operator.settings import SettingError, Settings
+from kompressor_operator.store import Store
+from kompressor_operator.validation import known_passes
+from kompressor_operator.work import WorkQueue
+
+log = logging.getLogger(__name__)
+
+KOPF_RESTART_SECONDS = 2.0
+
+
+class Patience:
+    """Pauses between retries of Kopf's own requests, without end: an API server that is away is no reason to stop."""
+
+    def __iter__(self) -> Iterator[float]:
+        yield from (0.5, 1.0, 2.0, 3.0)
+        while True:
+            yield 5.0
+
+
+def registry_for(store: Store, queue: WorkQueue, cluster: Cluster) -> kopf.OperatorRegistry:
+    """The three watches: tell the store, enqueue the key."""
+    registry = kopf.OperatorRegistry()
+
+    def watch(group: str, version: str, plural: str, tell: Callable[[Manifest, bool], Key | None]) -> None:
+        @kopf.on.event(group, version, plural, registry=registry, id=plural)
+        async def seen(event: kopf.RawEvent, **_: Any) -> None:
+            key = tell(dict(event["object"]), event["type"] == "DELETED")
+            if key is not None:
+                queue.add(key)
+
+    watch(names.GROUP, names.VERSION, names.PLURAL, store.tell_resource)
+    watch("batch", "v1", "jobs", store.tell_job)
+    watch("", "v1", "pods", store.tell_pod)
+
+    @kopf.on.login(registry=registry)
+    async def login(**_: Any) -> kopf.ConnectionInfo:
+        known = await cluster.connection()
+        return kopf.ConnectionInfo(
+            server=known.server,
+            ca_path=known.ca_path,
+            insecure=not known.verify,
+            token=known.token,
+            certificate_path=known.certificate_path,
+            private_key_path=known.key_path,
+        )
+
+    return registry
+
+
+def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
+    """Watches that cannot stay dead, and none of what Kopf would write by itself."""
+    wanted = kopf.OperatorSettings()
+    wanted.posting.enabled = False
+    wanted.peering.standalone = True
+    wanted.scanning.disabled = True
+    wanted.watching.server_timeout = settings.watch_seconds
+    wanted.watching.client_timeout = settings.watch_seconds + 30
+    wanted.watching.chunk_size = 500
+    for group, plural in (("batch", "jobs"), ("", "pods")):
+        wanted.watching.label_selectors[group, "v1", plural] = names.LABEL_JOB_UID
+    wanted.networking.request_timeout = settings.request_seconds
+    wanted.networking.error_backoffs = Patience()
+    wanted.process.ultimate_exiting_timeout = None
+    wanted.queueing.idle_timeout = 1.0
+    return wanted
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Probes, first list, queue, watches; until `stop` is set. Then the other way round."""
+    async with contextlib.AsyncExitStack() as stack:
+        store, dog = Store(), Watchdog(settings.stale_seconds)
+        cluster = await stack.enter_async_context(await Cluster.connect(settings.request_seconds, pool=settings.concurrency * 3))
+        reconciler = Reconciler(cluster, store, settings, known_passes())
+        queue = WorkQueue(reconciler.reconcile, initial=settings.backoff_initial_seconds, maximum=settings.backoff_maximum_seconds)
+        relister = Relister(cluster, store, queue.add, settings.namespaces, settings.relist_seconds, settings.stale_seconds / 4)
+
+        def problem() -> str:
+            """Asked by the liveness probe."""
+            if not health.ready:
+                return ""
+            if not queue.alive:
+                return "a reconcile worker is gone"
+            if dog.clock() - relister.attempted > settings.relist_seconds + settings.stale_seconds:
+                return "the relist task is late"
+            owed = dog.overdue(store.unproven, cluster.answered)
+            return f"the watch of {owed[0]} does not deliver {'/'.join(owed[1])}" if owed else ""
+
+        health = Health(problem)
+        runner, port = await serve_probes(health, settings.health_host, settings.health_port)
+        stack.push_async_callback(runner.cleanup)
+        log.info("probes on port %d", port)
+        if not await _unless(stop, relister.first()):
+            return
+        queue.start(settings.concurrency)
+        stack.push_async_callback(queue.stop, settings.shutdown_seconds)
+        timer = asyncio.create_task(relister.forever(), name="relist")
+        stack.callback(timer.cancel)
+        health.ready = True
+        log.info("watching %s", ", ".join(settings.namespaces) or "all namespaces")
+        await watch_until(stop, settings, lambda: registry_for(store, queue, cluster))
+        health.ready = False
+        log.info("stopping")
+
+
+async def watch_until(stop: asyncio.Event, settings: Settings, registry: Callable[[], kopf.OperatorRegistry]) -> None:
+    """Kopf, again and again: an error that it takes for fatal, such as a broken watch, is none for us."""
+    where: dict[str, Any] = {"namespaces": settings.namespaces} if settings.namespaces else {"clusterwide": True}
+    while not stop.is_set():
+        try:
+            await kopf.operator(registry=registry(), settings=kopf_settings(settings), stop_flag=stop, **where)
+            stop.set()  # Kopf takes SIGTERM for itself and returns
+        except Exception:
+            log.exception("the watches broke; opening them again")
+            await _unless(stop, asyncio.sleep(KOPF_RESTART_SECONDS))
+
+
+async def _unless(stop: asyncio.Event, work: Any) -> bool:
+    """Await it, unless `stop` comes first. True if it was finished."""
+    task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    done, _ = await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+    for other in (task, stopped):
+        other.cancel()
+    await asyncio.gather(task, stopped, return_exceptions=True)
+    if task in done:
+        task.result()
+    return task in done
+
+
+async def _run(settings: Settings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await serve(settings, stop)
+
+
+def main() -> None:
+    """Console entry. Exits 2 if a setting is unusable."""
+    try:
+        settings = Settings.from_env(os.environ)
+    except SettingError as error:
+        sys.exit(f"kompressor-operator: {error}")
+    logs.configure(settings.log_level)
+    asyncio.run(_run(settings))

@@ -1,0 +1,170 @@
+"""The children of a CompressionJob as dicts: ConfigMap, ServiceAccount, Role, RoleBinding, Job. Pure.
+
+Names are deterministic, so that a second creation meets a 409 and not a second child; every child has the CompressionJob as its
+controlling owner, so that Kubernetes cleans up even while the operator is down. The pod itself is in worker_pod.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from kompressor_api import names
+from kompressor_api.names import ExitCode
+from kompressor_operator.observed import CompressionJob, Manifest
+from kompressor_operator.settings import Settings
+from kompressor_operator.worker_pod import pod_template
+
+MUTABLE_SPEC = ("suspend", "retry", "ttlSecondsAfterFinished")
+"""What may change while a job runs; everything else is in the digest."""
+
+OUT_OF_MEMORY_CODES = (int(ExitCode.OUT_OF_MEMORY), 137)
+"""The worker's own, and SIGKILL; only the pod's reason says whether the kernel killed it for memory."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One Job in the life of a CompressionJob; a new one only where a Job cannot retry in place."""
+
+    number: int = 1
+    memory_plan: int = 0
+    """How often it ran out of memory before."""
+    failures_before: int = 0
+    """Failures of earlier attempts that count against retry.limit."""
+
+
+def stem(job: CompressionJob) -> str:
+    """`<name cut to 40>-<6 of sha256(uid)>`: at most 47 bytes, of this incarnation alone."""
+    return f"{job.name[:40].rstrip('-.')}-{hashlib.sha256(job.uid.encode()).hexdigest()[:6]}"
+
+
+def job_name(job: CompressionJob, attempt: int) -> str:
+    """Name of the Job; its pods add six bytes and must stay below 63."""
+    return f"{stem(job)}-{attempt}"
+
+
+def labels(job: CompressionJob) -> dict[str, str]:
+    return {
+        names.LABEL_NAME: "kompressor-worker",
+        names.LABEL_INSTANCE: job.name[:63].rstrip("-."),  # a label holds 63 bytes, a name 253
+        names.LABEL_MANAGED_BY: names.MANAGED_BY,
+        names.LABEL_JOB_UID: job.uid,
+    }
+
+
+def owner_reference(job: CompressionJob) -> Manifest:
+    return {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "name": job.name,
+        "uid": job.uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+
+
+def spec_digest(spec: Manifest) -> str:
+    """Digest of what the worker was told, without the fields that may change on the way."""
+    fixed = {key: value for key, value in spec.items() if key not in MUTABLE_SPEC}
+    text = json.dumps(fixed, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def service_account_name(job: CompressionJob) -> str:
+    """The user's own, which is used as it is, or the one made for this job alone."""
+    return str((job.spec.get("worker") or {}).get("serviceAccountName") or stem(job))
+
+
+def supports(job: CompressionJob) -> list[Manifest]:
+    """What must exist before the RoleBinding and the Job, in any order."""
+    children = [config_map(job), role(job)]
+    if not (job.spec.get("worker") or {}).get("serviceAccountName"):
+        children.append(service_account(job))
+    return children
+
+
+def config_map(job: CompressionJob) -> Manifest:
+    """The job as the worker reads it: immutable, so that nothing that runs changes under its feet."""
+    told = {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid, "generation": job.generation},
+        "spec": job.spec,
+    }
+    return _child(job, "v1", "ConfigMap", {"immutable": True, "data": {names.JOB_FILE: json.dumps(told, indent=1)}})
+
+
+def service_account(job: CompressionJob) -> Manifest:
+    """The worker's identity; the token is mounted by the pod that asks for it, and by no other."""
+    return _child(job, "v1", "ServiceAccount", {"automountServiceAccountToken": False})
+
+
+def role(job: CompressionJob) -> Manifest:
+    """May read this one resource and patch its status, nothing else."""
+    api = {"apiGroups": [names.GROUP], "resourceNames": [job.name]}
+    rules = [
+        {**api, "resources": [names.PLURAL], "verbs": ["get"]},
+        {**api, "resources": [f"{names.PLURAL}/status"], "verbs": ["get", "patch"]},
+    ]
+    return _child(job, "rbac.authorization.k8s.io/v1", "Role", {"rules": rules})
+
+
+def role_binding(job: CompressionJob) -> Manifest:
+    subject = {"kind": "ServiceAccount", "name": service_account_name(job), "namespace": job.namespace}
+    group = "rbac.authorization.k8s.io"
+    reference = {"apiGroup": group, "kind": "Role", "name": stem(job)}
+    return _child(job, f"{group}/v1", "RoleBinding", {"roleRef": reference, "subjects": [subject]})
+
+
+def worker_job(job: CompressionJob, attempt: Attempt, settings: Settings) -> Manifest:
+    """The Job that retries in place. Its template cannot change later, so all of it is decided here."""
+    marks = {**labels(job), names.LABEL_ATTEMPT: str(attempt.number)}
+    template = pod_template(job, settings, stem(job), service_account_name(job), attempt.memory_plan)
+    template["metadata"] = {"labels": marks}
+    spec = {
+        "parallelism": 1,
+        "completions": 1,
+        "backoffLimit": backoff_limit(job, attempt.failures_before),
+        "podFailurePolicy": {"rules": pod_failure_rules()},
+        "podReplacementPolicy": "Failed",  # never two pods on one output; demanded with a podFailurePolicy anyway
+        "template": template,
+    }
+    manifest = _child(job, "batch/v1", "Job", {"spec": spec}, name=job_name(job, attempt.number))
+    manifest["metadata"]["labels"] = marks
+    manifest["metadata"]["annotations"] = {
+        names.ANNOTATION_MEMORY_PLAN: str(attempt.memory_plan),
+        names.ANNOTATION_FAILURES_BEFORE: str(attempt.failures_before),
+    }
+    return manifest
+
+
+def backoff_limit(job: CompressionJob, failures_before: int) -> int:
+    """What is left of retry.limit for a Job that comes after others."""
+    return max(0, job.retry_limit - failures_before)
+
+
+def pod_failure_rules() -> list[Manifest]:
+    """First hit wins, so the order is the policy: outside causes and a commit on SIGTERM are free, final codes end the Job,
+    running out of memory ends this attempt, all else counts against backoffLimit."""
+
+    def exit_codes(action: str, codes: tuple[int, ...]) -> Manifest:
+        on = {"containerName": names.WORKER_CONTAINER, "operator": "In", "values": sorted(codes)}
+        return {"action": action, "onExitCodes": on}
+
+    return [
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        exit_codes("Ignore", (int(ExitCode.TERMINATED),)),
+        exit_codes("FailJob", tuple(int(code) for code in names.FINAL_EXIT_CODES)),
+        exit_codes("FailJob", OUT_OF_MEMORY_CODES),
+    ]
+
+
+def _child(job: CompressionJob, api_version: str, kind: str, body: Manifest, name: str = "") -> Manifest:
+    metadata = {
+        "name": name or stem(job),
+        "namespace": job.namespace,
+        "labels": labels(job),
+        "ownerReferences": [owner_reference(job)],
+    }
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, **body}

@@ -1,0 +1,267 @@
+"""What the operator sees, as small frozen records: a CompressionJob, its child Jobs and their pods. Pure parsing, no I/O.
+
+Only what decides is kept of a child, so that tens of thousands of them fit into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from kompressor_api import names
+from kompressor_api.names import Condition
+from kompressor_api.v1alpha1 import RetrySpec
+
+Manifest = dict[str, Any]
+Key = tuple[str, str]
+"""(namespace, name) of a CompressionJob."""
+
+JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
+
+
+@dataclass(frozen=True)
+class CompressionJob:
+    """The resource as last seen."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: str
+    deleting: bool
+    spec: Manifest
+    status: Manifest
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> CompressionJob:
+        meta = body["metadata"]
+        return cls(
+            namespace=meta["namespace"],
+            name=meta["name"],
+            uid=meta["uid"],
+            generation=meta.get("generation", 0),
+            resource_version=meta.get("resourceVersion", ""),
+            deleting="deletionTimestamp" in meta,
+            spec=body.get("spec") or {},
+            status=body.get("status") or {},
+        )
+
+    @property
+    def key(self) -> Key:
+        return (self.namespace, self.name)
+
+    @property
+    def suspend(self) -> bool:
+        return bool(self.spec.get("suspend"))
+
+    @property
+    def retry_limit(self) -> int:
+        limit = (self.spec.get("retry") or {}).get("limit")
+        return RetrySpec().limit if limit is None else int(limit)
+
+    @property
+    def ttl(self) -> int | None:
+        return self.spec.get("ttlSecondsAfterFinished")
+
+    @property
+    def finished(self) -> bool:
+        """Complete or Failed is stored: nothing starts again, whatever the Jobs say."""
+        return any(self.is_true(name) for name in (Condition.COMPLETE, Condition.FAILED))
+
+    def is_true(self, kind: Condition) -> bool:
+        return any(c.get("type") == kind and c.get("status") == "True" for c in self.status.get("conditions") or ())
+
+    def condition(self, kind: Condition) -> Mapping[str, Any]:
+        return next((c for c in self.status.get("conditions") or () if c.get("type") == kind), {})
+
+
+@dataclass(frozen=True, slots=True)
+class ChildJob:
+    """One attempt."""
+
+    namespace: str
+    name: str
+    uid: str
+    owner: str
+    resource_version: str
+    attempt: int
+    created: datetime
+    deleting: bool = False
+    suspended: bool = False
+    backoff_limit: int = 0
+    ttl: int | None = None
+    memory_plan: int = 0
+    failures_before: int = 0
+    active: int = 0
+    failed: int = 0
+    ended: str = ""
+    """Complete, Failed, or empty while it goes on."""
+    ended_reason: str = ""
+    ended_message: str = ""
+    ended_at: str = ""
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> ChildJob:
+        meta, spec, status = body["metadata"], body.get("spec") or {}, body.get("status") or {}
+        notes = meta.get("annotations") or {}
+        ends = [c for c in status.get("conditions") or () if c["type"] in ("Complete", "Failed") and c["status"] == "True"]
+        end = ends[0] if ends else {}
+        return cls(
+            namespace=meta["namespace"],
+            name=meta["name"],
+            uid=meta["uid"],
+            owner=controller_uid(meta),
+            resource_version=meta.get("resourceVersion", ""),
+            attempt=number((meta.get("labels") or {}).get(names.LABEL_ATTEMPT), 1),
+            created=moment(meta.get("creationTimestamp")),
+            deleting="deletionTimestamp" in meta,
+            suspended=bool(spec.get("suspend")),
+            backoff_limit=spec.get("backoffLimit", 6),
+            ttl=spec.get("ttlSecondsAfterFinished"),
+            memory_plan=number(notes.get(names.ANNOTATION_MEMORY_PLAN), 0),
+            failures_before=number(notes.get(names.ANNOTATION_FAILURES_BEFORE), 0),
+            active=status.get("active") or 0,
+            failed=status.get("failed") or 0,
+            ended=end.get("type", ""),
+            ended_reason=end.get("reason", ""),
+            ended_message=end.get("message", ""),
+            ended_at=status.get("completionTime") or end.get("lastTransitionTime") or "",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Terminated:
+    """How the worker's container ended."""
+
+    exit_code: int
+    reason: str = ""
+    message: str = ""
+    finished_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildPod:
+    """One worker pod."""
+
+    namespace: str
+    name: str
+    uid: str
+    owner: str
+    """uid of the CompressionJob, from the label: a pod's controller is the Job."""
+    resource_version: str
+    job: str
+    created: datetime
+    phase: str = "Pending"
+    node: str = ""
+    deletion_due: datetime | None = None
+    """When the grace period of a deletion ends; None if it is not being deleted."""
+    waiting_reason: str = ""
+    waiting_message: str = ""
+    terminated: Terminated | None = None
+    unschedulable: str = ""
+    """The scheduler's message, while it finds no node."""
+    disrupted: str = ""
+    """Reason of a DisruptionTarget condition: eviction, preemption, taint."""
+    reason: str = ""
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> ChildPod:
+        meta, spec, status = body["metadata"], body.get("spec") or {}, body.get("status") or {}
+        labels = meta.get("labels") or {}
+        conditions = {c["type"]: c for c in status.get("conditions") or ()}
+        scheduled, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
+        containers = status.get("containerStatuses") or ()
+        state = next((c.get("state") or {} for c in containers if c["name"] == names.WORKER_CONTAINER), {})
+        waiting, ended = state.get("waiting") or {}, state.get("terminated")
+        stuck = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
+        return cls(
+            namespace=meta["namespace"],
+            name=meta["name"],
+            uid=meta["uid"],
+            owner=labels.get(names.LABEL_JOB_UID, ""),
+            resource_version=meta.get("resourceVersion", ""),
+            job=labels.get(JOB_NAME_LABEL, ""),
+            created=moment(meta.get("creationTimestamp")),
+            phase=status.get("phase", "Pending"),
+            node=spec.get("nodeName", ""),
+            deletion_due=moment(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
+            waiting_reason=waiting.get("reason", ""),
+            waiting_message=waiting.get("message", ""),
+            terminated=_terminated(ended),
+            unschedulable=scheduled.get("message", "") if stuck else "",
+            disrupted=disruption.get("reason", "") if disruption.get("status") == "True" else "",
+            reason=status.get("reason", ""),
+        )
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A Warning event about a child, as far as it says why nothing happens."""
+
+    reason: str
+    message: str
+    seen: datetime
+
+    @classmethod
+    def parse(cls, event: Mapping[str, Any]) -> Warned:
+        series = (event.get("series") or {}).get("lastObservedTime")
+        last = series or event.get("lastTimestamp") or event.get("eventTime")
+        return cls(event.get("reason", ""), event.get("message", ""), moment(last))
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The children of one CompressionJob."""
+
+    jobs: tuple[ChildJob, ...] = ()
+    """By attempt, rising."""
+    pods: tuple[ChildPod, ...] = ()
+    """By creation, rising."""
+    live: bool = False
+    """Read from the API server just now, not from what the watches have told so far."""
+    warnings: tuple[Warned, ...] | None = field(default=None)
+    """Warning events of the child that was asked about, newest first; None if nobody asked."""
+
+    @property
+    def current(self) -> ChildJob | None:
+        return self.jobs[-1] if self.jobs else None
+
+    def pods_of(self, job: ChildJob) -> tuple[ChildPod, ...]:
+        return tuple(pod for pod in self.pods if pod.job == job.name)
+
+
+def controller_uid(meta: Mapping[str, Any]) -> str:
+    """The uid of the controlling owner, or nothing."""
+    return next((str(o["uid"]) for o in meta.get("ownerReferences") or () if o.get("controller")), "")
+
+
+def moment(text: str | None) -> datetime:
+    """An RFC 3339 time stamp; the epoch where there is none."""
+    return datetime.fromisoformat(text) if text else datetime.fromtimestamp(0, UTC)
+
+
+def stamp(when: datetime) -> str:
+    """RFC 3339 in UTC, to the second, as Kubernetes writes it."""
+    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def number(text: str | None, default: int) -> int:
+    """A small number that we have once written into a label or annotation; a stranger may have changed it."""
+    return int(text) if text and text.isascii() and text.isdigit() else default
+
+
+def _terminated(state: Mapping[str, Any] | None) -> Terminated | None:
+    if not state:
+        return None
+    return Terminated(
+        exit_code=state.get("exitCode", 0),
+        reason=state.get("reason", ""),
+        message=state.get("message", ""),
+        finished_at=state.get("finishedAt") or "",
+    )

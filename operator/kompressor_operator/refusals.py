@@ -1,0 +1,48 @@
+"""What it means when the API server does not let a child be created. Pure: from status code and message to a verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from kompressor_api.names import Reason
+from kompressor_operator.conditions import Phase, Verdict
+from kompressor_operator.observed import stamp
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that another try alone does not cure."""
+
+    reason: Reason
+    message: str
+    final: bool = False
+    """The spec itself is at fault, and cannot be changed."""
+
+    def verdict(self, now: datetime) -> Verdict:
+        phase = Phase.FAILED if self.final else Phase.PENDING
+        facts = {"completionTime": stamp(now)} if self.final else {}
+        return Verdict(phase, self.reason, self.message, validated=not self.final, facts=facts)
+
+
+def refusal(kind: str, name: str, status: int, message: str) -> Refusal | None:
+    """Judge a failed creation. None: trouble that may pass by itself, such as a busy server, so just try again."""
+    said = f"{kind} {name}: {message}"
+    if "is being terminated" in message:
+        return None  # the namespace goes away, and the CompressionJob with it
+    if status == 403 and "exceeded quota" in message:
+        remedy = "ask for less in spec.worker.resources, end other jobs, or raise the ResourceQuota"
+        return Refusal(Reason.QUOTA_EXCEEDED, f"{said}; {remedy}")
+    if status == 403 or (status in (400, 422) and "denied the request" in message):
+        remedy = "allow it in the operator's Role or in the admission policy that is named; the operator tries again"
+        return Refusal(Reason.FORBIDDEN, f"{said}; {remedy}")
+    if kind == "Job" and status in (400, 422):
+        remedy = "correct spec.worker (or the claim in a pvc:// uri), delete this CompressionJob and apply again"
+        return Refusal(Reason.INVALID_SPEC, f"{said}; {remedy}", final=True)
+    return None
+
+
+def conflict(kind: str, namespace: str, name: str) -> Refusal:
+    """An object of that name exists and is not ours."""
+    remedy = f"delete it (`kubectl -n {namespace} delete {kind.lower()} {name}`) or apply this CompressionJob under another name"
+    return Refusal(Reason.NAME_CONFLICT, f"{kind} {namespace}/{name} exists and belongs to something else; {remedy}")

@@ -1,0 +1,88 @@
+"""The timer: now and then list everything, repair what the watches have missed, and look at every job again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from kompressor_api import names
+from kompressor_operator.cluster import ApiError, Cluster
+from kompressor_operator.observed import ChildJob, ChildPod, Key, Manifest
+from kompressor_operator.store import Packed, Store
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+FIRST_PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)
+"""Seconds between tries until the first list succeeds; the last one is repeated."""
+
+
+@dataclass
+class Relister:
+    """Lists, repairs, enqueues. `attempted` moves whether or not the API server answers: it shows that this task lives."""
+
+    cluster: Cluster
+    store: Store
+    enqueue: Callable[[Key], None]
+    namespaces: Sequence[str]
+    interval: float
+    impatient: float
+    """Seconds until the next list while a watch owes us something, so that a dead one is noticed."""
+    clock: Callable[[], float] = time.monotonic
+    attempted: float = field(default=0.0)
+
+    async def first(self) -> None:
+        """Until it works: at the start there may be no API server yet, or no CRD."""
+        for turn in range(2**31):
+            if await self._try():
+                return
+            await asyncio.sleep(FIRST_PAUSES[min(turn, len(FIRST_PAUSES) - 1)])
+
+    async def forever(self) -> None:
+        """The timer itself."""
+        while True:
+            await asyncio.sleep(min(self.interval, self.impatient) if self.store.unproven else self.interval)
+            await self._try()
+
+    async def relist(self) -> None:
+        """Children first: a job that is looked at must not lack children that were there before it."""
+        self.store.begin_list()
+        jobs, version = await self._all("Job", ChildJob.parse, labelSelector=names.LABEL_JOB_UID)
+        self.store.list_jobs(jobs, version)
+        pods, version = await self._all("Pod", ChildPod.parse, labelSelector=names.LABEL_JOB_UID)
+        self.store.list_pods(pods, version)
+        resources, version = await self._all(names.KIND, Packed.pack)
+        self.store.list_resources(resources, version)
+        for key in self.store.keys:
+            self.enqueue(key)
+
+    async def _try(self) -> bool:
+        self.attempted = self.clock()
+        try:
+            await self.relist()
+        except ApiError as error:
+            hint = ""
+            if error.status == 404:
+                hint = f"; the CRD {names.PLURAL}.{names.GROUP} is not installed: `kubectl apply -f crds/`"
+            if error.status == 403:
+                hint = "; the operator's role does not allow it: install it with the chart, or set KOMPRESSOR_NAMESPACES"
+            log.warning("listing, %s%s", error, hint)
+            return False
+        return True
+
+    async def _all(self, kind: str, parse: Callable[[Manifest], R], **selectors: str) -> tuple[list[R], str]:
+        """Everything of a kind in the namespaces that are served, and the oldest version that it is true of."""
+        records: list[R] = []
+        versions: list[str] = []
+        for namespace in self.namespaces or ("",):
+            first = ""
+            async for page in self.cluster.pages(kind, namespace, **selectors):
+                records.extend(parse(item) for item in page.items)
+                first = first or page.version
+            versions.append(first)
+        return records, min(versions, key=lambda v: int(v) if v.isdigit() else 0)

@@ -1,0 +1,226 @@
+"""What the watches have told, by CompressionJob: the operator decides on this and asks the API server only where a mistake could not
+be taken back. Compact on purpose: the resources as JSON text, their children as records of what decides.
+
+Three sources feed it: watch events, full lists, and the answers to our own writes. The resource version decides which is newer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from kompressor_operator.observed import ChildJob, ChildPod, CompressionJob, Key, Manifest, Observed
+
+
+class Record(Protocol):
+    @property
+    def namespace(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def uid(self) -> str: ...
+    @property
+    def resource_version(self) -> str: ...
+
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A CompressionJob as text; a tenth of the memory that its dicts would take."""
+
+    namespace: str
+    name: str
+    uid: str
+    resource_version: str
+    text: str
+
+    @classmethod
+    def pack(cls, body: Mapping[str, Any]) -> Packed:
+        meta = body["metadata"]
+        kept = {k: meta[k] for k in _KEPT if k in meta}
+        text = json.dumps({"metadata": kept, "spec": body.get("spec") or {}, "status": body.get("status") or {}})
+        return cls(meta["namespace"], meta["name"], meta["uid"], meta.get("resourceVersion", ""), text)
+
+    def unpack(self) -> CompressionJob:
+        return CompressionJob.parse(json.loads(self.text))
+
+
+_KEPT = ("namespace", "name", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
+
+
+@dataclass
+class Shelf(Generic[R]):
+    """All records of one kind, by (namespace, name)."""
+
+    records: dict[Key, R] = field(default_factory=dict)
+    _gone: dict[str, int] = field(default_factory=dict)
+    """uid -> resource version of deletions since the last list began: a list may still show them."""
+    _unproven: dict[Key, int] = field(default_factory=dict)
+    """What a list has shown and the watch has not told yet."""
+
+    def put(self, record: R) -> bool:
+        """Keep it if it is newer than what is there. Another uid is another object under an old name."""
+        key, version = (record.namespace, record.name), _version(record)
+        if version <= self._gone.get(record.uid, -1):
+            return False
+        known = self.records.get(key)
+        if known is not None and known.uid == record.uid and _version(known) > version:
+            return False
+        self.records[key] = record
+        return True
+
+    def told(self, record: R, deleted: bool) -> None:
+        """A watch event."""
+        key = (record.namespace, record.name)
+        if self._unproven.get(key, 0) <= _version(record):
+            self._unproven.pop(key, None)
+        if not deleted:
+            self.put(record)
+            return
+        self._gone[record.uid] = _version(record)
+        known = self.records.get(key)
+        if known is not None and known.uid == record.uid:
+            del self.records[key]
+
+    def begin_list(self) -> None:
+        self._gone.clear()
+
+    def listed(self, records: Iterable[R], version: str) -> set[Key]:
+        """A full list as of this version: repair what the watch has missed. Returns the keys of records that are gone."""
+        seen: set[Key] = set()
+        for record in records:
+            key = (record.namespace, record.name)
+            seen.add(key)
+            known = self.records.get(key)
+            if self.put(record) and (known is None or _version(known) < _version(record)):
+                self._unproven[key] = _version(record)
+        as_of = int(version) if version.isdigit() else 0
+        gone = {key for key, record in self.records.items() if key not in seen and _version(record) <= as_of}
+        for key in gone:
+            del self.records[key]
+            self._unproven.pop(key, None)
+        return gone
+
+    @property
+    def unproven(self) -> frozenset[tuple[Key, int]]:
+        """What the watch still owes us; if it does so for long, it is dead."""
+        return frozenset(self._unproven.items())
+
+    def __iter__(self) -> Iterator[R]:
+        return iter(self.records.values())
+
+
+class Store:
+    """The operator's picture of the cluster."""
+
+    def __init__(self) -> None:
+        self.resources: Shelf[Packed] = Shelf()
+        self.jobs: Shelf[ChildJob] = Shelf()
+        self.pods: Shelf[ChildPod] = Shelf()
+        self._keys: dict[str, Key] = {}
+        self._jobs_of: dict[str, set[Key]] = {}
+        self._pods_of: dict[str, set[Key]] = {}
+
+    def job(self, key: Key) -> CompressionJob | None:
+        packed = self.resources.records.get(key)
+        return packed.unpack() if packed else None
+
+    def observed(self, uid: str) -> Observed:
+        jobs = [job for key in self._jobs_of.get(uid, ()) if (job := self.jobs.records.get(key)) and job.owner == uid]
+        pods = [pod for key in self._pods_of.get(uid, ()) if (pod := self.pods.records.get(key)) and pod.owner == uid]
+        return observe(jobs, pods)
+
+    def tell_resource(self, body: Manifest, deleted: bool = False) -> Key:
+        """A watch event of a CompressionJob. Returns its key."""
+        packed = Packed.pack(body)
+        self.resources.told(packed, deleted)
+        return self._index(packed, deleted)
+
+    def tell_job(self, body: Manifest, deleted: bool = False) -> Key | None:
+        """A watch event of a child Job. Returns the key of its CompressionJob, if that is known."""
+        job = ChildJob.parse(body)
+        self.jobs.told(job, deleted)
+        return self._index_child(self._jobs_of, job, deleted)
+
+    def tell_pod(self, body: Manifest, deleted: bool = False) -> Key | None:
+        pod = ChildPod.parse(body)
+        self.pods.told(pod, deleted)
+        return self._index_child(self._pods_of, pod, deleted)
+
+    def put_resource(self, body: Manifest) -> CompressionJob:
+        """The answer to our own read or write: as good as an event, but no proof that the watch lives."""
+        packed = Packed.pack(body)
+        self.resources.put(packed)
+        self._index(packed, False)
+        return packed.unpack()
+
+    def put_job(self, job: ChildJob) -> None:
+        self.jobs.put(job)
+        self._index_child(self._jobs_of, job, False)
+
+    def begin_list(self) -> None:
+        for shelf in (self.resources, self.jobs, self.pods):
+            shelf.begin_list()
+
+    def list_resources(self, records: Iterable[Packed], version: str) -> None:
+        """All of them, as of this version."""
+        self.resources.listed(records, version)
+        self._keys = {record.uid: key for key, record in self.resources.records.items()}
+
+    def list_jobs(self, records: Iterable[ChildJob], version: str) -> None:
+        self.jobs.listed(records, version)
+        self._jobs_of = _by_owner(self.jobs)
+
+    def list_pods(self, records: Iterable[ChildPod], version: str) -> None:
+        self.pods.listed(records, version)
+        self._pods_of = _by_owner(self.pods)
+
+    @property
+    def keys(self) -> list[Key]:
+        return list(self.resources.records)
+
+    @property
+    def unproven(self) -> frozenset[tuple[str, Key, int]]:
+        shelves: dict[str, Shelf[Any]] = {"resources": self.resources, "jobs": self.jobs, "pods": self.pods}
+        return frozenset((kind, *owed) for kind, shelf in shelves.items() for owed in shelf.unproven)
+
+    def _index(self, packed: Packed, deleted: bool) -> Key:
+        key = (packed.namespace, packed.name)
+        if deleted:
+            self._keys.pop(packed.uid, None)
+        else:
+            self._keys[packed.uid] = key
+        return key
+
+    def _index_child(self, index: dict[str, set[Key]], child: ChildJob | ChildPod, deleted: bool) -> Key | None:
+        key = (child.namespace, child.name)
+        if not deleted:
+            index.setdefault(child.owner, set()).add(key)
+        elif child.owner in index:
+            index[child.owner].discard(key)
+            if not index[child.owner]:
+                del index[child.owner]
+        return self._keys.get(child.owner)
+
+
+def observe(jobs: Iterable[ChildJob], pods: Iterable[ChildPod], live: bool = False) -> Observed:
+    """In the order that everything else relies on."""
+    by_attempt = sorted(jobs, key=lambda job: (job.attempt, job.created))
+    by_creation = sorted(pods, key=lambda pod: (pod.created, pod.name))
+    return Observed(tuple(by_attempt), tuple(by_creation), live)
+
+
+def _by_owner(shelf: Shelf[Any]) -> dict[str, set[Key]]:
+    index: dict[str, set[Key]] = {}
+    for child in shelf:
+        index.setdefault(child.owner, set()).add((child.namespace, child.name))
+    return index
+
+
+def _version(record: Record) -> int:
+    """Resource versions of one resource are comparable numbers (Kubernetes 1.35 says so, all servers before did so)."""
+    return int(record.resource_version) if record.resource_version.isdigit() else 0

@@ -1,0 +1,89 @@
+"""Early truth: why a pod does not run, read from its status and from the warnings about it, each with its remedy. Pure.
+
+People should not have to hunt through pods and events for a wrong image name, a missing Secret or a full quota.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from kompressor_api.names import Reason
+from kompressor_operator.observed import ChildJob, ChildPod, Warned
+
+LOST_AFTER = timedelta(seconds=15)
+"""A kubelet removes a pod within seconds after its grace period; beyond this nobody is there to do it."""
+
+IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
+START_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError"})
+
+_BACK_OFF = re.compile(r'^Back-off pulling image "(?P<image>[^"]*)"(: \w+: )?')
+
+
+@dataclass(frozen=True)
+class Trouble:
+    reason: Reason
+    message: str
+
+
+def lost(pod: ChildPod, now: datetime) -> Trouble | None:
+    """A pod that should be gone and is not: its node does not answer. Kompressor never force-deletes it, since its process may
+    still be writing; whoever knows that the node is dead must say so."""
+    if pod.ended or not pod.node:
+        return None
+    overdue = pod.deletion_due is not None and now > pod.deletion_due + LOST_AFTER
+    if not overdue and pod.reason != "NodeLost":
+        return None
+    return Trouble(
+        Reason.NODE_LOST,
+        f"pod {pod.name} does not end, node {pod.node} does not answer: bring the node back, or if it is dead for good delete the "
+        f"Node or taint it with node.kubernetes.io/out-of-service=nodeshutdown:NoExecute; the job then goes on elsewhere",
+    )
+
+
+def start_trouble(pod: ChildPod) -> Trouble | None:
+    """What keeps a pod from starting, as far as its own status tells."""
+    if pod.waiting_reason in IMAGE_REASONS:
+        detail = _BACK_OFF.sub("", pod.waiting_message) or pod.waiting_message or pod.waiting_reason
+        remedy = "correct spec.worker.image, or the operator's worker image, or add a pull secret"
+        return Trouble(Reason.IMAGE_PULL_FAILED, f"pod {pod.name}: the image cannot be pulled: {detail}; {remedy}")
+    if pod.waiting_reason in START_REASONS:
+        return _not_started(pod)
+    if pod.unschedulable:
+        remedy = "ask for less in spec.worker.resources, correct nodeSelector or tolerations, or add a node"
+        return Trouble(Reason.UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable.rstrip('. ')}; {remedy}")
+    return None
+
+
+def mount_trouble(pod: ChildPod, warnings: Sequence[Warned]) -> Trouble | None:
+    """A volume that does not come, such as a caBundle whose ConfigMap is missing."""
+    for warned in warnings:
+        if warned.reason in ("FailedMount", "FailedAttachVolume"):
+            remedy = "create what it names in the job's namespace; the pod starts by itself then"
+            return Trouble(Reason.VOLUME_NOT_MOUNTED, f"pod {pod.name}: {warned.message.strip()}; {remedy}")
+    return None
+
+
+def creation_trouble(job: ChildJob, warnings: Sequence[Warned], since: datetime) -> Trouble | None:
+    """Why the Job controller cannot create a pod: quota, Pod Security, a service account that is not there."""
+    for warned in warnings:
+        if warned.reason != "FailedCreate" or warned.seen < since:
+            continue
+        said = f"Job {job.name}: {warned.message.strip()}"
+        if "exceeded quota" in warned.message or "failed quota" in warned.message:
+            remedy = "ask for less in spec.worker.resources, end other pods, or raise the ResourceQuota"
+            return Trouble(Reason.QUOTA_EXCEEDED, f"{said}; {remedy}")
+        if "serviceaccount" in warned.message.lower():
+            return Trouble(Reason.POD_REFUSED, f"{said}; create the account that spec.worker.serviceAccountName names")
+        return Trouble(Reason.POD_REFUSED, f"{said}; allow it in the namespace's policy, or change spec.worker")
+    return None
+
+
+def _not_started(pod: ChildPod) -> Trouble:
+    text = pod.waiting_message or pod.waiting_reason
+    if "secret" in text.lower():
+        remedy = "create the Secret that credentialsSecret names, with that key, in the job's namespace; the pod starts by itself then"
+        return Trouble(Reason.SECRET_MISSING, f"pod {pod.name}: {text}; {remedy}")
+    return Trouble(Reason.CONTAINER_NOT_STARTED, f"pod {pod.name}: {text}; correct what it names, or spec.worker.image")
