@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "worker")]  # models.py, corpus.py, families.py: also used by the demo, so not a package
+sys.path[:0] = [str(HERE), str(HERE / "worker")]  # models.py and families.py: the demo uses them too, so no package
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: tests, workers and agents share the cores
 
 
 @pytest.fixture(scope="session")

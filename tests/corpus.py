@@ -1,8 +1,9 @@
-"""A synthetic English that a small model learns in seconds and never perfectly: the training and held-out text of tests/models.py.
+"""A synthetic English that a small model learns in seconds and never perfectly: the text behind tests/models.py.
 
-Short stories about people who hold jobs, live in places and own things. Which verbs, objects and adjectives go with which noun is drawn
-once from a seeded table, so the model has to store associations in its weights: that is where quantisation damage shows. Names, places
-and things recur within a story, so attention is of use too. Built from `random.Random`, whose sequence is the same in every Python.
+Short stories about people who hold jobs, live in places and own things. Which verbs, objects and adjectives go with
+which noun is drawn once from a seeded table, so the model has to store associations in its weights: that is where
+quantisation damage shows. Names, places and things recur within a story, so attention is of use too. Built from
+`random.Random`, whose sequence is the same in every Python.
 """
 
 from __future__ import annotations
@@ -14,20 +15,49 @@ from itertools import accumulate
 
 __all__ = ["Corpus"]
 
-NAMES = """Ada Bruno Clara David Elena Felix Greta Hugo Irene Jonas Katya Leon Marta Nils Olga Pavel Rosa Simon Tilda Viktor""".split()
-JOBS = """baker sailor doctor farmer painter miller weaver teacher hunter smith singer judge potter clerk gardener tailor""".split()
-PLACES = """harbour village valley castle market forest island tower garden bridge mountain chapel station library meadow cellar""".split()
-THINGS = """lantern ladder basket letter kettle violin anchor candle barrel mirror saddle hammer blanket compass ribbon bucket
-teapot painting feather button pillow needle carpet pepper wagon cradle""".split()
-ANIMALS = "horse raven goose rabbit donkey badger falcon kitten spider turtle".split()
-VERBS = """carried painted mended found hid sold bought lost washed polished lifted broke measured admired borrowed buried
-counted wrapped dropped traded""".split()
-MOVES = "walked wandered hurried sailed returned climbed rode travelled".split()
-ADJECTIVES = """old red heavy golden broken quiet narrow silver wooden bright dusty gentle crooked hollow frozen purple
-tiny ancient polished rusty""".split()
-TIMES = "in the morning|at noon|after the storm|before dawn|in winter|on market day|late at night|every summer".split("|")
-FEELINGS = "happy tired proud afraid curious lonely angry patient hopeful silent".split()
-NUMBERS = "two three four five six seven eight nine ten twelve".split()
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+NAMES = words(
+    """Ada Bruno Clara David Elena Felix Greta Hugo Irene Jonas Katya Leon Marta Nils Olga Pavel Rosa Simon Tilda
+    Viktor"""
+)
+JOBS = words(
+    """baker sailor doctor farmer painter miller weaver teacher hunter smith singer judge potter clerk gardener
+    tailor"""
+)
+PLACES = words(
+    """harbour village valley castle market forest island tower garden bridge mountain chapel station library meadow
+    cellar"""
+)
+THINGS = words(
+    """lantern ladder basket letter kettle violin anchor candle barrel mirror saddle hammer blanket compass ribbon
+    bucket teapot painting feather button pillow needle carpet pepper wagon cradle"""
+)
+ANIMALS = words("horse raven goose rabbit donkey badger falcon kitten spider turtle")
+VERBS = words(
+    """carried painted mended found hid sold bought lost washed polished lifted broke measured admired borrowed buried
+    counted wrapped dropped traded"""
+)
+MOVES = words("walked wandered hurried sailed returned climbed rode travelled")
+ADJECTIVES = words(
+    """old red heavy golden broken quiet narrow silver wooden bright dusty gentle crooked hollow frozen purple tiny
+    ancient polished rusty"""
+)
+FEELINGS = words("happy tired proud afraid curious lonely angry patient hopeful silent")
+NUMBERS = words("two three four five six seven eight nine ten twelve")
+TIMES = [
+    "in the morning",
+    "at noon",
+    "after the storm",
+    "before dawn",
+    "in winter",
+    "on market day",
+    "late at night",
+    "every summer",
+]
 
 
 class Table:
@@ -89,7 +119,8 @@ class Corpus:
                     mood = self.mood.draw(rng, f"{verb} {thing}")
                     sentences.append(f"When {hero} {verb} a {thing}, {friend} was {mood}.")
                 case 3:
-                    sentences.append(f"There {friend} met a {self.look.draw(rng, animal)} {animal} and gave it to {hero}.")
+                    look = self.look.draw(rng, animal)
+                    sentences.append(f"There {friend} met a {look} {animal} and gave it to {hero}.")
                 case _:
                     sentences.append(f"{friend} said: {hero} the {job} has {self.count.draw(rng, thing)} {thing}s.")
         return " ".join(sentences)
