@@ -1,0 +1,36 @@
+"""The real parts that the end-to-end tests share: a Kubernetes cluster with one node, an S3 server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from binaries import BinaryError
+from cluster_access import Cluster
+from local_cluster import provide
+from s3 import S3Server
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One node; images are added by `cluster.add_images`. `CLUSTER=current` uses the cluster of $KUBECONFIG instead."""
+    wanted = provide(nodes=1, root=tmp_path_factory.mktemp("cluster"))
+    try:
+        wanted.start()
+    except BinaryError as error:
+        pytest.skip(f"no control plane: {error}")
+    yield wanted
+    wanted.stop()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A versitygw of its own, or the server that $KOMPRESSOR_TEST_S3 names."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    try:
+        server.start()
+    except BinaryError as error:
+        pytest.skip(f"no S3 server: {error}")
+    yield server
+    server.stop()
