@@ -1,12 +1,13 @@
 """Compare-and-swap on a file system, without a lock that a frozen process could hold for ever.
 
 An object is a folder of generations `000000000001`, `000000000002`, ...; the highest one is the object. To replace generation n is to
-`link` a finished temporary file as n+1: the kernel lets exactly one process do that, on local disks and on NFS. Older generations are
-removed, so a process that slept may create one of them again: it then sees a higher one beside it and has lost.
+`link` a finished temporary file as n+1: the kernel lets exactly one process do that, on local disks and on NFS. Older generations
+stay, as empty files: were they removed, a process that slept could make one of them again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -35,12 +36,15 @@ class Claims:
 
     def read(self, name: str) -> tuple[bytes, str] | None:
         """Content and ETag of the highest generation, or None."""
-        while generations := self.generations(name):
+        generations = self.generations(name)
+        while generations:
             try:
                 data = (self._object(name) / f"{generations[-1]:012}").read_bytes()
-            except FileNotFoundError:  # replaced between the two calls
-                continue
-            return data, etag_of(generations[-1], data)
+            except FileNotFoundError:  # deleted just now
+                return None
+            before, generations = generations, self.generations(name)
+            if generations[-1:] == before[-1:]:  # else it may have been emptied while it was read
+                return data, etag_of(generations[-1], data)
         return None
 
     def replace(self, name: str, data: bytes, etag: str | None, at_least: int = 1) -> int:
@@ -60,13 +64,10 @@ class Claims:
             raise ClaimLost(self._lost(name, etag, self.generations(name))) from error
         finally:
             temporary.unlink(missing_ok=True)
-        present = self.generations(name)
-        if present[-1:] != [generation]:
-            (folder / f"{generation:012}").unlink(missing_ok=True)
-            raise ClaimLost(self._lost(name, etag, present))
         fsync_folder(folder)
-        for old in present[:-1]:
-            (folder / f"{old:012}").unlink(missing_ok=True)
+        if etag is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.truncate(folder / f"{expected:012}", 0)
         return generation
 
     def delete(self, name: str) -> None:

@@ -1,0 +1,363 @@
+"""What every output and source promises, on a folder and on a real S3 server alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Bucket
+
+from kompressor_api.names import Reason
+from kompressor_api.v1alpha1 import OutputSpec, SourceLocation
+from kompressor_worker.errors import ClaimLost, CorruptSource, NotFound, OutputOccupied, StorageError
+from kompressor_worker.storage import WORK, Output, Part, Source
+from kompressor_worker.storage.locations import open_output, open_source
+
+JOURNAL = f"{WORK}journal.json"
+PART = 5 << 20
+
+
+@dataclass
+class Place:
+    """One output, which several workers open."""
+
+    uri: str
+    environ: dict[str, str] = field(default_factory=dict)
+    endpoint: str | None = None
+
+    def output(self) -> Output:
+        return open_output(OutputSpec(uri=self.uri, endpoint=self.endpoint), self.environ)
+
+    def source(self) -> Source:
+        return open_source(SourceLocation(uri=self.uri, endpoint=self.endpoint), self.environ)
+
+
+@pytest.fixture(params=["file", "pvc", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    if request.param == "file":
+        yield Place(f"file://{tmp_path}/models/small")
+    elif request.param == "pvc":
+        (tmp_path / "claims" / "data").mkdir(parents=True)
+        yield Place("pvc://data/models/small", {"KOMPRESSOR_CLAIM_DIRECTORY": str(tmp_path / "claims")})
+    else:
+        bucket: Bucket = request.getfixturevalue("bucket")
+        yield Place(bucket.uri("models/small"), bucket.environ, bucket.server.endpoint)
+
+
+def upload(output: Output, name: str, data: bytes, id: str | None = None, skip: tuple[Part, ...] = ()) -> tuple[str, list[Part]]:
+    """Everything but the last step, in parts of PART bytes, each given in two chunks."""
+    id = id or output.begin(name, len(data))
+    parts, view = list(skip), memoryview(data)
+    for number, offset in enumerate(range(0, len(data), PART), 1):
+        if number > len(skip):
+            piece = view[offset : offset + PART]
+            parts.append(output.write_part(name, id, number, offset, [piece[:1000], piece[1000:]]))
+    return id, parts
+
+
+def publish(output: Output, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        output.complete(name, *upload(output, name, data))
+    output.publish("config.json", b"{}")
+    output.cleanup()
+
+
+def test_probe_finds_conditional_writes_and_leaves_nothing(place: Place) -> None:
+    output = place.output()
+    assert output.conditional is None
+    assert output.probe() is True
+    assert output.conditional is True
+    assert output.existing() == {}
+    output.cleanup()
+    with pytest.raises(NotFound):
+        place.source().list()
+
+
+def test_replace_is_compare_and_swap(place: Place) -> None:
+    output = place.output()
+    assert output.read(JOURNAL) is None
+    first = output.replace(JOURNAL, b"1", None)
+    assert output.read(JOURNAL) == (b"1", first)
+    second = output.replace(JOURNAL, b"2", first)
+    assert second != first
+    for stale in (None, first, second + "x" if place.uri.startswith("s3") else "7-x"):
+        with pytest.raises(ClaimLost):
+            output.replace(JOURNAL, b"3", stale)
+    assert output.read(JOURNAL) == (b"2", second)
+    output.delete([JOURNAL, f"{WORK}never-there"])
+    assert output.read(JOURNAL) is None
+    with pytest.raises(ClaimLost):
+        output.replace(JOURNAL, b"3", second)
+
+
+RACER = """
+import json, os, sys
+from kompressor_api.v1alpha1 import OutputSpec
+from kompressor_worker.errors import ClaimLost
+from kompressor_worker.storage.locations import open_output
+place = json.loads(sys.argv[1])
+won = []
+for _ in range(30):
+    output = open_output(OutputSpec(uri=place["uri"], endpoint=place["endpoint"]), place["environ"])
+    found = output.read(".kompressor/counter")
+    value, etag = (int(found[0]), found[1]) if found else (0, None)
+    try:
+        output.replace(".kompressor/counter", str(value + 1).encode(), etag)
+        won.append(value + 1)
+    except ClaimLost:
+        pass
+print(json.dumps(won))
+"""
+
+
+def test_processes_racing_for_one_object_never_both_win(place: Place) -> None:
+    place.output().probe()
+    argument = json.dumps({"uri": place.uri, "endpoint": place.endpoint, "environ": place.environ})
+    racers = [subprocess.Popen([sys.executable, "-c", RACER, argument], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    won = [value for racer in racers for value in json.loads(racer.communicate(timeout=120)[0])]
+    assert all(racer.returncode == 0 for racer in racers)
+    assert won and len(won) == len(set(won)), "two processes wrote on top of the same object"
+    found = place.output().read(f"{WORK}counter")
+    assert found is not None and int(found[0]) >= max(won)
+
+
+def test_threads_racing_for_the_first_claim(place: Place) -> None:
+    outputs = [place.output() for _ in range(6)]
+    outputs[0].probe()
+    start = threading.Barrier(len(outputs))
+
+    def claim(index: int) -> bool:
+        start.wait()
+        try:
+            outputs[index].replace(JOURNAL, str(index).encode(), None)
+        except ClaimLost:
+            return False
+        return True
+
+    with ThreadPoolExecutor(len(outputs)) as pool:
+        won = list(pool.map(claim, range(len(outputs))))
+    assert won.count(True) == 1
+    found = place.output().read(JOURNAL)
+    assert found is not None and found[0] == str(won.index(True)).encode()
+
+
+def test_working_objects(place: Place) -> None:
+    output = place.output()
+    output.replace(JOURNAL, b"{}", None)
+    for unit in range(12):
+        output.write(f"{WORK}unit-{unit}", b"x" * unit)
+    output.write(f"{WORK}unit-3", b"again")
+    found = output.read(f"{WORK}unit-3")
+    assert found is not None and found[0] == b"again"
+    output.delete([f"{WORK}unit-{unit}" for unit in range(12)])
+    assert output.read(f"{WORK}unit-3") is None
+    assert output.existing() == {}
+
+
+def test_published_whole_and_read_back(place: Place) -> None:
+    files = {"model-1.safetensors": os.urandom(2 * PART + 12345), "model-2.safetensors": os.urandom(17), "empty.bin": b""}
+    output = place.output()
+    etag = output.replace(JOURNAL, b"{}", None)
+    uploads = {name: upload(output, name, data) for name, data in files.items()}
+    assert output.existing() == {}, "parts are not to be seen"
+    output.replace(JOURNAL, b"{...}", etag)
+    for name, (id, parts) in uploads.items():
+        output.complete(name, id, parts)
+        output.complete(name, id, parts)
+    output.write("tokenizer/tokenizer.json", b"[]")
+    assert "config.json" not in output.existing()
+    output.publish("config.json", b"{}")
+    output.cleanup()
+    source = place.source()
+    listed = source.list()
+    files |= {"tokenizer/tokenizer.json": b"[]", "config.json": b"{}"}
+    assert {name: info.size for name, info in listed.items()} == {name: len(data) for name, data in files.items()}
+    assert output.existing() == listed
+    assert output.read_published("tokenizer/tokenizer.json") == b"[]"
+    for name, data in files.items():
+        assert source.read(name) == data
+    big = files["model-1.safetensors"]
+    assert source.read("model-1.safetensors", 7, 11) == big[7:11]
+    assert source.read("model-1.safetensors", PART) == big[PART:]
+    buffer = bytearray(PART)
+    source.read_into("model-1.safetensors", 999, memoryview(buffer))
+    assert buffer == big[999 : 999 + PART]
+
+
+def test_many_threads_read_and_write(place: Place) -> None:
+    data = os.urandom(8 * PART)
+    output, view = place.output(), memoryview(data)
+    id = output.begin("model.safetensors", len(data))
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(
+            pool.map(lambda i: output.write_part("model.safetensors", id, i + 1, i * PART, [view[i * PART : (i + 1) * PART]]), range(8))
+        )
+        output.complete("model.safetensors", id, parts)
+        output.publish("config.json", b"{}")
+        source = place.source()
+        source.list()
+        back = bytearray(len(data))
+        target = memoryview(back)
+        list(pool.map(lambda i: source.read_into("model.safetensors", i * PART, target[i * PART : (i + 1) * PART]), range(8)))
+    assert back == data
+
+
+def test_an_upload_goes_on_in_another_process(place: Place) -> None:
+    data = os.urandom(2 * PART + 1)
+    first = place.output()
+    etag = first.replace(JOURNAL, b"1", None)
+    id = first.begin("model.safetensors", len(data))
+    part = first.write_part("model.safetensors", id, 1, 0, [memoryview(data)[:PART]])
+    etag = first.replace(JOURNAL, b"2", etag)
+
+    second = place.output()
+    assert second.upload_exists("model.safetensors", id, [part])
+    assert not second.upload_exists("model.safetensors", id, [part, Part(2, PART, len(data), '"0"')])
+    assert not second.upload_exists("other.safetensors", id, [part])
+    second.replace(JOURNAL, b"3", etag)
+    assert second.upload_exists("model.safetensors", id, [part])
+    _, parts = upload(second, "model.safetensors", data, id, (part,))
+    second.complete("model.safetensors", id, parts)
+    second.publish("config.json", b"{}")
+    assert place.source().read("model.safetensors") == data
+
+
+def test_a_publish_that_was_cut_off_is_done_again(place: Place) -> None:
+    output = place.output()
+    etag = output.replace(JOURNAL, b"1", None)
+    id, parts = upload(output, "model.safetensors", b"abc")
+    output.complete("model.safetensors", id, parts)
+    output.publish("config.json", b"{}")
+
+    again = place.output()
+    again.replace(JOURNAL, b"2", etag)
+    again.complete("model.safetensors", id, parts)
+    again.publish("config.json", b"{}")
+    again.cleanup()
+    assert set(again.existing()) == {"config.json", "model.safetensors"}
+    assert again.read(JOURNAL) is None
+
+
+def test_an_upload_that_went_away_is_noticed(place: Place) -> None:
+    output = place.output()
+    data = os.urandom(PART + 1)
+    id, parts = upload(output, "model.safetensors", data)
+    output.abort("model.safetensors", id)
+    output.abort("model.safetensors", id)
+    assert not output.upload_exists("model.safetensors", id, parts)
+    with pytest.raises((StorageError, NotFound)):
+        output.complete("model.safetensors", id, parts)
+    id, parts = upload(output, "model.safetensors", data)
+    output.complete("model.safetensors", id, parts)
+
+
+def test_an_occupied_output_is_refused(place: Place) -> None:
+    publish(place.output(), {"model.safetensors": b"theirs"})
+    output = place.output()
+    assert set(output.existing()) == {"config.json", "model.safetensors"}
+    with pytest.raises(OutputOccupied, match=re.escape(place.uri)):
+        output.publish("config.json", b'{"mine": 1}')
+    output.cleanup()
+    assert place.source().read("config.json") == b"{}"
+
+
+def test_cleanup_leaves_nothing(place: Place, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    output = place.output()
+    output.probe()
+    etag = output.replace(JOURNAL, b"1", None)
+    upload(output, "model.safetensors", os.urandom(PART + 1))
+    for unit in range(20):
+        output.write(f"{WORK}unit-{unit}", b"x")
+    etag = output.replace(JOURNAL, b"2", etag)
+    last = place.output()
+    last.replace(JOURNAL, b"3", etag)
+    last.cleanup()
+    assert last.existing() == {}
+    if place.uri.startswith("s3"):
+        bucket: Bucket = request.getfixturevalue("bucket")
+        assert bucket.names("models/small") == []
+        assert bucket.uploads("models/small") == []
+    else:
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_stale_worker_changes_nothing(place: Place) -> None:
+    """A wakes after B took over: nothing that A still does reaches what B publishes."""
+    data = os.urandom(PART + 7)
+    stale = place.output()
+    first = stale.replace(JOURNAL, b"A", None)
+    id = stale.begin("model.safetensors", len(data))
+    part = stale.write_part("model.safetensors", id, 1, 0, [memoryview(data)[:PART]])
+    second = stale.replace(JOURNAL, b"A1", first)
+
+    owner = place.output()
+    third = owner.replace(JOURNAL, b"B", second)
+    with pytest.raises(ClaimLost):
+        stale.replace(JOURNAL, b"A2", second)
+    _, parts = upload(owner, "model.safetensors", data, id, (part,))
+    owner.complete("model.safetensors", id, parts)
+    with pytest.raises(ClaimLost):
+        stale.write_part("model.safetensors", id, 2, PART, [memoryview(b"wrong!!")])
+    owner.replace(JOURNAL, b"B1", third)
+    owner.publish("config.json", b"{}")
+    owner.cleanup()
+    with pytest.raises(ClaimLost):
+        stale.write_part("model.safetensors", id, 1, 0, [memoryview(b"wrong")])
+    with pytest.raises(ClaimLost):
+        stale.replace(JOURNAL, b"A2", second)
+    with pytest.raises(OutputOccupied):
+        stale.publish("config.json", b"A")
+    source = place.source()
+    assert set(source.list()) == {"config.json", "model.safetensors"}
+    assert source.read("model.safetensors") == data
+
+
+@pytest.mark.parametrize(
+    ("ask", "error"),
+    [
+        (lambda source: source.read("missing.json"), NotFound),
+        (lambda source: source.read("model.safetensors", 0, 100), CorruptSource),
+        (lambda source: source.read("model.safetensors", 90, 100), CorruptSource),
+        (lambda source: source.read_into("model.safetensors", 5, memoryview(bytearray(2))), CorruptSource),
+    ],
+)
+def test_reading_what_is_not_there(place: Place, ask: Callable[[Source], Any], error: type[Exception]) -> None:
+    publish(place.output(), {"model.safetensors": b"123456"})
+    for listed in (False, True):
+        source = place.source()
+        if listed:
+            source.list()
+        with pytest.raises(error, match=re.escape(place.uri)):
+            ask(source)
+
+
+def test_a_file_that_changes_while_it_is_read(place: Place, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    publish(place.output(), {"model.safetensors": b"123456"})
+    source = place.source()
+    source.list()
+    assert source.read("model.safetensors", 1, 3) == b"23"
+    if place.uri.startswith("s3"):
+        bucket: Bucket = request.getfixturevalue("bucket")
+        bucket.server.client().put_object(Bucket=bucket.name, Key="models/small/model.safetensors", Body=b"654321")
+    else:
+        (path,) = tmp_path.rglob("model.safetensors")
+        path.write_bytes(b"654321")
+    for stop in (4, 6):
+        with pytest.raises(CorruptSource, match="changed while it was read"):
+            source.read("model.safetensors", 0, stop)
+
+
+def test_an_empty_source(place: Place) -> None:
+    with pytest.raises(NotFound, match=re.escape(place.uri)) as caught:
+        place.source().list()
+    assert caught.value.reason == Reason.SOURCE_NOT_FOUND
