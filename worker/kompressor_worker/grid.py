@@ -62,9 +62,7 @@ def global_scale(amax: Tensor) -> Tensor:
     return torch.nan_to_num(FP8_MAX * FP4_MAX / amax, nan=1.0, posinf=1.0, neginf=1.0)
 
 
-def grid_of_range(
-    low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype, global_scale: Tensor | None = None
-) -> Grid:
+def grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype, global_scale: Tensor | None = None) -> Grid:
     """The grid for tiles that span [low, high] (fp32, equal shapes); scales as rounded to `dtype`, or to the scheme's
     own scale dtype."""
     low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
@@ -119,12 +117,7 @@ def round_to_fp4(values: Tensor) -> Tensor:
     bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     magnitude = values.abs()
     # ties: down at 0.25, 1.25, 2.5 and 5, up at 0.75, 1.75 and 3.5
-    index = (
-        torch.bucketize(magnitude, bounds)
-        + (magnitude == 0.75).long()
-        + (magnitude == 1.75).long()
-        + (magnitude == 3.5).long()
-    )
+    index = torch.bucketize(magnitude, bounds) + (magnitude == 0.75).long() + (magnitude == 1.75).long() + (magnitude == 3.5).long()
     return torch.tensor(FP4_VALUES)[index] * torch.sign(values)
 
 

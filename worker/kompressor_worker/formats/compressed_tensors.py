@@ -100,8 +100,7 @@ def quantization_config(linears: Sequence[LinearLayout], schemes: Mapping[str, S
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "config_groups": {
-            f"group_{i}": _group(scheme, target)
-            for i, ((scheme, _), target) in enumerate(zip(ordered, targets, strict=True))
+            f"group_{i}": _group(scheme, target) for i, ((scheme, _), target) in enumerate(zip(ordered, targets, strict=True))
         },
         "ignore": ignore,
         "kv_cache_scheme": None,

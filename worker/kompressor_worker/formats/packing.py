@@ -20,9 +20,7 @@ def pack_int32(codes: Tensor, bits: int, dim: Literal[0, 1] = 1) -> Tensor:
     per_word = _per_word(bits)
     # the offset first: what fills the last word up is zero bits, not zero codes
     stored = torch.nn.functional.pad(codes.to(torch.int32) + (1 << (bits - 1)), (0, -codes.shape[1] % per_word))
-    words = stored.reshape(codes.shape[0], stored.shape[1] // per_word, per_word) << (
-        torch.arange(per_word, dtype=torch.int32) * bits
-    )
+    words = stored.reshape(codes.shape[0], stored.shape[1] // per_word, per_word) << (torch.arange(per_word, dtype=torch.int32) * bits)
     return words.sum(dim=-1, dtype=torch.int32)
 
 

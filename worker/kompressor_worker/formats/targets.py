@@ -59,9 +59,7 @@ def _regex(family: tuple[str, ...], layers: Iterable[int] | None) -> str:
     inner = [r"\d+" if part == "#" else re.escape(part) for part in family[first + 1 :]]
     if layers is None:
         return (
-            "re:" + r"\.".join([".*", *inner]) + "$"
-            if inner
-            else "re:" + r"\.".join([".*" + re.escape(family[first - 1]), r"\d+"]) + "$"
+            "re:" + r"\.".join([".*", *inner]) + "$" if inner else "re:" + r"\.".join([".*" + re.escape(family[first - 1]), r"\d+"]) + "$"
         )
     which = "(" + "|".join(str(layer) for layer in layers) + ")"
     return "re:" + r"\.".join([".*" + re.escape(family[first - 1]), which, *inner]) + "$"

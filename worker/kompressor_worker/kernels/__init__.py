@@ -1,9 +1,9 @@
 """Fused kernels: one read of a weight gives codes, scales and errors.
 
 Each operation stands twice: in `eager`, plain torch and its specification, and in `kernels.cpp`, compiled for this CPU
-at first use. The one dispatch rule: the compiled one where it could be built and the tensor is on the CPU, else the
-eager one; `KOMPRESSOR_KERNELS=eager` forces that. Both give the same tensors bit for bit, whatever the number of
-threads; the fp64 sums agree to rounding.
+at first use. Both are registered with torch.library, as `torch.ops.kompressor.*`. The one dispatch rule: on the CPU the
+compiled one where it could be built, else the eager one; `KOMPRESSOR_KERNELS=eager` forces that. Both give the same
+tensors bit for bit, whatever the number of threads; the fp64 sums agree to rounding.
 """
 
 from __future__ import annotations
@@ -11,37 +11,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kompressor_worker.kernels import eager
+from kompressor_worker.kernels import compiled, eager, ops  # ops: registers the operations
+from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.schemes import Scheme
 
-__all__ = ["Quantized", "amax", "decode_fp8_block", "decode_mxfp4", "nonfinite", "quantize"]
+__all__ = ["Quantized", "amax", "decode_fp8_block", "decode_mxfp4", "nonfinite", "ops", "quantize"]
 
-Quantized = eager.Quantized
+FLOATS = tuple(compiled.DTYPES)
+"""bf16, fp16 and fp32: what weights come in."""
 
 
 def quantize(weight: Tensor, scheme: Scheme, global_scale: Tensor | None = None) -> Quantized:
-    """Weight [out, in] (bf16, fp16 or fp32, contiguous, CPU), rounded to nearest on its own grid; see
-    `eager.quantize`."""
-    return eager.quantize(weight, scheme, global_scale)
+    """Weight [out, in] (bf16, fp16 or fp32) rounded to nearest, each tile on the grid of its own range.
+
+    NVFP4 needs the fp32 [1] `global_scale` of all tensors that share it (`grid.global_scale`).
+    """
+    assert weight.dtype in FLOATS, weight.dtype
+    codes, scale, zero_point, stats = torch.ops.kompressor.quantize(weight.contiguous(), scheme.name, scheme.group_size or -1, global_scale)
+    error, norm, bad = stats.tolist()
+    return Quantized(codes, scale, None if scheme.symmetric else zero_point, error, norm, int(bad))
 
 
 def amax(weight: Tensor) -> tuple[float, int]:
     """Largest finite magnitude of a bf16, fp16 or fp32 tensor, and how many of its elements are NaN or Inf."""
-    return eager.amax(weight)
+    assert weight.dtype in FLOATS, weight.dtype
+    most, bad = torch.ops.kompressor.amax(weight.contiguous()).tolist()
+    return most, int(bad)
 
 
 def nonfinite(tensor: Tensor) -> int:
-    """How many elements of a bf16, fp16 or fp32 tensor are NaN or Inf."""
-    return eager.nonfinite(tensor)
+    """How many elements of a tensor are NaN or Inf; of any dtype, fast for bf16, fp16 and fp32."""
+    if not tensor.is_floating_point():
+        return 0
+    return amax(tensor)[1] if tensor.dtype in FLOATS else eager.nonfinite(tensor.double())
 
 
 def decode_fp8_block(weight: Tensor, scale_inv: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """FP8 checkpoint to `dtype`: weight e4m3 [out, in] times fp32 scale_inv [ceil(out/r), ceil(in/c)], as DeepSeek-V3
-    and transformers."""
-    return eager.decode_fp8_block(weight, scale_inv, block, dtype)
+    """An FP8 checkpoint's weight [out, in] in `dtype` (bf16, fp16 or fp32).
+
+    weight float8_e4m3fn [out, in]; scale_inv [ceil(out / r), ceil(in / c)] for blocks of (r, c), by which each code is
+    multiplied in fp32, as DeepSeek-V3's `weight_dequant` and transformers' `Fp8Dequantize`.
+    """
+    scale_inv = scale_inv.float().contiguous()
+    decoded: Tensor = torch.ops.kompressor.decode_fp8_block(weight.contiguous(), scale_inv, block, dtype)
+    return decoded
 
 
 def decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """gpt-oss experts to `dtype`: blocks uint8 [E, rows, groups, 16], scales uint8 [E, rows, groups] -> [E, groups *
-    32, rows]."""
-    return eager.decode_mxfp4(blocks, scales, dtype)
+    """gpt-oss experts in `dtype` (bf16, fp16 or fp32): [E, groups * 32, rows], transposed as the model has them.
+
+    blocks uint8 [E, rows, groups, 16], two E2M1 a byte; scales uint8 [E, rows, groups], exponents with bias 127. As
+    transformers' `convert_moe_packed_tensors`.
+    """
+    decoded: Tensor = torch.ops.kompressor.decode_mxfp4(blocks.contiguous(), scales.contiguous(), dtype)
+    return decoded

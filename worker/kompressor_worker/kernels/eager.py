@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,7 @@ def nonfinite(tensor: Tensor) -> int:
     return tensor.numel() - int(tensor.isfinite().sum())
 
 
-def decode_fp8_block(weight: Tensor, scale_inv: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def decode_fp8_block(weight: Tensor, scale_inv: Tensor, block: Sequence[int], dtype: torch.dtype) -> Tensor:
     rows, columns = block
     expanded = scale_inv.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     return (weight.float() * expanded[: weight.shape[0], : weight.shape[1]]).to(dtype)

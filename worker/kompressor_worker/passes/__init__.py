@@ -73,10 +73,7 @@ def explain(error: ValidationError, model: type[Model]) -> str:
         where = ".".join(str(p) for p in e["loc"])
         if e["type"] == "extra_forbidden":
             near = difflib.get_close_matches(where, known, n=1)
-            lines.append(
-                f"{where!r} is not a parameter; "
-                + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
-            )
+            lines.append(f"{where!r} is not a parameter; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"))
         else:
             lines.append(f"{where}: {e['msg']} (got {e['input']!r})")
     return "; ".join(lines)

@@ -107,9 +107,7 @@ class Rtn:
         """Encodes this stage's linears in `assign`'s answer. Raises BadNumerics that names the tensor and counts its
         NaN and Inf."""
         linears = [linear for linear in stage.layout.linears if linear.name in self._assigned]
-        shared = _global_scales(
-            stage, [linear for linear in linears if self._assigned[linear.name].strategy == "tensor_group"]
-        )
+        shared = _global_scales(stage, [linear for linear in linears if self._assigned[linear.name].strategy == "tensor_group"])
         for linear in linears:
             _encode(stage, linear, self._assigned[linear.name], shared.get(linear.name))
 
@@ -134,9 +132,7 @@ def _encode(stage: Stage, linear: LinearLayout, scheme: Scheme, global_scale: to
     result = kernels.quantize(weight, scheme, global_scale)
     if result.nonfinite:
         raise _not_finite(linear, result.nonfinite, weight.numel())
-    tensors = named_tensors(
-        linear.name, linear.shape, scheme, result.codes, result.scale, result.zero_point, global_scale
-    )
+    tensors = named_tensors(linear.name, linear.shape, scheme, result.codes, result.scale, result.zero_point, global_scale)
     if not _scales_usable(result.scale):
         raise BadNumerics(
             f"{linear.weight}: its values span too wide a range for {scheme.name}, a scale overflows; "

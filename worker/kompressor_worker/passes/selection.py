@@ -17,9 +17,7 @@ from kompressor_worker.schemes import Scheme
 LINEAR = "Linear"
 
 
-def select(
-    layout: ModelLayout, taken: Mapping[str, Scheme], targets: Sequence[str], ignore: Sequence[str]
-) -> list[LinearLayout]:
+def select(layout: ModelLayout, taken: Mapping[str, Scheme], targets: Sequence[str], ignore: Sequence[str]) -> list[LinearLayout]:
     """The linears that match `targets`, less those that match `ignore` or are in `taken`, in the model's order.
 
     Embeddings, heads and MoE routers are left out; a head is taken if `targets` has its exact name.
@@ -32,9 +30,7 @@ def select(
     chosen = [
         linear
         for linear in linears
-        if linear.name not in taken
-        and _targeted(linear, targets)
-        and not any(_match(pattern, linear) for pattern in ignore)
+        if linear.name not in taken and _targeted(linear, targets) and not any(_match(pattern, linear) for pattern in ignore)
     ]
     if not chosen:
         raise UserError(
@@ -61,9 +57,7 @@ def _targeted(linear: LinearLayout, targets: Sequence[str]) -> bool:
     raise UserError(f"targets: {linear.name} is {what}, which loaders want exact; take it out of targets")
 
 
-def _refuse_unmatched(
-    field: str, patterns: Sequence[str], layout: ModelLayout, linears: Sequence[LinearLayout]
-) -> None:
+def _refuse_unmatched(field: str, patterns: Sequence[str], layout: ModelLayout, linears: Sequence[LinearLayout]) -> None:
     names = {linear.name for linear in linears}
     names.update(tensor.name.rpartition(".")[0] for stage in layout.stages() for tensor in stage.tensors)
     if layout.tied_embeddings:
@@ -74,9 +68,7 @@ def _refuse_unmatched(
             continue
         near = difflib.get_close_matches(pattern, sorted(pool), n=1)
         hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else 'use a module name such as model.layers.0.mlp.down_proj, "re:.*down_proj$" or "Linear"'
+            f"did you mean {near[0]}?" if near else 'use a module name such as model.layers.0.mlp.down_proj, "re:.*down_proj$" or "Linear"'
         )
         if pattern == "lm_head":
             hint = "its weight is tied to the embeddings, which are left exact"

@@ -39,9 +39,7 @@ def _check_group(linear: LinearLayout, scheme: Scheme) -> None:
         )
     fitting = [str(size) for size in USUAL_GROUPS if columns % size == 0]
     choice = ", ".join([*fitting, "or -1"]) if fitting else "-1"
-    raise UserError(
-        f"{linear.name}: {columns} columns not divisible by groupSize {group}; choose {choice}, or list it under ignore"
-    )
+    raise UserError(f"{linear.name}: {columns} columns not divisible by groupSize {group}; choose {choice}, or list it under ignore")
 
 
 def _check_packing(linear: LinearLayout, scheme: Scheme) -> None:
@@ -72,8 +70,7 @@ def _check_blocks(layout: ModelLayout, linears: Sequence[LinearLayout], block: t
         appended = linear.fused is not None and (is_routed_expert(linear.name) or last[linear.fused] != linear.name)
         if appended and rows % height:
             raise UserError(
-                f"{linear.name}: {rows} rows not divisible by FP8_BLOCK's {height}, "
-                f"and loaders append another matrix to it; {remedy}"
+                f"{linear.name}: {rows} rows not divisible by FP8_BLOCK's {height}, and loaders append another matrix to it; {remedy}"
             )
 
 

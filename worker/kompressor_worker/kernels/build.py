@@ -1,0 +1,145 @@
+"""Compiles `kernels.cpp` for the CPU at hand, once, and loads it.
+
+The compiler is $CXX, or the first of g++, clang++ and zig that works. The library is kept under
+`${KOMPRESSOR_CACHE:-${XDG_CACHE_HOME:-~/.cache}/kompressor}/kernels`, named after everything that it depends on:
+source, compiler, flags, CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("kernels.cpp", "lanes.cpp", "quantize.cpp", "decode.cpp")
+# No fast-math and no contraction to FMA: results are to equal the eager reference bit for bit.
+FLAGS = [
+    "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
+    "-shared", "-fPIC", "-pthread",
+]  # fmt: skip
+COMPILE_SECONDS = 300
+
+
+class CannotCompile(Exception):
+    """No compiler, or one that failed; the message says which and how."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, built if need be; None, with one warning, where they cannot be built."""
+    if os.environ.get("KOMPRESSOR_KERNELS") == "eager":
+        return None
+    try:
+        return ctypes.CDLL(str(build()))
+    except (CannotCompile, OSError) as error:
+        log.warning(
+            "kernels: %s. Quantisation runs in plain PyTorch: the same result, several times slower. Install g++ or clang++, or set CXX; "
+            "KOMPRESSOR_KERNELS=eager silences this.",
+            error,
+        )
+        return None
+
+
+def build() -> Path:
+    """The shared library for this CPU, compiled unless the cache has it. Raises CannotCompile."""
+    source = Path(__file__).with_name(SOURCES[0])
+    failures = []
+    for compiler in _compilers():
+        path = _cache() / f"{_key(compiler)}.so"
+        if path.exists():
+            return path
+        try:
+            _compile(compiler, source, path)
+            return path
+        except (CannotCompile, OSError, subprocess.TimeoutExpired) as error:
+            failures.append(f"{shlex.join(compiler)}: {error}")
+    raise CannotCompile("; ".join(failures) or "no C++ compiler found (looked for $CXX, g++, clang++, zig)")
+
+
+def _compilers() -> Iterator[list[str]]:
+    if chosen := os.environ.get("CXX"):
+        yield shlex.split(chosen)
+        return
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            yield [name]
+    if shutil.which("zig"):
+        yield ["zig", "c++"]
+    if find_spec("ziglang") is not None:
+        yield [sys.executable, "-m", "ziglang", "c++"]
+
+
+def _compile(compiler: list[str], source: Path, path: Path) -> None:
+    """Writes beside the target and renames, so that a second process sees all of the library or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    os.close(descriptor)
+    try:
+        command = [*compiler, *FLAGS, str(source), "-o", scratch]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+        if done.returncode != 0:
+            raise CannotCompile(f"exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+        Path(scratch).replace(path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def _key(compiler: list[str]) -> str:
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    digest.update(repr((compiler, _version(tuple(compiler)), FLAGS, _cpu())).encode())
+    return digest.hexdigest()[:32]
+
+
+@cache
+def _version(compiler: tuple[str, ...]) -> str:
+    try:
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _cpu() -> str:
+    """What `-march=native` goes by: the model and its features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU part")
+    return "\n".join(line for line in lines if line.partition(":")[0].strip() in wanted)
+
+
+def _cache() -> Path:
+    if root := os.environ.get("KOMPRESSOR_CACHE"):
+        path = Path(root)
+    else:
+        base = os.environ.get("XDG_CACHE_HOME")
+        path = (Path(base) if base else Path.home() / ".cache") / "kompressor"
+    path = path / "kernels"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if os.access(path, os.W_OK):
+            return path
+    except (OSError, RuntimeError):
+        pass
+    return _private_directory()
+
+
+@cache
+def _private_directory() -> Path:
+    """Where no cache can be written (a read-only root): a directory of this process alone."""
+    return Path(tempfile.mkdtemp(prefix="kompressor-kernels-"))

@@ -1,0 +1,92 @@
+"""The compiled kernels on CPU tensors: memory for the results, and the calls, which release the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kompressor_worker.formats import packing
+from kompressor_worker.grid import integer_range
+from kompressor_worker.kernels.eager import Quantized
+from kompressor_worker.schemes import Scheme
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+SERIAL = 1 << 17
+"""Elements below which starting a thread costs more than it saves."""
+
+
+def quantize(lib: ctypes.CDLL, weight: Tensor, scheme: Scheme, global_scale: Tensor | None) -> Quantized:
+    rows, columns = weight.shape
+    tiles = scheme.scale_shape((rows, columns))
+    height, width = scheme.tile((rows, columns))
+    codec, bias = 2, 0
+    zero_point: Tensor | None = None
+    code_dtype, code_columns, scale_dtype = torch.float8_e4m3fn, columns, weight.dtype
+    if scheme.format == "mxfp4-pack-quantized":
+        codec, code_dtype, code_columns, scale_dtype = 3, torch.uint8, columns // 2, torch.uint8
+    elif scheme.format == "nvfp4-pack-quantized":
+        codec, code_dtype, code_columns, scale_dtype = 4, torch.uint8, columns // 2, torch.float8_e4m3fn
+    elif scheme.type == "int":
+        codec, code_dtype = 0, torch.int8
+        if scheme.format == "pack-quantized":
+            bias, code_dtype, code_columns = -integer_range(scheme)[0], torch.int32, -(-columns * scheme.bits // 32)
+        if not scheme.symmetric:
+            codec, zero_point = 1, torch.empty(tiles, dtype=torch.int8)
+    codes = torch.empty((rows, code_columns), dtype=code_dtype)
+    scale = torch.empty(tiles, dtype=scale_dtype)
+    stats = torch.empty(3, dtype=torch.float64)
+    lib.kompressor_quantize(
+        _pointer(weight), DTYPES[weight.dtype], _i64(rows), _i64(columns), codec, scheme.bits, bias, _i64(height), _i64(width),
+        ctypes.c_float(1.0 if global_scale is None else float(global_scale)), _threads(weight), _pointer(codes),
+        _i64(code_columns * codes.element_size()), _pointer(scale), None if zero_point is None else _pointer(zero_point),
+        _pointer(stats),
+    )  # fmt: skip
+    packed = None if zero_point is None else packing.pack_int32(zero_point, scheme.bits, dim=0)
+    error, norm, bad = stats.tolist()
+    return Quantized(codes, scale, packed, error, norm, int(bad))
+
+
+def amax(lib: ctypes.CDLL, weight: Tensor) -> tuple[float, int]:
+    bits, bad = ctypes.c_uint32(), ctypes.c_int64()
+    lib.kompressor_range(
+        _pointer(weight), DTYPES[weight.dtype], _i64(weight.numel()), _threads(weight), ctypes.byref(bits), ctypes.byref(bad)
+    )
+    word = torch.tensor(bits.value, dtype=torch.int64)
+    view = word.to(torch.int32) if weight.dtype is torch.float32 else word.to(torch.int16)
+    return float(view.view(weight.dtype)), bad.value
+
+
+def decode_fp8_block(lib: ctypes.CDLL, weight: Tensor, scale_inv: Tensor, block: Sequence[int], dtype: torch.dtype) -> Tensor:
+    rows, columns = weight.shape
+    out = torch.empty((rows, columns), dtype=dtype)
+    lib.kompressor_decode_fp8_block(
+        _pointer(weight), _pointer(scale_inv), _i64(rows), _i64(columns), _i64(block[0]), _i64(block[1]), DTYPES[dtype],
+        _threads(weight), _pointer(out),
+    )  # fmt: skip
+    return out
+
+
+def decode_mxfp4(lib: ctypes.CDLL, blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    experts, rows, groups, _ = blocks.shape
+    out = torch.empty((experts, groups * 32, rows), dtype=dtype)
+    lib.kompressor_decode_mxfp4(
+        _pointer(blocks), _pointer(scales), _i64(experts), _i64(rows), _i64(groups), DTYPES[dtype], _threads(blocks),
+        _pointer(out),
+    )  # fmt: skip
+    return out
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    assert tensor.is_contiguous()
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _i64(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+def _threads(tensor: Tensor) -> int:
+    return 1 if tensor.numel() < SERIAL else torch.get_num_threads()

@@ -1,0 +1,4 @@
+// One translation unit: what is in these files is compiled together, for this CPU.
+#include "lanes.cpp"
+#include "quantize.cpp"
+#include "decode.cpp"

@@ -1,0 +1,131 @@
+// Sixteen lanes at a time, in the vector types that g++ and clang++ share; the compiler maps them to whatever the CPU has.
+// Everything here is exact or correctly rounded as IEEE 754 says, so results do not depend on the CPU. No fast-math, no contraction.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+constexpr int64_t LANES = 16;
+typedef float F __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef double D __attribute__((vector_size(128)));
+typedef uint16_t H __attribute__((vector_size(32)));
+typedef uint8_t B __attribute__((vector_size(16)));
+
+enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2 };
+
+template <class To, class From> inline To cast(From value) {
+    static_assert(sizeof(To) == sizeof(From), "bits");
+    To out;
+    std::memcpy(&out, &value, sizeof out);
+    return out;
+}
+
+inline F splat(float value) { return F{} + value; }
+inline U usplat(uint32_t value) { return U{} + value; }
+
+inline F half_to_float(U h) {
+    const U magnitude = h & 0x7fffu, exponent = magnitude >> 10;
+    const F normal = cast<F>((magnitude << 13) + (112u << 23));
+    const F subnormal = __builtin_convertvector(cast<I>(magnitude), F) * 0x1p-24f;
+    const U special = (magnitude << 13) | 0x7f800000u;
+    const U bits = exponent == 0 ? cast<U>(subnormal) : (exponent == 31 ? special : cast<U>(normal));
+    return cast<F>(bits | ((h & 0x8000u) << 16));
+}
+
+template <int T> inline F load(const char* p) {
+    if constexpr (T == FP32) {
+        F f;
+        std::memcpy(&f, p, sizeof f);
+        return f;
+    } else {
+        H h;
+        std::memcpy(&h, p, sizeof h);
+        const U u = __builtin_convertvector(h, U);
+        return T == BF16 ? cast<F>(u << 16) : half_to_float(u);
+    }
+}
+
+template <int T> constexpr int64_t width() { return T == FP32 ? 4 : 2; }
+
+// The first `count` < 16 elements, zeros after them. A zero changes no range, has no error, and its code is not stored.
+template <int T> inline F load_some(const char* p, int64_t count) {
+    char buffer[LANES * 4] = {};
+    std::memcpy(buffer, p, count * width<T>());
+    return load<T>(buffer);
+}
+
+// Round to nearest even, as torch does; NaN stays NaN.
+inline U float_to_bf16(F f) {
+    const U u = cast<U>(f), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return (u & 0x7fffffffu) > 0x7f800000u ? usplat(0x7fc0u) : rounded;
+}
+
+inline U float_to_half(F f) {
+    const U u = cast<U>(f), magnitude = u & 0x7fffffffu, sign = (u >> 16) & 0x8000u;
+    const U normal = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+    const U subnormal = cast<U>(cast<F>(magnitude) + 0.5f) - 0x3f000000u;  // the last bit of 0.5 is 2^-24
+    U bits = magnitude < 0x38800000u ? subnormal : normal;
+    bits = bits > 0x7c00u ? usplat(0x7c00u) : bits;
+    bits = magnitude > 0x7f800000u ? usplat(0x7e00u) : bits;
+    return bits | sign;
+}
+
+template <int T> inline void store(char* p, F f, int64_t count = LANES) {
+    if constexpr (T == FP32) {
+        std::memcpy(p, &f, count * 4);
+    } else {
+        const H h = __builtin_convertvector(T == BF16 ? float_to_bf16(f) : float_to_half(f), H);
+        std::memcpy(p, &h, count * 2);
+    }
+}
+
+inline uint32_t horizontal_max(U v) {
+    uint32_t lane[LANES], best = 0;
+    std::memcpy(lane, &v, sizeof lane);
+    for (int i = 0; i < LANES; i++) best = lane[i] > best ? lane[i] : best;
+    return best;
+}
+
+// Lane by lane, in order: the same sum on every CPU.
+inline double horizontal_sum(D v) {
+    double lane[LANES], sum = 0;
+    std::memcpy(lane, &v, sizeof lane);
+    for (int i = 0; i < LANES; i++) sum += lane[i];
+    return sum;
+}
+
+// Runs work(i) for every i < count on up to `threads` threads. Which thread runs which i is left open: results must not depend on it.
+template <class Work> void parallel(int64_t count, int threads, Work work) {
+    std::atomic<int64_t> next{0};
+    auto loop = [&] {
+        for (int64_t i = next++; i < count; i = next++) work(i);
+    };
+    std::vector<std::thread> helpers;
+    for (int64_t t = 1; t < std::min<int64_t>(threads, count); t++) helpers.emplace_back(loop);
+    loop();
+    for (auto& helper : helpers) helper.join();
+}
+
+// Fresh memory costs a page fault every 4 KiB, more than the kernels themselves; huge pages make it one every 2 MiB.
+inline void prefer_huge_pages(void* p, int64_t bytes) {
+#ifdef __linux__
+    const uintptr_t huge = 2 << 20, first = (reinterpret_cast<uintptr_t>(p) + huge - 1) & ~(huge - 1);
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) & ~(huge - 1);
+    if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,75 @@
+"""The operations as torch.library knows them, and the one dispatch rule between their two implementations."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kompressor_worker.kernels import build, compiled, eager
+from kompressor_worker.kernels.eager import Quantized
+from kompressor_worker.schemes import SCHEMES, Scheme
+
+LIBRARY = torch.library.Library("kompressor", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _register(schema: str, reference: Callable[..., Any], fast: Callable[..., Any]) -> None:
+    """Compiled on the CPU where it could be built; else, and on every other device, eager."""
+    name = schema.partition("(")[0]
+
+    def on_cpu(*args: Any) -> Any:
+        lib = build.library()
+        return reference(*args) if lib is None else fast(lib, *args)
+
+    LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, on_cpu, "CPU")  # type: ignore[no-untyped-call]
+
+
+def _scheme(name: str, group_size: int) -> Scheme:
+    scheme = SCHEMES[name]
+    return scheme.with_group_size(group_size) if scheme.choosable_groups else scheme
+
+
+def _tensors(result: Quantized) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What an operation may return: tensors, an empty one where there is no zero point."""
+    zero_point = torch.empty(0, dtype=torch.int32) if result.zero_point is None else result.zero_point
+    stats = torch.tensor([result.squared_error, result.squared_norm, result.nonfinite], dtype=torch.float64)
+    return result.codes, result.scale, zero_point, stats
+
+
+def _quantize_eager(weight: Tensor, scheme: str, group_size: int, global_scale: Tensor | None) -> tuple[Tensor, ...]:
+    return _tensors(eager.quantize(weight, _scheme(scheme, group_size), global_scale))
+
+
+def _quantize_compiled(lib: ctypes.CDLL, weight: Tensor, scheme: str, group_size: int, global_scale: Tensor | None) -> tuple[Tensor, ...]:
+    return _tensors(compiled.quantize(lib, weight, _scheme(scheme, group_size), global_scale))
+
+
+def _amax_eager(weight: Tensor) -> Tensor:
+    return torch.tensor(eager.amax(weight), dtype=torch.float64)
+
+
+def _amax_compiled(lib: ctypes.CDLL, weight: Tensor) -> Tensor:
+    return torch.tensor(compiled.amax(lib, weight), dtype=torch.float64)
+
+
+_register(
+    "quantize(Tensor weight, str scheme, int group_size, Tensor? global_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    _quantize_eager,
+    _quantize_compiled,
+)
+_register("amax(Tensor weight) -> Tensor", _amax_eager, _amax_compiled)
+_register(
+    "decode_fp8_block(Tensor weight, Tensor scale_inv, int[] block, ScalarType dtype) -> Tensor",
+    eager.decode_fp8_block,
+    compiled.decode_fp8_block,
+)
+_register(
+    "decode_mxfp4(Tensor blocks, Tensor scales, ScalarType dtype) -> Tensor",
+    eager.decode_mxfp4,
+    compiled.decode_mxfp4,
+)
