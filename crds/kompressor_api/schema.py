@@ -51,18 +51,21 @@ def structural(model: type[BaseModel], where: str, *, keep_unknown: bool) -> Sch
 
 def pass_schemas(passes: Mapping[str, type[BaseModel]]) -> dict[str, Schema]:
     """Name of each pass to the structural schema of its parameters, in the order of their names."""
-    return {name: structural(passes[name], f"spec.passes[].{name}", keep_unknown=True) for name in sorted(passes)}
+    schemas = {}
+    for name in sorted(passes):
+        where = f"spec.passes[].{name}"
+        schemas[name] = structural(passes[name], where, keep_unknown=True)
+        if not schemas[name].get("description"):
+            raise SchemaError(f"{where}: {passes[name].__name__} has no docstring; `kubectl explain` shows its first lines")
+    return schemas
 
 
 def crd(passes: Mapping[str, type[BaseModel]]) -> Schema:
     """The CustomResourceDefinition, with the parameters of `passes` inside. Raises SchemaError."""
     spec = structural(CompressionJobSpec, "spec", keep_unknown=True)
-    spec["properties"]["passes"]["items"] |= {
-        "description": "One pass: its name, and its parameters below it.",
-        "properties": pass_schemas(passes),
-        PRESERVE: True,
-    }
-    spec["properties"]["passes"]["items"].pop("additionalProperties", None)
+    entry = spec["properties"]["passes"]["items"]
+    del entry["additionalProperties"]
+    entry |= {"properties": pass_schemas(passes), PRESERVE: True}
     _add_rules(spec)
     status = structural(CompressionJobStatus, "status", keep_unknown=False)
     status["properties"]["conditions"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
@@ -192,6 +195,7 @@ def _convert(node: Schema, definitions: Mapping[str, Schema], where: str, keep_u
         if "items" not in node:
             raise SchemaError(f"{where}: a list must say of what; type it list[...]")
         result["items"] = _convert(node["items"], definitions, f"{where}[]", keep_unknown)
+        result["items"].pop("description", None)  # `kubectl explain` would show it in place of the list's own
     elif node.get("type") == "object":
         _convert_object(node, result, definitions, where, keep_unknown)
     elif "type" not in node:
@@ -252,7 +256,8 @@ def _resolve(node: Schema, definitions: Mapping[str, Schema], where: str) -> Sch
 
 def _int_or_string(choices: list[Schema], node: Schema) -> Schema:
     string = next(c for c in choices if c["type"] == "string")
-    kept = {k: v for k, v in {**string, **node}.items() if k in ("pattern", "maxLength", "description")}
+    kept = {k: v for k, v in {**string, **node}.items() if k in ("pattern", "maxLength", "description", "default")}
+    kept.setdefault(*_FALLBACK["string"])
     return {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True, **kept}
 
 

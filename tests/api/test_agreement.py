@@ -1,0 +1,186 @@
+"""The models and the API server take and refuse the same specs; a misspelt name is never dropped, whoever sends it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from api_server import Server, manifest
+from pydantic import ValidationError
+
+from kompressor_api.v1alpha1 import CompressionJobSpec
+from kompressor_worker.errors import UserError
+from kompressor_worker.passes import build_passes
+from local_cluster import CommandError
+
+Spec = dict[str, Any]
+
+GOOD: dict[str, Spec] = {
+    "minimal": {},
+    "every scheme mixes": {
+        "passes": [{"rtn": {"scheme": "FP8_DYNAMIC", "targets": ["re:.*attn.*"]}}, {"rtn": {"scheme": "W8A8", "ignore": ["lm_head"]}}]
+    },
+    "per channel": {"passes": [{"rtn": {"scheme": "W4A16", "groupSize": -1}}]},
+    "from a hub": {"model": {"source": {"uri": "hf://org/name", "revision": "main", "credentialsSecret": "hub"}}},
+    "volumes": {"model": {"source": {"uri": "pvc://models/a"}}, "output": {"uri": "pvc://models/b"}},
+    "one volume, its root": {"model": {"source": {"uri": "pvc://models"}}},
+    "a store of one's own": {
+        "output": {
+            "uri": "s3://models/out",
+            "endpoint": "https://s3.example.org:9000",
+            "region": "eu-1",
+            "pathStyle": True,
+            "caBundle": {"configMap": "ca", "key": "ca.pem"},
+            "credentialsSecret": "keys",
+            "format": "compressed-tensors",
+        }
+    },
+    "the same key in another store": {"output": {"uri": "s3://models/llama", "endpoint": "http://other:9000"}},
+    "a worker": {
+        "worker": {
+            "image": "worker:dev",
+            "resources": {"requests": {"cpu": 4, "memory": "24Gi"}, "limits": {"nvidia.com/gpu": "1"}, "claims": [{"name": "gpu"}]},
+            "nodeSelector": {"kubernetes.io/arch": "amd64"},
+            "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 30}],
+            "serviceAccountName": "trusted",
+        }
+    },
+    "life": {"suspend": True, "retry": {"limit": 0}, "ttlSecondsAfterFinished": 0},
+}
+
+# wrong values: refused by the schema, with the policies or without; the text is part of the API server's answer
+WRONG_VALUES: dict[str, tuple[Spec, str]] = {
+    "no model": ({"model": None}, "spec.model: Required value"),
+    "no source": ({"model": {}}, "spec.model.source: Required value"),
+    "no output": ({"output": None}, "spec.output: Required value"),
+    "no passes": ({"passes": None}, "spec.passes: Required value"),
+    "empty passes": ({"passes": []}, "spec.passes"),
+    "an empty pass": ({"passes": [{}]}, "spec.passes[0]"),
+    "two in one": ({"passes": [{"rtn": {"scheme": "W8A8"}, "gptq": {}}]}, "spec.passes[0]"),
+    "a pass of nothing": ({"passes": [{"rtn": None}]}, "spec.passes[0]"),
+    "a pass of text": ({"passes": [{"rtn": "W8A8"}]}, "spec.passes[0].rtn"),
+    "too many passes": ({"passes": [{"rtn": {"scheme": "W8A8"}}] * 17}, "at most 16"),
+    "unknown scheme": ({"passes": [{"rtn": {"scheme": "W3A16"}}]}, 'supported values: \\"W8A8\\"'),
+    "no scheme": ({"passes": [{"rtn": {}}]}, "spec.passes[0].rtn.scheme: Required value"),
+    "group size in words": ({"passes": [{"rtn": {"scheme": "W4A16", "groupSize": "all"}}]}, "groupSize"),
+    "unknown store": ({"output": {"uri": "gs://models/out"}}, "spec.output.uri"),
+    "no bucket": ({"output": {"uri": "s3:///out"}}, "spec.output.uri"),
+    "spaces": ({"output": {"uri": "s3://models/my model"}}, "spec.output.uri"),
+    "very long": ({"output": {"uri": "s3://models/" + "x" * 1024}}, "spec.output.uri"),
+    "output on a hub": ({"output": {"uri": "hf://org/name"}}, "a hub is read-only here; use s3:// or pvc://"),
+    "onto itself": ({"output": {"uri": "s3://models/llama"}}, "is the source itself; choose another prefix"),
+    "onto itself, with a slash": ({"output": {"uri": "s3://models/llama/"}}, "is the source itself"),
+    "onto itself, spelt oddly": ({"output": {"uri": "s3://models//./llama//"}}, "is the source itself"),
+    "unknown format": ({"output": {"uri": "s3://models/out", "format": "onnx"}}, "compressed-tensors"),
+    "endpoint without scheme": ({"output": {"uri": "s3://models/out", "endpoint": "s3:9000"}}, "spec.output.endpoint"),
+    "a bundle without a map": ({"output": {"uri": "s3://models/out", "caBundle": {"key": "a"}}}, "caBundle.configMap"),
+    "a secret with capitals": ({"output": {"uri": "s3://models/out", "credentialsSecret": "Keys"}}, "credentialsSecret"),
+    "yes for true": ({"suspend": "true"}, "spec.suspend"),
+    "text for a number": ({"retry": {"limit": "4"}}, "spec.retry.limit"),
+    "below zero": ({"retry": {"limit": -1}}, "spec.retry.limit"),
+    "above all": ({"retry": {"limit": 101}}, "spec.retry.limit"),
+    "a long wait": ({"ttlSecondsAfterFinished": 31536001}, "spec.ttlSecondsAfterFinished"),
+    "no image": ({"worker": {"image": ""}}, "spec.worker.image"),
+    "an amount of nothing": ({"worker": {"resources": {"limits": {"memory": "much"}}}}, "memory"),
+    "an unknown effect": ({"worker": {"tolerations": [{"effect": "Sometimes"}]}}, "effect"),
+    "selector of numbers": ({"worker": {"nodeSelector": {"zone": 1}}}, "nodeSelector"),
+}
+
+# misspelt names: refused by the policy for every client, kept (never dropped) where there is none
+MISSPELT: dict[str, tuple[Spec, str, str]] = {
+    "in the spec": ({"supend": True}, "supend", "spec: no such name: supend; known are model,"),
+    "in the model": ({"model": {"source": {"uri": "s3://a/b"}, "revision": "x"}}, "revision", "spec.model: no such name"),
+    "in the source": ({"model": {"source": {"uri": "s3://a/b", "path_style": True}}}, "path_style", "pathStyle"),
+    "in a bundle": (
+        {"model": {"source": {"uri": "s3://a/b", "caBundle": {"configMap": "a", "Key": "b"}}}},
+        "Key",
+        "spec.model.source.caBundle: no such name: Key; known are configMap, key",
+    ),
+    "in the output": ({"output": {"uri": "s3://a/c", "secret": "x"}}, "secret", "credentialsSecret"),
+    "of a pass": ({"passes": [{"rtm": {"scheme": "W8A8"}}]}, "rtm", "spec.passes[]: no such name: rtm; known are rtn"),
+    "in a pass": (
+        {"passes": [{"rtn": {"scheme": "W8A8"}}, {"rtn": {"scheme": "W4A16", "groupsize": 64}}]},
+        "groupsize",
+        "spec.passes[].rtn: no such name: groupsize; known are scheme, groupSize, targets, ignore",
+    ),
+    "in the worker": ({"worker": {"imagee": "x"}}, "imagee", "spec.worker: no such name: imagee"),
+    "in resources": ({"worker": {"resources": {"limit": {"cpu": 1}}}}, "limit", "known are requests, limits, claims"),
+    "in a claim": ({"worker": {"resources": {"claims": [{"name": "a", "req": "b"}]}}}, "req", "known are name, request"),
+    "in a toleration": ({"worker": {"tolerations": [{"key": "a"}, {"keys": "b"}]}}, "keys", "spec.worker.tolerations[]"),
+    "in retry": ({"retry": {"limits": 3}}, "limits", "spec.retry: no such name: limits; known are limit"),
+}
+
+
+def model_refusal(spec: Spec) -> str:
+    """What `kompressor run` says to a spec; empty if it is taken."""
+    try:
+        build_passes(CompressionJobSpec.model_validate(spec).passes)
+    except (ValidationError, UserError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("space", ["open", "guarded"])
+@pytest.mark.parametrize("case", GOOD)
+def test_both_take_what_is_good(server: Server, space: str, case: str) -> None:
+    job = manifest(space, **GOOD[case])
+    assert model_refusal(job["spec"]) == ""
+    assert server.create(job).refusal == ""
+    assert server.apply(job).refusal == ""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_both_refuse_wrong_values(server: Server, case: str) -> None:
+    spec, text = WRONG_VALUES[case]
+    job = manifest("open", **spec)
+    assert model_refusal(job["spec"])
+    for answer in (server.create(job), server.create(job, validation="Ignore"), server.apply(job)):
+        assert text in answer.refusal
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("case", MISSPELT)
+def test_policy_refuses_misspelt_names_of_every_client(server: Server, case: str) -> None:
+    spec, _, text = MISSPELT[case]
+    job = manifest("guarded", **spec)
+    assert model_refusal(job["spec"])
+    for answer in (server.create(job), server.create(job, validation="Ignore"), server.apply(job)):
+        assert text in answer.refusal
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("case", MISSPELT)
+def test_misspelt_names_survive_where_there_is_no_policy(server: Server, case: str) -> None:
+    """The operator can refuse only what the API server has kept."""
+    spec, wrong, _ = MISSPELT[case]
+    job = manifest("open", **spec)
+    for answer in (server.create(job), server.create(job, validation="Ignore"), server.apply(job)):
+        assert answer.refusal == ""
+        assert f'"{wrong}":' in json.dumps(answer.object["spec"])
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("flags", [[], ["--validate=false"], ["--validate=ignore"], ["--server-side"]])
+@pytest.mark.parametrize("case", ["in the spec", "of a pass", "in a pass"])
+def test_kubectl_refuses_misspelt_names(server: Server, case: str, flags: list[str]) -> None:
+    spec, _, text = MISSPELT[case]
+    with pytest.raises(CommandError) as refused:
+        server.cluster.kubectl("apply", *flags, "-f", "-", stdin=json.dumps(manifest("guarded", **spec)))
+    assert text in refused.value.stderr
+
+
+@pytest.mark.cluster
+def test_file_is_for_one_machine_only(server: Server) -> None:
+    """The one thing that the models take and a cluster does not: there is no such disk there."""
+    job = manifest("open", model={"source": {"uri": "file:///models/llama"}})
+    assert model_refusal(job["spec"]) == ""
+    assert "in a cluster use s3:// or pvc://" in server.create(job).refusal
+
+
+@pytest.mark.parametrize("name", ["path_style", "credentials_secret"])
+def test_models_take_no_python_names_from_manifests(name: str) -> None:
+    job = manifest("open", output={"uri": "s3://models/out", name: "x"})
+    assert name in model_refusal(job["spec"])

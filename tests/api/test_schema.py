@@ -1,0 +1,182 @@
+"""The generated CRD: structural, described, bounded, small, up to date; and what the generator refuses to generate."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import yaml
+from pydantic import BaseModel, Field
+
+from generate_crds import generate, passes_of_worker, stale
+from kompressor_api.schema import MUTABLE, SIZE_LIMIT, SchemaError, crd, structural
+from kompressor_api.v1alpha1 import CompressionJobSpec, Model, Progress, Result, StatusCondition
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFINITION: dict[str, Any] = yaml.safe_load((ROOT / "crds" / "compressionjobs.yaml").read_text())
+(VERSION,) = DEFINITION["spec"]["versions"]
+FIELDS = VERSION["schema"]["openAPIV3Schema"]["properties"]
+
+
+def nodes(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema below and including `node`, with its path."""
+    yield path, node
+    for name, child in node.get("properties", {}).items():
+        yield from nodes(child, f"{path}.{name}")
+    for key, suffix in (("items", "[]"), ("additionalProperties", ".*")):
+        if isinstance(node.get(key), dict):
+            yield from nodes(node[key], path + suffix)
+
+
+ALL = [*nodes(FIELDS["spec"], "spec"), *nodes(FIELDS["status"], "status")]
+
+
+def test_every_field_is_described() -> None:
+    bare = [path for path, node in ALL if not node.get("description") and not path.endswith(("[]", ".*"))]
+    assert bare == []
+
+
+def test_every_string_list_and_map_has_a_maximum() -> None:
+    def bounded(node: dict[str, Any]) -> bool:
+        if node.get("x-kubernetes-int-or-string") or node.get("type") == "string":
+            return "maxLength" in node
+        if node.get("type") == "array":
+            return "maxItems" in node
+        return "additionalProperties" not in node or "maxProperties" in node
+
+    assert [path for path, node in ALL if not bounded(node)] == []
+
+
+def test_every_object_of_the_spec_keeps_unknown_names() -> None:
+    objects = [(path, node) for path, node in ALL if path.startswith("spec") and "properties" in node]
+    assert len(objects) > 10
+    assert [path for path, node in objects if node.get("x-kubernetes-preserve-unknown-fields") is not True] == []
+
+
+def test_only_structural_keywords_are_left() -> None:
+    foreign = {"$ref", "$defs", "title", "anyOf", "allOf", "const", "uniqueItems", "examples", "propertyNames"}
+    found = [path for path, node in ALL if foreign & set(node) and not node.get("x-kubernetes-int-or-string")]
+    assert found == []
+    assert all("type" in node or node.get("x-kubernetes-int-or-string") for _, node in ALL)
+
+
+def test_integers_are_wide() -> None:
+    assert {node.get("format") for _, node in ALL if node.get("type") == "integer"} == {"int64"}
+
+
+def test_size_leaves_room_for_fifty_passes() -> None:
+    size = len(json.dumps(DEFINITION))
+    passes = len(json.dumps(FIELDS["spec"]["properties"]["passes"]))
+    assert size < SIZE_LIMIT / 4
+    assert size + 50 * passes < SIZE_LIMIT
+
+
+def test_status_speaks_kstatus() -> None:
+    status = FIELDS["status"]
+    assert status["default"] == {"observedGeneration": -1}
+    conditions = status["properties"]["conditions"]
+    assert conditions["x-kubernetes-list-type"] == "map"
+    assert conditions["x-kubernetes-list-map-keys"] == ["type"]
+    fields = {name: set(status["properties"][name]["properties"]) for name in ("progress", "result")}
+    assert fields == {"progress": set(Progress.model_fields), "result": set(Result.model_fields)}
+    assert set(conditions["items"]["properties"]) == set(StatusCondition.model_fields)
+
+
+def test_one_immutability_rule_for_every_field_that_may_not_change() -> None:
+    ruled = [r["fieldPath"] for r in FIELDS["spec"]["x-kubernetes-validations"] if "oldSelf" in r["rule"]]
+    everything = {field.alias for field in CompressionJobSpec.model_fields.values()}
+    assert set(MUTABLE) < everything
+    assert sorted(ruled) == sorted(f".{name}" for name in everything - set(MUTABLE))
+
+
+def test_columns() -> None:
+    columns = {c["name"]: c for c in VERSION["additionalPrinterColumns"]}
+    assert [name for name, c in columns.items() if c["priority"] == 0] == ["Ready", "Status", "Progress", "Ratio", "Age"]
+    assert all("conditions[-1]" not in c["jsonPath"] for c in columns.values())
+    assert DEFINITION["spec"]["names"]["shortNames"] == ["kcj"], "cj is CronJob's"
+    assert "all" not in DEFINITION["spec"]["names"]["categories"]
+
+
+# -- the generator
+
+
+def test_generated_files_are_up_to_date() -> None:
+    assert stale(generate(passes_of_worker()), ROOT) == ""
+
+
+def test_generation_is_deterministic_and_without_torch() -> None:
+    program = "import generate_crds as g, sys, hashlib; text = str(g.generate(g.passes_of_worker()));"
+    program += "assert 'torch' not in sys.modules; print(hashlib.sha256(text.encode()).hexdigest())"
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT / "tools", env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_stale_files_are_shown_as_a_diff(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old\nsame\n")
+    assert stale({"a": "new\nsame\n"}, tmp_path).splitlines()[2:] == ["@@ -1,2 +1,2 @@", "-old", "+new", " same"]
+    assert stale({"a": "old\nsame\n"}, tmp_path) == ""
+    assert "+new" in stale({"missing": "new\n"}, tmp_path)
+
+
+class Wide(Model):
+    """A pass with every kind of parameter."""
+
+    rate: float = Field(gt=0, le=1, description="A number.")
+    mode: Literal["a", "bcd"] = Field(default="a", description="A choice.")
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, description="A list.")
+    names: dict[str, str] = Field(default_factory=dict, description="A map.")
+    either: int | str = Field(default=1, description="A choice of two types.")
+    free: dict[str, Any] = Field(default_factory=dict, description="Anything.")
+
+
+def test_every_kind_of_parameter() -> None:
+    schema = structural(Wide, "spec.passes[].wide", keep_unknown=True)
+    fields = schema["properties"]
+    described = {name: {k: v for k, v in field.items() if k != "description"} for name, field in fields.items()}
+    assert described == {
+        "rate": {"type": "number", "minimum": 0, "exclusiveMinimum": True, "maximum": 1},
+        "mode": {"type": "string", "enum": ["a", "bcd"], "maxLength": 3, "default": "a"},
+        "layers": {"type": "array", "maxItems": 256, "items": {"type": "integer", "format": "int64", "minimum": 0}},
+        "names": {"type": "object", "maxProperties": 64, "additionalProperties": {"type": "string", "maxLength": 1024}},
+        "either": {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True, "maxLength": 1024, "default": 1},
+        "free": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+    }
+    entry = crd({"wide": Wide})["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["passes"]
+    assert entry["items"]["maxProperties"] == entry["items"]["minProperties"] == 1
+    assert entry["items"]["properties"]["wide"]["description"] == "A pass with every kind of parameter."
+
+
+class Mute(BaseModel):
+    silent: int
+
+
+class Torn(BaseModel):
+    either: int | bool = Field(description="A choice that no CRD can make.")
+
+
+class Bare(Model):
+    scheme: str = Field(description="A class without a docstring.")
+
+
+@pytest.mark.parametrize(
+    ("model", "where"), [(Mute, "spec.passes[].x.silent: has no description"), (Torn, "spec.passes[].x.either: a choice of 2")]
+)
+def test_what_cannot_be_explained_is_refused(model: type[BaseModel], where: str) -> None:
+    with pytest.raises(SchemaError) as refused:
+        structural(model, "spec.passes[].x", keep_unknown=True)
+    assert where in str(refused.value)
+
+
+def test_a_pass_without_a_docstring_is_refused() -> None:
+    with pytest.raises(SchemaError, match=r"spec\.passes\[\]\.bare: Bare has no docstring"):
+        crd({"bare": Bare})
