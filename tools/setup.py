@@ -71,10 +71,10 @@ def make_environment(venv: Path, lock: Path, project: bool) -> Path:
     return python
 
 
-def vllm_python() -> Path:
-    """The python of vLLM's own environment, in the cache: its pins exclude ours."""
-    lock = ROOT / "locks" / "vllm.lock"
-    home = cache_directory() / f"vllm-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
+def other_python(name: str) -> Path:
+    """The python of an environment in the cache for a tool whose pins exclude ours: `vllm`, or `peer` (llm-compressor)."""
+    lock = ROOT / "locks" / f"{name}.lock"
+    home = cache_directory() / f"{name}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
     return make_environment(home, lock, project=False)
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     builder = subprocess.Popen([sys.executable, ROOT / "tools" / "binaries.py"]) if options.with_binaries else None
     make_environment(VENV, ROOT / "locks" / "dev.lock", project=True)
     if options.with_vllm:
-        vllm_python()
+        other_python("vllm")
     if builder and builder.wait():
         sys.exit("the control plane could not be found or built, see above")
 

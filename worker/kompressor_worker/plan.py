@@ -17,7 +17,7 @@ from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import OutputPlan, plan_output
 from kompressor_worker.storage.locations import open_output, open_source
 
-IDLE_BYTES = 350 << 20
+IDLE_BYTES = 560 << 20
 """A worker after its imports, torch's CPU build; measured by benchmarks/data_free.py."""
 BYTES_PER_SECOND = 300e6
 """Source bytes a second that the time estimate assumes: a gigabit and a half to and from object storage, two cores."""
