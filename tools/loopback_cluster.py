@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,8 +37,9 @@ class LocalCluster(Cluster):
     """Starts on `start` (or `with`), ends on `stop`; its processes die with this one, however that ends.
 
     `root` holds everything (keys, logs, etcd, a folder for each node); by default a temporary folder, removed on `stop`.
-    `images` is the nodes' image table: what an image name means on this machine. `keep` lets the processes outlive this
-    one; leaving the `with` block then stops nothing, `python tools/local_cluster.py down` does.
+    `images` is the nodes' image table: what an image name means on this machine; `node_arguments` go to every agent.
+    `keep` lets the processes outlive this one; leaving the `with` block then stops nothing, `python
+    tools/local_cluster.py down` does.
 
     Start it from a thread that lives as long as the cluster should (see processes.py).
     """
@@ -48,6 +50,7 @@ class LocalCluster(Cluster):
         *,
         nodes: int = 0,
         images: Images | None = None,
+        node_arguments: Sequence[str] = (),
         keep: bool = False,
         log: Log = lambda line: None,
     ) -> None:
@@ -65,6 +68,7 @@ class LocalCluster(Cluster):
         """By component or node name, in the order they started."""
         self.nodes = [f"node-{number}" for number in range(1, nodes + 1)]
         self._images = dict(images or {})
+        self._node_arguments = tuple(node_arguments)
         self._adopted: list[Process] = []
         self._log = log
         self._ids: Identities | None = None
@@ -92,8 +96,8 @@ class LocalCluster(Cluster):
 
     def stop(self) -> None:
         """Nodes first (their pods end as on a drained machine), then the control plane backwards, etcd last."""
-        nodes = [name for name in self.processes if name not in COMPONENTS]
-        for names in (nodes, ["kube-scheduler", "kube-controller-manager"], ["kube-apiserver"], ["etcd"]):
+        self._stop_nodes()
+        for names in (["kube-scheduler", "kube-controller-manager"], ["kube-apiserver"], ["etcd"]):
             group = [self.processes[name] for name in names if name in self.processes]
             for process in group:
                 process.send(signal.SIGTERM)
@@ -140,9 +144,12 @@ class LocalCluster(Cluster):
         if name in ("etcd", "kube-apiserver"):
             wait_until(self.ready, what="/readyz", seconds=_READY_SECONDS, needs=[self.processes[name]])
 
-    def start_node(self, name: str) -> None:
-        """Starts the agent of a node, new or stopped before, and waits until the Node is Ready."""
-        self._spawn_node(name)
+    def start_node(self, name: str, *arguments: str) -> None:
+        """Starts the agent of a node, new or stopped before, and waits until the Node is Ready.
+
+        `arguments` are more of the agent's, such as `--capacity=nvidia.com/gpu=1` or `--labels=zone=a`.
+        """
+        self._spawn_node(name, arguments)
         self._wait_for_nodes([name])
 
     # ---- steps of start
@@ -182,17 +189,17 @@ class LocalCluster(Cluster):
         command = control_plane.command(name, self.bin / name, self.root, self._ids, self._ports)
         self.processes[name] = spawn(name, command, log=self._log_of(name), keep=self.keep)
 
-    def _spawn_node(self, name: str) -> None:
-        if not NODE_AGENT.is_file():
-            raise StartError(f"{NODE_AGENT}: not there, so there are no nodes; use LocalCluster(nodes=0)")
+    def _spawn_node(self, name: str, arguments: Sequence[str] = ()) -> None:
         folder = self.root / "nodes" / name
         if not (folder / "kubeconfig").exists():
             self._identify_node(name, folder)
-        arguments: list[str | Path] = ["--kubeconfig", folder / "kubeconfig", "--name", name]
-        arguments += ["--images", self.root / "images.json", "--root", folder]
+        options: list[str | Path] = ["--kubeconfig", folder / "kubeconfig", "--name", name, "--root", folder]
+        options += ["--images", self.root / "images.json", "--address", (folder / "address").read_text()]
+        if not self.keep:
+            options.append("--kill-on-exit")
         self.processes[name] = spawn(
             name,
-            [sys.executable, NODE_AGENT, *arguments],
+            [sys.executable, NODE_AGENT, *options, *self._node_arguments, *arguments],
             log=self._log_of(name),
             keep=self.keep,
             death_signal=signal.SIGTERM,  # it has pods to end
@@ -201,17 +208,24 @@ class LocalCluster(Cluster):
     def _identify_node(self, name: str, folder: Path) -> None:
         """A client certificate that the Node authorizer knows, and a serving one for `kubectl logs`."""
         assert self._ids is not None
-        authority = self._ids.cluster
-        client = authority.issue(folder / "client", f"system:node:{name}", organizations=["system:nodes"])
-        write_kubeconfig(
-            folder / "kubeconfig",
-            server=self.server,
-            authority=authority.certificate,
-            pair=client,
-            user=f"system:node:{name}",
-        )
-        names, addresses = [name, "localhost"], ["127.0.0.1"]
-        authority.issue(folder / "serving", f"system:node:{name}", names=names, addresses=addresses)
+        authority, user = self._ids.cluster, f"system:node:{name}"
+        client = authority.issue(folder / "client", user, organizations=["system:nodes"])
+        write_kubeconfig(folder / "kubeconfig", server=self.server, authority=authority.certificate, pair=client, user=user)
+        address = f"127.0.1.{len(list(folder.parent.iterdir()))}"
+        authority.issue(folder / "serving", user, names=[name], addresses=[address])
+        (folder / "address").write_text(address)
+
+    def _stop_nodes(self) -> None:
+        nodes = {name: process for name, process in self.processes.items() if name not in COMPONENTS}
+        for process in nodes.values():
+            process.send(signal.SIGTERM)
+        for name, process in nodes.items():
+            # An agent that was killed, or is now, may have left its pods' processes.
+            if not process.alive or not process.stop(_DEFAULT_GRACE):
+                folder = str(self.root / "nodes" / name)
+                options = ["--name", name, "--root", folder, "--kubeconfig", "unused", "--images", "unused"]
+                subprocess.run([sys.executable, str(NODE_AGENT), "--end", *options], check=True)
+            del self.processes[name]
 
     @property
     def everything(self) -> list[Process]:

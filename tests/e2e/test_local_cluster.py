@@ -22,7 +22,7 @@ from botocore.exceptions import ClientError
 import binaries
 import local_cluster
 from control_plane import COMPONENTS
-from local_cluster import CommandError, LocalCluster
+from local_cluster import CommandError, LocalCluster, StartError
 from s3 import S3Server
 
 pytestmark = pytest.mark.cluster
@@ -61,21 +61,21 @@ def ask(cluster: LocalCluster, path: str, token: str) -> int:
         return error.code
 
 
-def processes_of(root: Path) -> list[str]:
-    """Command lines on this machine that name something in `root`, our own left out."""
+def processes_with(text: str) -> list[str]:
+    """Command lines on this machine that hold `text`, our own left out."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if f"{root}/" in command and int(folder.name) != os.getpid():
+        if text in command and int(folder.name) != os.getpid():
             found.append(command)
     return found
 
 
-def job(name: str) -> dict[str, Any]:
-    container = {"name": "main", "image": "nowhere/nothing:1", "command": ["true"]}
+def job(name: str, *command: str, image: str = "nowhere/nothing:1") -> dict[str, Any]:
+    container = {"name": "main", "image": image, "command": command or ["true"]}
     template = {"spec": {"restartPolicy": "Never", "containers": [container]}}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": {"template": template}}
 
@@ -139,11 +139,13 @@ def test_the_api_server_comes_back_with_everything(bare: LocalCluster) -> None:
 
 
 def test_stop_leaves_no_process_behind(tmp_path: Path, bare: LocalCluster) -> None:
-    cluster = LocalCluster(tmp_path)
+    cluster = LocalCluster(tmp_path, nodes=1, images={"here:1": {}})
     began = time.monotonic()
     cluster.start()
     started = time.monotonic()
-    assert len(processes_of(tmp_path)) >= len(COMPONENTS)
+    endless = ["sleep", f"98765.{os.getpid()}"]
+    cluster.apply(job("endless", *endless, image="here:1"))
+    eventually(lambda: processes_with(" ".join(endless)))
     watch = subprocess.Popen(
         [cluster.bin / "kubectl", "get", "pods", "--watch"],
         env=os.environ | cluster.environ,
@@ -155,31 +157,62 @@ def test_stop_leaves_no_process_behind(tmp_path: Path, bare: LocalCluster) -> No
     cluster.stop()
     took = time.monotonic() - stopping
     watch.wait(10)
-    assert processes_of(tmp_path) == []
-    assert len(processes_of(bare.root)) >= len(COMPONENTS), "the other cluster is untouched"
+    assert processes_with(f"{tmp_path}/") == processes_with(" ".join(endless)) == []
+    assert len(processes_with(f"{bare.root}/")) >= len(COMPONENTS), "the other cluster is untouched"
     print(f"started in {started - began:.1f} s, stopped in {took:.1f} s")
     assert took < 15
 
 
-def test_a_killed_parent_takes_its_cluster_along(tmp_path: Path) -> None:
+def test_a_killed_parent_takes_cluster_and_pods_along(tmp_path: Path) -> None:
+    endless = ["sleep", f"98766.{os.getpid()}"]
     script = (
-        "import pathlib, sys, time; from local_cluster import LocalCluster; "
-        "LocalCluster(pathlib.Path(sys.argv[1])).start(); print('ready', flush=True); time.sleep(600)"
+        "import json, pathlib, sys, time; from local_cluster import LocalCluster\n"
+        "cluster = LocalCluster(pathlib.Path(sys.argv[1]), nodes=1, images={'here:1': {}}).start()\n"
+        "cluster.apply(json.loads(sys.argv[2])); print('ready', flush=True); time.sleep(600)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(TOOLS)})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path, json.dumps(job("endless", *endless, image="here:1"))],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(TOOLS)},
+    )
     with parent:
         assert parent.stdout is not None and parent.stdout.readline() == b"ready\n"
-        assert len(processes_of(tmp_path)) >= len(COMPONENTS)
+        eventually(lambda: [found for found in processes_with(" ".join(endless)) if found.startswith("sleep")])
+        assert len(processes_with(f"{tmp_path}/")) > len(COMPONENTS)
         parent.send_signal(signal.SIGKILL)
-    assert eventually(lambda: not processes_of(tmp_path), 5)
+    assert eventually(lambda: not processes_with(f"{tmp_path}/") + processes_with(" ".join(endless)), 15)
+
+
+def test_a_node_runs_a_job_and_sees_only_its_own_secrets(bare: LocalCluster) -> None:
+    """The path that every end-to-end test takes: apply, schedule, run as a process, `kubectl logs`. The node goes again."""
+    bare.add_images({"here:1": {"path": [str(Path(sys.executable).parent)]}})
+    program = "import ssl, sys; print('python', sys.version_info.major); print(open('/run/mine/word').read())"
+    for name in ("mine", "other"):
+        bare.kubectl("create", "secret", "generic", name, "--from-literal=word=sesame")
+    wanted = job("runs", "python3", "-c", program, image="here:1")
+    pod = wanted["spec"]["template"]["spec"]
+    pod["volumes"] = [{"name": "mine", "secret": {"secretName": "mine"}}]
+    pod["containers"][0]["volumeMounts"] = [{"name": "mine", "mountPath": "/run/mine"}]
+    bare.apply(wanted)
+    bare.start_node("node-1")
+    try:
+        bare.kubectl("wait", "--for=condition=Complete", "job/runs", "--timeout=60s")
+        assert bare.kubectl("logs", "job/runs") == "python 3\nsesame\n"
+        as_node = ["--kubeconfig", str(bare.root / "nodes" / "node-1" / "kubeconfig")]
+        with pytest.raises(CommandError, match="no relationship found between node 'node-1' and this object"):
+            bare.kubectl(*as_node, "get", "secret", "other")
+        with pytest.raises(CommandError, match="cannot list resource"):
+            bare.kubectl(*as_node, "get", "secrets")
+    finally:
+        bare.stop_component("node-1")
+        bare.kubectl("delete", "job/runs", "node/node-1", "secret/mine", "secret/other", "--ignore-not-found")
 
 
 def test_up_stays_and_down_ends_it(tmp_path: Path) -> None:
     # The cache is where the state of a kept cluster lives; the binaries come from the real one.
     program = tmp_path / "bin"
-    local_cluster_binaries = binaries.paths()
     program.mkdir()
-    for name, path in local_cluster_binaries.items():
+    for name, path in binaries.paths().items():
         (program / name).symlink_to(path)
     environ = os.environ | {"KOMPRESSOR_CACHE": str(tmp_path / "cache"), "KUBEBUILDER_ASSETS": str(program)}
 
@@ -189,17 +222,17 @@ def test_up_stays_and_down_ends_it(tmp_path: Path) -> None:
 
     assert run("status").returncode == 1
     try:
-        up = run("up", "--nodes", "0")
+        up = run("up")
         assert up.returncode == 0, up.stderr
         assert run("status").returncode == 0, "it outlives the command that started it"
-        again = run("up", "--nodes", "0")
+        again = run("up")
         assert again.returncode == 1 and "a cluster runs there" in again.stderr
         shell = subprocess.run(["sh", "-c", 'eval "$1"; kubectl get --raw /readyz', "-", run("env").stdout], capture_output=True)
         assert shell.stdout == b"ok", shell.stderr
     finally:
         down = run("down")
     assert down.returncode == 0, down.stderr
-    assert processes_of(tmp_path / "cache") == []
+    assert processes_with(f"{tmp_path}/cache/") == []
     assert run("status").returncode == 1
 
 
@@ -253,4 +286,17 @@ def test_s3_over_tls_and_with_the_wrong_key(tmp_path: Path) -> None:
         with pytest.raises(ClientError) as refused:
             server.client().list_buckets()
         assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
-    assert processes_of(tmp_path) == []
+    assert processes_with(f"{tmp_path}/") == []
+
+
+def test_s3_of_the_user_is_used_and_left_alone(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KOMPRESSOR_TEST_S3", s3.endpoint)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret_key)
+    with pytest.raises(StartError, match="AWS_ACCESS_KEY_ID not set; export the credentials too"):
+        S3Server(tmp_path).start()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.access_key)
+    with S3Server(tmp_path) as users:
+        assert users.process is None and users.endpoint == s3.endpoint
+        users.client().list_buckets()
+    s3.client().list_buckets()
