@@ -66,7 +66,7 @@ def load_json(what: str, text: bytes) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text.decode(), object_pairs_hook=unique)  # bytes could also be UTF-16 to json
     except (ValueError, RecursionError) as error:
         raise CorruptSource(f"{what}: not JSON ({error}); {UPLOAD_AGAIN}") from error
     if not isinstance(value, dict):

@@ -130,7 +130,7 @@ class Arrangement:
             stages += [self.expert(block, experts, expert) for expert in range(number)]
             stray = f"{block}.{experts.expert.format(expert='')}"
             if over := next((n for n in self.left if n.startswith(stray)), None):
-                raise CorruptSource(f"{over}: not among the {number} experts of {number} router rows; {REMEDY}")
+                raise CorruptSource(f"{over}: not among the {number} experts that the router knows; {REMEDY}")
         return stages
 
     def expert(self, block: str, experts: Experts, expert: int) -> StageLayout:

@@ -1,0 +1,345 @@
+"""Broken and unsuitable checkpoints: each one clear error before a weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from families import fp8_block_model, mxfp4_model, tiny_model
+from sources import MemorySource, folder_source, safetensors_bytes, with_header
+
+from kompressor_api.names import ExitCode, Reason
+from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, UserError
+from kompressor_worker.layout import read_layout
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+Break = Callable[[MemorySource], None]
+
+
+def refused(source: MemorySource, kind: type[KompressorError]) -> str:
+    with pytest.raises(KompressorError) as error:
+        read_layout(source)
+    assert type(error.value) is kind, repr(error.value)
+    if kind is UserError:
+        assert error.value.reason == Reason.UNSUPPORTED_MODEL
+        assert error.value.exit_code == ExitCode.USER_ERROR
+    return str(error.value)
+
+
+def edit_json(source: MemorySource, file: str, change: Callable[[Any], Any]) -> None:
+    content = json.loads(source.files[file])
+    change(content)
+    source.files[file] = json.dumps(content).encode()
+
+
+def edit_header(source: MemorySource, change: Callable[[dict[str, Any]], Any], file: str = WEIGHTS) -> None:
+    data = source.files[file]
+    length = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + length])
+    change(entries)
+    source.files[file] = with_header(entries, data[8 + length :])
+
+
+def drop_tensor(source: MemorySource, name: str) -> None:
+    """As if the tensor had never been written."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+
+    def collect(entries: dict[str, Any]) -> None:
+        del entries["__metadata__"], entries[name]
+        shapes.update({n: (e["dtype"], tuple(e["shape"])) for n, e in entries.items()})
+
+    edit_header(source, collect)
+    source.files[WEIGHTS] = safetensors_bytes(shapes)
+
+
+def reshape(source: MemorySource, name: str, shape: list[int]) -> None:
+    edit_header(source, lambda entries: entries[name].update(shape=shape))
+
+
+def config(**values: Any) -> Break:
+    return lambda source: edit_json(source, "config.json", lambda c: c.update(values))
+
+
+def only(*files: str) -> Break:
+    """config.json beside these files alone."""
+
+    def change(source: MemorySource) -> None:
+        source.files = {"config.json": source.files["config.json"], **dict.fromkeys(files, b"x")}
+
+    return change
+
+
+def put(file: str, content: bytes) -> Break:
+    return lambda source: source.files.update({file: content})
+
+
+def without(file: str) -> Break:
+    return lambda source: source.files.pop(file) and None
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+UNSUITABLE: list[tuple[str, Break, str]] = [
+    ("no config", without("config.json"), "no config.json among generation_config.json, model.safetensors; point"),
+    (
+        "folder above",
+        lambda s: setattr(s, "files", {f"llama/{n}": d for n, d in s.files.items()}),
+        "s3://bucket/model: no config.json here, but in llama/; point model.source.uri there",
+    ),
+    ("pickles", only("pytorch_model.bin"), "only PyTorch pickles; convert: AutoModelForCausalLM.from_pretrained"),
+    ("gguf", only("model-Q4.gguf"), "weights only as GGUF, already compressed; start from the original checkpoint"),
+    ("lora", only("adapter_model.safetensors"), "a LoRA adapter, not a model; merge it into its base"),
+    ("mistral's own", only("consolidated.safetensors"), "consolidated.safetensors is no name that transformers loads"),
+    ("gpt2", config(model_type="gpt2"), "model_type 'gpt2' stores its weights transposed, which no loader reads"),
+    ("gptq", config(quantization_config={"quant_method": "gptq", "bits": 4}), "quant_method gptq cannot be decoded; start"),
+    (
+        "compressed",
+        config(quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized"}),
+        "compressed-tensors (pack-quantized) cannot be decoded; start from the unquantised checkpoint",
+    ),
+    ("older key", config(compression_config={"format": "dense"}), "quant_method unknown (dense) cannot be decoded"),
+    ("fp8 tensor", config(quantization_config={"quant_method": "fp8"}), "fp8 without weight_block_size cannot be decoded"),
+    ("nested", config(text_config={"quantization_config": {"quant_method": "awq"}}), "quant_method awq cannot be decoded"),
+    (
+        "no blocks",
+        lambda s: config(model_type="novel")(s) or put(WEIGHTS, safetensors_bytes({"a.weight": ("BF16", (2, 2))}))(s),
+        "model_type 'novel' is not a known family, and no tensor is in a numbered block; known families: llama, mis",
+    ),
+    (
+        "fp8 without config",
+        lambda s: edit_header(s, lambda e: e["lm_head.weight"].update(dtype="F8_E4M3", shape=[128, 256])),
+        "lm_head.weight: stored as F8_E4M3, and config.json's quantization_config does not say how; start from",
+    ),
+    (
+        "integers",
+        lambda s: edit_header(s, lambda e: e[Q].update(dtype="U16")),
+        f"{Q}: stored as U16; start from a checkpoint in F32, F16 or BF16",
+    ),
+]
+
+BROKEN: list[tuple[str, Break, str]] = [
+    ("config", put("config.json", b"{"), "config.json: not JSON (Expecting property name"),
+    ("layers", config(num_hidden_layers="2"), "config.json: num_hidden_layers '2'; upload config.json and all shards"),
+    ("cut", lambda s: s.files.update({WEIGHTS: s.files[WEIGHTS][:-1]}), "model.safetensors: truncated: "),
+    ("missing", lambda s: drop_tensor(s, Q), f"{Q} is missing, which llama has; upload config.json and all shards"),
+    ("embedding", lambda s: drop_tensor(s, "model.embed_tokens.weight"), "model.embed_tokens.weight is missing"),
+    ("norm", lambda s: drop_tensor(s, "model.norm.weight"), "model.norm.weight is missing; upload"),
+    ("head", lambda s: drop_tensor(s, "lm_head.weight"), "lm_head.weight is missing, which llama has"),
+    ("depth", config(num_hidden_layers=3), "model.layers.2: no tensor of it, though config.json says num_hidden_layers "),
+    ("hidden", config(hidden_size=64), "q_proj.weight: shape [256, 128], but config.json says [q=256, hidden=64]; up"),
+    ("heads", config(num_attention_heads=8), "q_proj.weight: shape [256, 128], but config.json says [q=512, hidden=128]"),
+    ("kv", config(num_key_value_heads=4), "k_proj.weight: shape [128, 128], but config.json says [kv=256, hidden=128]"),
+    ("width", config(intermediate_size=512), "gate_proj.weight: shape [256, 128], but config.json says [ffn=512"),
+    ("vocabulary", config(vocab_size=130), "model.embed_tokens.weight: shape [128, 128], but config.json says [vocab=130"),
+    ("rank", lambda s: reshape(s, Q, [256, 64, 2]), f"{Q}: shape [256, 64, 2], but config.json says [q=256, hidden=128]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(c, m, id=i) for i, c, m in UNSUITABLE])
+def test_unsuitable(change: Break, message: str) -> None:
+    source = folder_source(tiny_model("llama"))
+    change(source)
+    assert message in refused(source, UserError)
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(c, m, id=i) for i, c, m in BROKEN])
+def test_broken(change: Break, message: str) -> None:
+    source = folder_source(tiny_model("llama"))
+    change(source)
+    assert message in refused(source, CorruptSource)
+
+
+def test_no_weights_at_all() -> None:
+    source = folder_source(tiny_model("llama"))
+    del source.files[WEIGHTS]
+    text = f"s3://bucket/model: no {WEIGHTS} and no {INDEX}; upload the weights"
+    assert refused(source, NotFound) == text
+
+
+def test_a_head_is_not_asked_of_a_model_without_one() -> None:
+    source = folder_source(tiny_model("llama"))
+    drop_tensor(source, "lm_head.weight")
+    config(architectures=["LlamaModel"])(source)
+    assert [stage.name for stage in read_layout(source).units[-1].stages] == ["model.norm"]
+
+
+def test_blocks_beyond_the_config_are_kept_and_told() -> None:
+    source = folder_source(tiny_model("llama"))
+    config(num_hidden_layers=1)(source)
+    layout = read_layout(source)
+    assert layout.units[-1].name == "model.layers.1"
+    assert layout.warnings == ("model.layers.1.input_layernorm.weight and 8 more are beyond num_hidden_layers 1; kept as they are",)
+
+
+SHARDED: list[tuple[str, Break, str]] = [
+    ("not json", put(INDEX, b"{"), f"{INDEX}: not JSON"),
+    ("no map", put(INDEX, b"{}"), f"{INDEX}: weight_map must map tensor names to file names; upload the index again"),
+    (
+        "shard missing",
+        without("model-00002-of-00005.safetensors"),
+        "is in model-00002-of-00005.safetensors, which s3://bucket/model lacks; upload that file",
+    ),
+    (
+        "tensor missing",
+        lambda s: edit_json(s, INDEX, lambda i: i["weight_map"].update(novel="model-00001-of-00005.safetensors")),
+        f"{INDEX}: 'novel' is not in model-00001-of-00005.safetensors; upload the index and the shards of one version",
+    ),
+    (
+        "other shard",
+        lambda s: edit_json(s, INDEX, lambda i: i["weight_map"].update({"model.norm.weight": "model-00001-of-00005.safetensors"})),
+        f"{INDEX}: 'model.norm.weight' is in model-0000",
+    ),
+    (
+        "twice",
+        lambda s: s.files.update({"model-00002-of-00005.safetensors": s.files["model-00001-of-00005.safetensors"]}),
+        "is both in model-00001-of-00005.safetensors and in model-00002-of-00005.safetensors; remove the stale file",
+    ),
+    (
+        "both kinds",
+        put(WEIGHTS, safetensors_bytes({})),
+        f"{WEIGHTS} and {INDEX} are both there; loaders disagree on which counts: remove the stale one",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(c, m, id=i) for i, c, m in SHARDED])
+def test_broken_shards(change: Break, message: str) -> None:
+    source = folder_source(tiny_model("llama", shard="200KB"))
+    change(source)
+    assert message in refused(source, CorruptSource)
+
+
+def test_shards_without_an_index() -> None:
+    source = folder_source(tiny_model("llama", shard="200KB"))
+    del source.files[INDEX]
+    assert read_layout(source).warnings == (f"{INDEX} is missing; all 5 shards are there and were used",)
+    del source.files["model-00003-of-00005.safetensors"]
+    assert "shard 3 of 5 is missing, and so is" in refused(source, CorruptSource)
+
+
+def test_a_tensor_that_the_index_does_not_list_is_kept() -> None:
+    source = folder_source(tiny_model("llama", shard="200KB"))
+    edit_json(source, INDEX, lambda index: index["weight_map"].pop("model.norm.weight"))
+    layout = read_layout(source)
+    assert layout.warnings == (f"{INDEX} does not list model.norm.weight; kept, as loaders do",)
+    assert any(t.name == "model.norm.weight" for stage in layout.stages() for t in stage.tensors)
+
+
+def test_what_is_carried_over() -> None:
+    source = folder_source(tiny_model("llama"))
+    carried = ["LICENSE", "README.md", "chat_template.jinja", "generation_config.json", "modeling_x.py", "tokenizer.json"]
+    behind = [
+        "consolidated.safetensors", "params.json", "original/params.json", "original/consolidated.00.pth",
+        "pytorch_model.bin", "pytorch_model.bin.index.json", "x-Q4.gguf", "onnx/model.onnx", "onnx/config.json",
+    ]  # fmt: skip
+    silent = [".gitattributes", ".git/HEAD", ".cache/huggingface/x", "kompressor.json", ".kompressor/journal.json"]
+    for name in (*carried, *behind, *silent):
+        source.files[name] = b"x"
+    layout = read_layout(source)
+    assert list(layout.other_files) == carried
+    assert layout.warnings == (
+        "not carried over, being other copies of the weights: consolidated.safetensors, onnx/ (2 files), "
+        "original/ (2 files), params.json, pytorch_model.bin, pytorch_model.bin.index.json, x-Q4.gguf",
+    )
+
+
+def test_digest_covers_what_is_read() -> None:
+    def digest(*changes: Break) -> str:
+        source = folder_source(tiny_model("llama"))
+        for change in changes:
+            change(source)
+        return read_layout(source).source_digest
+
+    base = digest()
+    assert base == digest()
+    assert base.startswith("sha256:") and len(base) == 71
+    assert base == digest(put("pytorch_model.bin", b"x")), "not read"
+    assert base != digest(config(rms_norm_eps=1e-3))
+    assert base != digest(put("tokenizer.json", b"x"))
+    flipped = digest(lambda s: s.files.update({WEIGHTS: s.files[WEIGHTS][:-1] + b"\xff"}))
+    assert base != flipped, "another ETag"
+
+
+def test_experts() -> None:
+    source = folder_source(tiny_model("qwen3_moe"))
+    drop_tensor(source, "model.layers.1.mlp.experts.2.up_proj.weight")
+    assert "model.layers.1.mlp.experts.2.up_proj.weight is missing, which qwen3_moe" in refused(source, CorruptSource)
+    source = folder_source(tiny_model("qwen3_moe"))
+    edit_json(source, "config.json", lambda c: c.update(num_local_experts=8))
+    assert "mlp.gate.weight: shape [4, 128], but config.json says [experts=8, hid" in refused(source, CorruptSource)
+    source = folder_source(tiny_model("qwen3_moe"))
+    edit_json(source, "config.json", lambda c: c.update(num_local_experts=3))
+    assert "mlp.gate.weight: shape [4, 128], but config.json says [experts=3, hid" in refused(source, CorruptSource)
+
+
+def test_an_expert_that_no_router_row_leads_to() -> None:
+    source = folder_source(tiny_model("mixtral", num_local_experts=3))
+    name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+    edit_header(source, lambda e: e.update({name: {"dtype": "BF16", "shape": [0, 128], "data_offsets": [0, 0]}}))
+    assert f"{name}: not among the 3 experts that the router knows; upload" in refused(source, CorruptSource)
+
+
+FP8: list[tuple[str, Callable[[dict[str, Any]], Any], type[KompressorError], str]] = [
+    ("scale missing", lambda e: e.pop(f"{Q}_scale_inv"), CorruptSource, "leave a gap"),
+    (
+        "scale renamed",
+        lambda e: e.update({"lonely": e.pop(f"{Q}_scale_inv")}),
+        CorruptSource,
+        f"{Q}: F8_E4M3 without {Q}_scale_inv; upload the checkpoint again",
+    ),
+    (
+        "weight renamed",
+        lambda e: e.update({"lonely": {**e.pop(Q), "dtype": "I8"}}),
+        CorruptSource,
+        f"{Q}_scale_inv: a scale without its weight; upload the checkpoint again",
+    ),
+    (
+        "scale's shape",
+        lambda e: e[f"{Q}_scale_inv"].update(shape=[1, 2]),
+        CorruptSource,
+        f"{Q}_scale_inv: shape [1, 2], but [256, 128] in blocks of [128, 128] needs [2, 1]; correct weight_block_size",
+    ),
+    ("type", lambda e: e[Q].update(dtype="I8"), UserError, f"{Q}: I8 [256, 128] with scales in F32 is not FP8 in blocks"),
+    (
+        "static",
+        lambda e: e.update({"a.input_scale": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}),
+        UserError,
+        "a.input_scale: static activation scales cannot be decoded away; start from the unquantised checkpoint",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), [pytest.param(c, k, m, id=i) for i, c, k, m in FP8])
+def test_broken_fp8(change: Callable[[dict[str, Any]], Any], kind: type[KompressorError], message: str) -> None:
+    source = folder_source(fp8_block_model(tiny_model("qwen3")))
+    edit_header(source, change)
+    assert message in refused(source, kind)
+
+
+def test_broken_fp8_config() -> None:
+    source = folder_source(fp8_block_model(tiny_model("qwen3")))
+    edit_json(source, "config.json", lambda c: c["quantization_config"].update(weight_block_size=[128]))
+    assert "config.json: weight_block_size [128] is not [rows, columns]" in refused(source, CorruptSource)
+
+
+BLOCKS = "model.layers.0.mlp.experts.down_proj_blocks"
+SCALES = "model.layers.0.mlp.experts.down_proj_scales"
+MXFP4: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
+    ("no scales", lambda e: e.update({"x": e.pop(SCALES)}), f"{BLOCKS}: blocks without"),
+    ("no blocks", lambda e: e.update({"x": e.pop(BLOCKS)}), f"{SCALES}: scales without their blocks"),
+    (
+        "shape",
+        lambda e: e[BLOCKS].update(shape=[4, 128, 4, 32]),
+        f"{BLOCKS}: U8 [4, 128, 4, 32] and scales U8 [4, 128, 8] are no MXFP4 ([E, rows, groups, 16] and",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(c, m, id=i) for i, c, m in MXFP4])
+def test_broken_mxfp4(change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    source = folder_source(mxfp4_model())
+    edit_header(source, change)
+    assert message in refused(source, CorruptSource)

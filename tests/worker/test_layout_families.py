@@ -1,0 +1,270 @@
+"""The layout of every family, on the files that transformers itself writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from families import FAMILIES, tiny_model
+from sources import MemorySource, folder_source, safetensors_bytes
+
+from kompressor_worker.layout import ModelLayout, StageLayout, read_layout
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LLAMA = [
+    ("norms", ()),
+    ("self_attn.qkv", QKV),
+    ("self_attn.o", ("self_attn.o_proj",)),
+    ("mlp.gate_up", ("mlp.gate_proj", "mlp.up_proj")),
+    ("mlp.down", ("mlp.down_proj",)),
+]
+PHI3 = [
+    ("norms", ()),
+    ("self_attn.qkv", ("self_attn.qkv_proj",)),
+    ("self_attn.o", ("self_attn.o_proj",)),
+    ("mlp.gate_up", ("mlp.gate_up_proj",)),
+    ("mlp.down", ("mlp.down_proj",)),
+]
+MIXTRAL = [
+    *LLAMA[:3],
+    ("block_sparse_moe.gate", ("block_sparse_moe.gate",)),
+    *[(f"block_sparse_moe.experts.{e}", tuple(f"block_sparse_moe.experts.{e}.{w}" for w in ("w1", "w3", "w2"))) for e in range(4)],
+]
+QWEN3_MOE = [
+    *LLAMA[:3],
+    ("mlp.gate", ("mlp.gate",)),
+    *[(f"mlp.experts.{e}", tuple(f"mlp.experts.{e}.{w}_proj" for w in ("gate", "up", "down"))) for e in range(4)],
+]
+GPT_OSS = [
+    *LLAMA[:3],
+    ("mlp.router", ("mlp.router",)),
+    ("mlp.experts.gate_up_proj", ()),
+    ("mlp.experts.down_proj", ()),
+]
+LAST_BLOCK = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_vision"), LLAMA),
+    "phi3": PHI3,
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
+    "gpt_oss": GPT_OSS,
+}
+TIED = ("qwen3", "gemma2", "gemma3", "gemma3_vision")
+
+
+def stored_names(folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names += tensors.keys()
+    return sorted(names)
+
+
+def placed_names(layout: ModelLayout) -> list[str]:
+    return sorted(s.name for stage in layout.stages() for tensor in stage.tensors for s in tensor.stored)
+
+
+def shape_of(stage: StageLayout, block: str) -> tuple[str, tuple[str, ...]]:
+    return stage.name.removeprefix(f"{block}."), tuple(x.name.removeprefix(f"{block}.") for x in stage.linears)
+
+
+@pytest.mark.parametrize("family", LAST_BLOCK)
+def test_stages(family: str) -> None:
+    folder = tiny_model(family)
+    layout = read_layout(folder_source(folder))
+    assert layout.family == family.removesuffix("_vision")
+    assert layout.dtype == "BF16"
+    assert layout.warnings == ()
+    assert layout.other_files == ("generation_config.json",)
+    assert placed_names(layout) == stored_names(folder)
+    blocks = [unit for unit in layout.units if ".layers." in unit.name and "vision" not in unit.name]
+    assert [unit.name.rsplit(".", 1)[1] for unit in blocks] == ["0", "1"]
+    assert [shape_of(stage, blocks[1].name) for stage in blocks[1].stages] == LAST_BLOCK[family]
+    assert layout.units[0].name == "embeddings"
+    assert layout.units[3].name == "head"
+    kinds = Counter(linear.kind for linear in layout.linears())
+    assert kinds["embedding"] == 1
+    assert kinds["head"] == (0 if family in TIED else 1)
+    assert layout.tied_embeddings == (family in TIED)
+    assert layout.source_bytes == sum(t.nbytes for s in layout.stages() for x in s.tensors for t in x.stored)
+
+
+@pytest.mark.parametrize("family", LAST_BLOCK)
+def test_what_loaders_fuse(family: str) -> None:
+    layout = read_layout(folder_source(tiny_model(family)))
+    block = layout.units[2]
+    linears = {x.name.removeprefix(f"{block.name}."): x for stage in block.stages for x in stage.linears}
+    fused: dict[str | None, set[str]] = {}
+    shared: dict[str | None, set[str]] = {}
+    for name, linear in linears.items():
+        fused.setdefault(linear.fused, set()).add(name)
+        shared.setdefault(linear.shared, set()).add(name)
+    alone = fused.pop(None, set())
+    shared.pop(None, set())
+    mixture, routed = family in ("mixtral", "qwen3_moe"), family in ("mixtral", "qwen3_moe", "gpt_oss")
+    if family == "phi3":
+        assert (fused, shared) == ({}, {})
+        return
+    assert set(QKV) in fused.values()
+    assert set(QKV) in shared.values()
+    if mixture:
+        experts = {name for name in linears if ".experts." in name}
+        assert len(experts) == 12
+        assert experts in fused.values(), "one scheme for all experts of a layer"
+        assert len(shared) == 1 + 4, "q/k/v, and gate/up of every expert"
+        assert all(len(names) == 2 for key, names in shared.items() if key and "experts" in key)
+    assert alone == {"self_attn.o_proj"} | (
+        {next(n for n in linears if n.endswith(("gate", "router")) and linears[n].kind == "router")} if routed else {"mlp.down_proj"}
+    )
+
+
+def test_first_layers_of_a_mixture_may_be_dense() -> None:
+    layout = read_layout(folder_source(tiny_model("qwen3_moe", mlp_only_layers=[], decoder_sparse_step=2)))
+    assert [shape_of(stage, "model.layers.0") for stage in layout.units[1].stages] == LLAMA
+    assert [shape_of(stage, "model.layers.1") for stage in layout.units[2].stages] == QWEN3_MOE
+
+
+def test_a_vision_tower_stays_exact() -> None:
+    layout = read_layout(folder_source(tiny_model("gemma3_vision")))
+    others = [unit.name for unit in layout.units[4:]]
+    assert others == [
+        "multi_modal_projector",
+        "vision_tower",
+        "vision_tower.encoder.layers.0",
+        "vision_tower.encoder.layers.1",
+    ]
+    assert not any(stage.linears for unit in layout.units[4:] for stage in unit.stages)
+    assert "vision_tower.encoder.layers.1.self_attn.q_proj" in layout.exact_modules()
+    assert not any("language_model" in module for module in layout.exact_modules())
+
+
+def test_newer_names_of_a_model_that_sees() -> None:
+    source = folder_source(tiny_model("gemma3_vision"))
+    file = source.files["model.safetensors"]
+    length = int.from_bytes(file[:8], "little")
+    text = file[8 : 8 + length].replace(b"language_model.model.", b"model.language_model.")
+    source.files["model.safetensors"] = file[:8] + text + file[8 + length :]
+    layout = read_layout(source)
+    assert layout.units[1].name == "model.language_model.layers.0"
+    assert sum(x.kind == "linear" for x in layout.linears()) == 14
+
+
+def test_gemma3_leaves_sizes_out_of_its_config() -> None:
+    """Published text configs name neither heads nor head size: the family's own defaults hold."""
+    source = folder_source(tiny_model("gemma3", num_attention_heads=8, num_key_value_heads=4, head_dim=256))
+    config = json.loads(source.files["config.json"])
+    for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"):
+        del config[key]
+    source.files["config.json"] = json.dumps(config).encode()
+    layout = read_layout(source)
+    assert layout.tied_embeddings
+    assert next(x for x in layout.linears() if x.name.endswith("q_proj")).shape == (2048, 128)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_shards_and_one_file_are_the_same_model(family: str) -> None:
+    one, many = folder_source(tiny_model(family)), folder_source(tiny_model(family, shard="200KB"))
+    assert len(many.files) > 5
+    whole, sharded = read_layout(one), read_layout(many)
+    assert [u.name for u in whole.units] == [u.name for u in sharded.units]
+    assert list(whole.linears()) == list(sharded.linears())
+    assert placed_names(whole) == placed_names(sharded)
+    assert {t.file for s in sharded.stages() for x in s.tensors for t in x.stored} == {
+        name for name in many.files if name.endswith(".safetensors")
+    }
+
+
+def test_unknown_family_by_shape() -> None:
+    layout = read_layout(folder_source(tiny_model("olmo2")))
+    assert layout.family is None
+    assert len(layout.warnings) == 1
+    text = "model_type 'olmo2' is not a known family: laid out by tensor shape, 2 blocks at model.layers.*"
+    assert text in layout.warnings[0]
+    assert [unit.name for unit in layout.units] == ["embeddings", "model.layers.0", "model.layers.1", "head"]
+    block = layout.units[1]
+    assert [len(stage.linears) for stage in block.stages] == [0] + [1] * 7
+    assert all(linear.fused is None for linear in layout.linears())
+    assert [x.kind for x in layout.linears()] == ["embedding", *["linear"] * 14, "head"]
+
+
+def test_unknown_mixture_with_eyes_by_shape() -> None:
+    matrix, vector = ("BF16", (8, 8)), ("BF16", (8,))
+    tensors = {
+        "model.tok_embeddings.weight": matrix,
+        "model.norm.weight": vector,
+        "output.weight": matrix,
+        "visual.blocks.0.attn.weight": ("BF16", (80, 80)),
+        **{
+            f"model.layers.{i}.{name}": kind
+            for i in range(2)
+            for name, kind in {
+                "attn.wq.weight": matrix,
+                "attn.wq.bias": vector,
+                "ln_1.weight": matrix,
+                "mlp.gate.weight": matrix,
+                "mlp.gate_proj.weight": matrix,
+                "conv1d.weight": matrix,
+                "q_lora.weight": matrix,
+                "experts.3.up.weight": matrix,
+                "A_log": matrix,
+            }.items()
+        },
+    }
+    config = {"model_type": "novel", "num_hidden_layers": 3}
+    source = MemorySource({"config.json": json.dumps(config).encode(), "model.safetensors": safetensors_bytes(tensors)})
+    layout = read_layout(source)
+    assert placed_names(layout) == sorted(tensors)
+    assert [unit.name for unit in layout.units] == [
+        "embeddings", "model.layers.0", "model.layers.1", "head", "visual.blocks.0",
+    ]  # fmt: skip
+    assert [x.name for s in layout.units[1].stages for x in s.linears] == [
+        "model.layers.0.attn.wq",
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.experts.3.up",
+    ]
+    wq = "model.layers.0.attn.wq"
+    assert [t.name for t in layout.units[1].stages[1].tensors] == [f"{wq}.weight", f"{wq}.bias"]
+    assert "(config.json says num_hidden_layers 3)" in layout.warnings[0]
+    assert [x.kind for x in layout.linears()][-1] == "head"
+
+
+def test_only_headers_are_read_and_no_torch_is_imported() -> None:
+    folder = tiny_model("llama", shard="200KB")
+    source = folder_source(folder)
+    read_layout(source)
+    assert source.bytes_read <= source.header_budget
+    assert source.reads == len([n for n in source.files if n.endswith(".safetensors")]) + 2
+    program = "import sys, kompressor_worker.reading; assert not {'torch', 'numpy', 'boto3'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_header_longer_than_the_first_read() -> None:
+    name = "model.layers.{}.attn.a_rather_long_name_of_a_projection.weight"
+    tensors = {name.format(i): ("BF16", (1, 1)) for i in range(3000)}
+    config = json.dumps({"model_type": "novel"}).encode()
+    source = MemorySource({"config.json": config, "model.safetensors": safetensors_bytes(tensors)})
+    layout = read_layout(source)
+    assert source.reads == 3
+    assert len(layout.units) == 3000
+
+
+def test_large_plain_tensors_have_a_stage_of_their_own() -> None:
+    """Headers only, so a terabyte costs nothing: gpt-oss' experts do not come in one stage."""
+    from kompressor_worker.layout import SourceTensor
+    from kompressor_worker.stages import STAGE_BYTES, plain_stages
+
+    sizes = [10, STAGE_BYTES // 2 + 1, 20, 5, STAGE_BYTES // 2 + 1]
+    stages = plain_stages("x", [SourceTensor(f"t{i}", "BF16", (size,), ()) for i, size in enumerate(sizes)])
+    assert [[t.name for t in stage.tensors] for stage in stages] == [["t0"], ["t1"], ["t2", "t3"], ["t4"]]
+    assert [stage.name for stage in stages] == ["x", "x.1", "x.2", "x.3"]
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    from kompressor_worker.architectures import FAMILIES as KNOWN
+
+    assert set(KNOWN) <= set(FAMILIES)
