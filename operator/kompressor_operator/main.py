@@ -132,12 +132,20 @@ async def watch_until(stop: asyncio.Event, settings: Settings, registry: Callabl
     """Kopf, again and again: an error that it takes for fatal, such as a broken watch, is none for us."""
     where: dict[str, Any] = {"namespaces": settings.namespaces} if settings.namespaces else {"clusterwide": True}
     while not stop.is_set():
+        ours = asyncio.all_tasks()
         try:
-            await kopf.operator(registry=registry(), settings=kopf_settings(settings), stop_flag=stop, **where)
-            stop.set()  # Kopf takes SIGTERM for itself and returns
+            tasks = await kopf.spawn_tasks(registry=registry(), settings=kopf_settings(settings), stop_flag=stop, **where)
+            listen(stop)  # Kopf has just taken the signals for itself
+            await kopf.run_tasks(tasks, ignored=ours)
         except Exception:
             log.exception("the watches broke; opening them again")
-            await _unless(stop, asyncio.sleep(KOPF_RESTART_SECONDS))
+        await _unless(stop, asyncio.sleep(KOPF_RESTART_SECONDS))
+
+
+def listen(stop: asyncio.Event) -> None:
+    """SIGTERM and SIGINT end the process in order."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
 
 async def _unless(stop: asyncio.Event, work: Any) -> bool:
@@ -154,8 +162,7 @@ async def _unless(stop: asyncio.Event, work: Any) -> bool:
 
 async def _run(settings: Settings) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    listen(stop)
     await serve(settings, stop)
 
 

@@ -33,6 +33,11 @@ def running(view: View, job: ChildJob, patches: tuple[JobPatch, ...], facts: Map
     return Decision(patches=patches, verdict=Verdict(phase, reason, message, facts=facts), again_after=again)
 
 
+def created(job_name: str) -> str:
+    """One text from the first status write until the pod runs or something is wrong: each other text would be one more write."""
+    return f"created Job {job_name}; its pod is about to start"
+
+
 def retry_note(memory_plan: int) -> str:
     return f" (with a smaller memory plan, step {memory_plan}, since the worker ran out of memory)" if memory_plan else ""
 
@@ -56,16 +61,16 @@ def _of_pod(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
         after = f", after {job.failed} failed" if job.failed else ""
         message = f"pod {pod.name} on node {pod.node} compresses (attempt {job.attempt}{after}){retry_note(job.memory_plan)}"
         return Phase.COMPRESSING, Reason.COMPRESSING, message, None
-    return _starting(view, pod)
+    return _starting(view, job, pod)
 
 
-def _starting(view: View, pod: ChildPod) -> Told | Involved:
+def _starting(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
+    age = (view.now - pod.created).total_seconds()
+    if age < NO_START_SECONDS:
+        return Phase.PENDING, Reason.PENDING, created(job.name), NO_START_SECONDS - age
     if not pod.node:
         return Phase.PENDING, Reason.PENDING, f"pod {pod.name} waits for a node", None
-    age = (view.now - pod.created).total_seconds()
     message = f"pod {pod.name} starts on node {pod.node}"
-    if age < NO_START_SECONDS:
-        return Phase.PENDING, Reason.PENDING, message, NO_START_SECONDS - age
     if view.observed.warnings is None:
         return Involved("Pod", pod.name, pod.uid)
     trouble = mount_trouble(pod, view.observed.warnings)
@@ -82,7 +87,7 @@ def _of_none(view: View, job: ChildJob, pods: tuple[ChildPod, ...]) -> Told | In
         told = f"{ending_of_pod(last).message}; the next pod follows ({job.failed} of {job.backoff_limit + 1} failures)"
         phase, reason, message = Phase.RETRYING, Reason.RETRYING, told
     else:
-        phase, reason, message = Phase.PENDING, Reason.PENDING, f"created Job {job.name}"
+        phase, reason, message = Phase.PENDING, Reason.PENDING, created(job.name)
     if job.suspended:
         return Phase.PENDING, Reason.PENDING, f"Job {job.name} goes on", None
     patience = NO_RETRY_SECONDS if last else NO_POD_SECONDS

@@ -50,7 +50,7 @@ class Settings:
     relist_seconds: float = 300.0
     """Seconds between two full lists, which repair whatever a watch has missed. Default 300."""
 
-    watch_seconds: float = 240.0
+    watch_seconds: int = 240
     """Seconds until the server ends a watch, which is then opened again; a stream cannot stay dead for longer. Default 240."""
 
     request_seconds: float = 15.0
@@ -130,7 +130,7 @@ _READERS: dict[tuple[str, ...], Callable[[str, str], Any]] = {
     ("worker_image_pull_secrets", "namespaces"): _names,
     ("worker_env", "worker_resources"): _mapping,
     ("log_level",): _level,
-    ("worker_grace_seconds", "concurrency"): _number(int, 1),
+    ("worker_grace_seconds", "watch_seconds", "concurrency"): _number(int, 1),
     ("health_port",): _number(int, 0),
     ("_seconds",): _number(float, 0.01),
 }

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_operator.observed import Manifest
@@ -24,6 +24,9 @@ PassParameters = Mapping[str, Sequence[str]]
 
 SHOWN = 5
 """Problems listed in one message."""
+
+UNION_MEMBERS = frozenset({"int", "str", "float", "bool", "constrained-str"})
+"""What pydantic adds to the place of a value that fits no member of a union."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +69,25 @@ def _model_problems(spec: Manifest) -> list[Problem]:
     try:
         CompressionJobSpec.model_validate(spec)
     except ValidationError as error:
-        return [_problem(spec, details) for details in error.errors(include_url=False)]
+        found = [_problem(details) for details in error.errors(include_url=False)]
+        return list({problem.path: problem for problem in found}.values())  # one a place: a union complains once a member
     return []
 
 
-def _problem(spec: Manifest, details: Mapping[str, Any]) -> Problem:
+def _problem(details: Mapping[str, Any]) -> Problem:
     location: tuple[str | int, ...] = details["loc"]
+    if details["type"] not in ("extra_forbidden", "missing") and location and location[-1] in UNION_MEMBERS:
+        location = location[:-1]
     path, value = dotted("spec", location), _short(details.get("input"))
     if details["type"] == "extra_forbidden":
-        names = field_names(location[:-1])
-        return Problem(path, f"unknown field (value {value}); {did_you_mean(str(location[-1]), names)}")
+        return Problem(path, f"unknown field (value {value}); {did_you_mean(str(location[-1]), field_names(location[:-1]))}")
     if details["type"] == "missing":
         return Problem(path, "is required")
-    text = str(details["msg"]).removeprefix("Value error, ")
-    return Problem(path, text if details["type"] == "value_error" else f"{value} is not valid: {text}")
+    if details["type"] == "value_error":
+        return Problem(path, str(details["msg"]).removeprefix("Value error, "))
+    if details["type"] == "string_pattern_mismatch" and (field := _field_at(location)):
+        return Problem(path, f"{value} is not valid; it is: {(field.description or '').rstrip('.')}")
+    return Problem(path, f"{value} is not valid: {details['msg']}")
 
 
 def _pass_problems(spec: Manifest, known: PassParameters) -> Iterable[Problem]:
@@ -113,21 +121,32 @@ def dotted(root: str, location: Sequence[str | int]) -> str:
 
 def field_names(location: Sequence[str | int]) -> list[str]:
     """What may stand at this place of the spec, on the wire."""
+    field = _field_at(location)
+    model = _model_of(field) if field else None if location else CompressionJobSpec
+    return [f.alias or "" for f in model.model_fields.values()] if model else []
+
+
+def _field_at(location: Sequence[str | int]) -> FieldInfo | None:
+    """The field of the models at this place; None at the top, and inside of what is a plain map."""
     model: type[BaseModel] | None = CompressionJobSpec
+    field: FieldInfo | None = None
     for part in location:
-        model = _model_of(next((f.annotation for f in _fields(model) if f.alias == part), None))
-    return [f.alias or "" for f in _fields(model)]
+        if isinstance(part, str):
+            field = next((f for f in model.model_fields.values() if f.alias == part), None) if model else None
+            model = _model_of(field) if field else None
+    return field
 
 
-def _fields(model: type[BaseModel] | None) -> Iterable[Any]:
-    return model.model_fields.values() if model else ()
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The model inside `X` or `X | None`."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next((m for a in get_args(annotation) if (m := _model_of(a))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+def _model_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model inside of `X`, `X | None`, `list[X]`, or of a plain dict that is checked as one."""
+    found: list[Any] = [*field.metadata, field.annotation]
+    while found:
+        part = found.pop(0)
+        part = getattr(part, "model", part) if not isinstance(part, type) else part
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+        found.extend([*getattr(part, "__metadata__", ()), *get_args(part)])
+    return None
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,9 @@
+import pytest
+
+
+@pytest.fixture
+def played(): ...
+@pytest.fixture
+def namespace(): ...
+@pytest.fixture
+def operator(): ...

@@ -1,0 +1,167 @@
+"""Settings, refusals, probes, logs, and the names that others rely on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from kcj_builders import NOW
+
+import kompressor_operator
+from kompressor_operator.cluster import ROUTES
+from kompressor_operator.health import Health, Watchdog, serve_probes
+from kompressor_operator.logs import JsonFormatter
+from kompressor_operator.observed import stamp
+from kompressor_operator.refusals import conflict, refusal
+from kompressor_operator.settings import SettingError, Settings
+
+IMAGE = {"KOMPRESSOR_WORKER_IMAGE": "worker:1"}
+
+
+def test_settings_come_from_the_environment() -> None:
+    found = Settings.from_env(
+        IMAGE
+        | {
+            "KOMPRESSOR_NAMESPACES": "a, b,",
+            "KOMPRESSOR_WORKER_ENV": '{"A": "b"}',
+            "KOMPRESSOR_RELIST_SECONDS": "1.5",
+            "KOMPRESSOR_CONCURRENCY": "3",
+            "KOMPRESSOR_LOG_LEVEL": "debug",
+            "KOMPRESSOR_HEALTH_PORT": "0",
+            "KOMPRESSOR_WORKER_IMAGE_PULL_SECRETS": "",
+        }
+    )
+    assert found.namespaces == ("a", "b") and found.worker_env == {"A": "b"}
+    assert (found.relist_seconds, found.concurrency, found.log_level, found.health_port) == (1.5, 3, "DEBUG", 0)
+    assert found.worker_image_pull_secrets == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"KOMPRESSOR_CONCURRENCY": "many"},
+        {"KOMPRESSOR_CONCURRENCY": "0"},
+        {"KOMPRESSOR_WATCH_SECONDS": "1.5"},
+        {"KOMPRESSOR_RELIST_SECONDS": "-1"},
+        {"KOMPRESSOR_WORKER_ENV": "A=b"},
+        {"KOMPRESSOR_WORKER_ENV": "[]"},
+        {"KOMPRESSOR_LOG_LEVEL": "chatty"},
+        {"KOMPRESSOR_WORKER_IMAGE": ""},
+    ],
+)
+def test_an_unusable_setting_is_named_with_its_value(wrong: dict[str, str]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(SettingError, match=name) as error:
+        Settings.from_env(IMAGE | wrong)
+    assert value in str(error.value)
+
+
+def test_without_an_image_it_says_so_and_exits_2_or_so() -> None:
+    done = subprocess.run([sys.executable, "-m", "kompressor_operator"], env={}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "KOMPRESSOR_WORKER_IMAGE is not set" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "message", "expected"),
+    [
+        ("Job", 422, "spec.template.spec.containers[0].resources: Invalid value", ("InvalidSpec", True)),
+        ("Job", 400, 'strict decoding error: unknown field "spec.x"', ("InvalidSpec", True)),
+        ("Job", 403, 'jobs.batch "x" is forbidden: exceeded quota: jobs', ("QuotaExceeded", False)),
+        ("Job", 400, 'admission webhook "p" denied the request: no', ("Forbidden", False)),
+        ("Role", 403, "user cannot create roles", ("Forbidden", False)),
+        ("Role", 403, "unable to create new content in namespace x because it is being terminated", None),
+        ("Job", 500, "etcd", None),
+        ("Job", 429, "too many", None),
+        ("Job", 0, "no answer", None),
+    ],
+)
+def test_what_a_refused_creation_means(kind: str, status: int, message: str, expected: tuple[str, bool] | None) -> None:
+    found = refusal(kind, "x", status, message)
+    assert (found and (found.reason, found.final)) == expected
+    if found:
+        assert message in found.message
+        verdict = found.verdict(NOW)
+        assert verdict.validated is not found.final
+        assert verdict.facts == ({"completionTime": stamp(NOW)} if found.final else {})
+
+
+def test_a_name_conflict_names_the_object_and_the_remedy() -> None:
+    found = conflict("Job", "team", "llama-1")
+    assert found.reason == "NameConflict" and not found.final
+    assert "kubectl -n team delete job llama-1" in found.message
+
+
+def test_a_watch_that_owes_something_for_too_long_is_dead() -> None:
+    now = 0.0
+    dog = Watchdog(stale_seconds=100, clock=lambda: now)
+    owed = frozenset({("jobs", ("team", "a"), 5)})
+    assert dog.overdue(owed, answered=0) is None
+    now = 90
+    assert dog.overdue(owed, answered=80) is None
+    now = 101
+    assert dog.overdue(owed, answered=80) == ("jobs", ("team", "a"), 5)
+    assert dog.overdue(frozenset(), answered=80) is None
+
+
+def test_an_api_server_that_is_away_is_not_the_watchs_fault() -> None:
+    now = 0.0
+    dog = Watchdog(stale_seconds=100, clock=lambda: now)
+    owed = frozenset({("jobs", ("team", "a"), 5)})
+    dog.overdue(owed, answered=0)
+    now = 1000
+    assert dog.overdue(owed, answered=10) is None
+    now = 1050
+    assert dog.overdue(owed, answered=1050) is None  # counted from its return
+    now = 1160
+    assert dog.overdue(owed, answered=1150)
+
+
+async def test_probes() -> None:
+    problem = ""
+    health = Health(lambda: problem)
+    runner, port = await serve_probes(health, "127.0.0.1", 0)
+
+    async def get(path: str) -> tuple[int, str]:
+        async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}{path}") as answer:
+            return answer.status, await answer.text()
+
+    try:
+        assert await get("/healthz") == (200, "ok")
+        assert (await get("/readyz"))[0] == 503
+        health.ready = True
+        assert (await get("/readyz"))[0] == 200
+        problem = "a reconcile worker is gone"
+        assert await get("/healthz") == (500, problem)
+    finally:
+        await runner.cleanup()
+
+
+def test_logs_are_one_json_object_a_line() -> None:
+    try:
+        raise ValueError("x\ny")
+    except ValueError:
+        record = logging.LogRecord("n", logging.WARNING, "", 1, "hello %s", ("you",), sys.exc_info())
+    record.detail = "more"
+    line = JsonFormatter().format(record)
+    entry: dict[str, Any] = json.loads(line)
+    assert "\n" not in line and entry["message"] == "hello you" and entry["level"] == "warning"
+    assert entry["detail"] == "more" and "ValueError" in entry["exception"]
+
+
+def test_the_operator_has_no_route_to_secrets_and_only_one_file_imports_the_client() -> None:
+    assert "Secret" not in ROUTES
+    folder = Path(kompressor_operator.__file__).parent
+    importing = [p.name for p in folder.glob("*.py") if "\nfrom kubernetes" in p.read_text() or "\nimport kubernetes" in p.read_text()]
+    assert importing == ["cluster.py"]
+
+
+def test_kopf_is_only_wired_in_main() -> None:
+    folder = Path(kompressor_operator.__file__).parent
+    assert [p.name for p in folder.glob("*.py") if "import kopf" in p.read_text()] == ["main.py"]
+    assert not any(word in (folder / "main.py").read_text() for word in ("on.timer", "on.daemon", "on.create", "on.delete", "on.update"))

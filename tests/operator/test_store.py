@@ -1,0 +1,113 @@
+"""The picture of the cluster stays right whatever order events, lists and answers come in."""
+
+from __future__ import annotations
+
+from kcj_builders import UID, child_body, job_body
+
+from kompressor_operator.observed import ChildJob
+from kompressor_operator.store import Packed, Store
+
+KEY = ("team", "llama")
+
+
+def packed(version: int, uid: str = UID) -> Packed:
+    return Packed.pack(job_body(uid, version))
+
+
+def test_packing_keeps_what_decides() -> None:
+    store = Store()
+    body = job_body(version=7)
+    body["metadata"] |= {"managedFields": ["a"] * 100, "deletionTimestamp": "2026-01-01T00:00:00Z"}
+    assert store.tell_resource(body) == KEY
+    job = store.job(KEY)
+    assert job and job.deleting and job.resource_version == "7" and job.spec == body["spec"]
+    assert "managedFields" not in store.resources.records[KEY].text
+
+
+def test_an_older_event_changes_nothing() -> None:
+    store = Store()
+    store.put_resource(job_body(version=9))
+    store.tell_resource(job_body(version=8))
+    job = store.job(KEY)
+    assert job and job.resource_version == "9"
+
+
+def test_a_namesake_replaces_whatever_its_version_and_a_late_deletion_does_not_hurt_it() -> None:
+    store = Store()
+    store.tell_resource(job_body("old", 5))
+    store.tell_resource(job_body("new", 6))
+    store.tell_resource(job_body("old", 7), deleted=True)
+    job = store.job(KEY)
+    assert job and job.uid == "new"
+
+
+def test_children_lead_to_their_owner() -> None:
+    store = Store()
+    assert store.tell_job(child_body()) is None  # the owner is not known yet
+    store.tell_resource(job_body())
+    assert store.tell_job(child_body(2)) == KEY
+    assert [job.name for job in store.observed(UID).jobs] == ["llama-1"]
+    assert store.tell_job(child_body(3), deleted=True) == KEY
+    assert store.observed(UID).jobs == ()
+
+
+def test_a_job_with_our_label_but_another_owner_is_not_ours() -> None:
+    store = Store()
+    store.tell_resource(job_body())
+    body = child_body()
+    body["metadata"]["ownerReferences"] = [{"uid": "other", "controller": True}]
+    assert store.tell_job(body) is None
+    assert store.observed(UID).jobs == ()
+
+
+def test_a_list_repairs_what_the_watch_missed() -> None:
+    store = Store()
+    store.tell_resource(job_body(version=3))
+    store.tell_job(child_body(4))
+    store.begin_list()
+    store.list_jobs([], "10")
+    store.list_resources([], "11")
+    assert store.job(KEY) is None and store.observed(UID).jobs == () and store.keys == []
+
+
+def test_a_list_does_not_undo_what_came_meanwhile() -> None:
+    store = Store()
+    store.begin_list()
+    store.tell_resource(job_body("new", 12))  # made after the list was taken
+    store.list_resources([], "10")
+    assert store.keys == [KEY]
+    store.begin_list()
+    store.tell_resource(job_body("new", 13), deleted=True)  # deleted after the list was taken
+    store.list_resources([packed(12, "new")], "12")
+    assert store.keys == []
+
+
+def test_what_a_list_shows_first_the_watch_still_owes() -> None:
+    store = Store()
+    store.begin_list()
+    store.list_resources([packed(5)], "6")
+    assert store.unproven == {("resources", KEY, 5)}
+    store.tell_resource(job_body(version=5))
+    assert store.unproven == frozenset()
+    store.begin_list()
+    store.list_resources([packed(5)], "8")
+    assert store.unproven == frozenset()  # nothing new in it
+
+
+def test_an_own_write_is_no_proof_that_the_watch_lives() -> None:
+    store = Store()
+    store.list_resources([packed(5)], "6")
+    store.put_resource(job_body(version=7))
+    assert store.unproven
+    store.tell_resource(job_body(version=8), deleted=True)
+    assert not store.unproven and store.keys == []
+
+
+def test_attempts_are_ordered() -> None:
+    store = Store()
+    store.tell_resource(job_body())
+    for name, attempt in (("llama-10", "10"), ("llama-2", "2")):
+        body = child_body(name=name)
+        body["metadata"]["labels"]["kompressor.io/attempt"] = attempt
+        store.put_job(ChildJob.parse(body))
+    assert [job.attempt for job in store.observed(UID).jobs] == [2, 10]

@@ -1,0 +1,181 @@
+"""The queue: each key once, never twice at the same time, failures ever later, nothing lost."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from kompressor_operator.observed import Key
+from kompressor_operator.work import RetryLater, WorkQueue
+
+A, B = ("team", "a"), ("team", "b")
+
+
+def queue_of(handle: Callable[[Key], Awaitable[float | None]], initial: float = 0.01, maximum: float = 0.05) -> WorkQueue:
+    return WorkQueue(handle, initial=initial, maximum=maximum, jitter=lambda: 0.5)
+
+
+async def until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not done():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_many_events_become_one_look() -> None:
+    seen: list[Key] = []
+
+    async def handle(key: Key) -> None:
+        seen.append(key)
+
+    queue = queue_of(handle)
+    for _ in range(5):
+        queue.add(A)
+        queue.add(B)
+    queue.start(2)
+    await until(lambda: len(seen) == 2)
+    await queue.stop(1)
+    assert sorted(seen) == [A, B]
+
+
+async def test_a_key_is_never_in_work_twice_and_an_event_meanwhile_is_not_lost() -> None:
+    running, most, runs = 0, 0, 0
+
+    async def handle(_: Key) -> None:
+        nonlocal running, most, runs
+        running, runs = running + 1, runs + 1
+        most = max(most, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+
+    queue = queue_of(handle)
+    queue.start(4)
+    queue.add(A)
+    await until(lambda: running == 1)
+    for _ in range(3):
+        queue.add(A)
+    await until(lambda: runs == 2 and running == 0)
+    await asyncio.sleep(0.05)
+    await queue.stop(1)
+    assert (most, runs) == (1, 2)
+
+
+async def test_failures_come_again_ever_later_and_success_forgets_them() -> None:
+    loop, times = asyncio.get_running_loop(), list[float]()
+
+    async def handle(_: Key) -> None:
+        times.append(loop.time())
+        if len(times) < 5:
+            raise RetryLater("not yet")
+
+    queue = queue_of(handle, initial=0.02, maximum=0.05)
+    queue.start(1)
+    queue.add(A)
+    await until(lambda: len(times) == 5)
+    await queue.stop(1)
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert gaps[0] < gaps[1] < gaps[2] and gaps[3] < 0.2
+    assert queue._failures == {}
+
+
+async def test_an_error_of_ours_is_logged_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    runs = 0
+
+    async def handle(_: Key) -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            raise ZeroDivisionError
+
+    queue = queue_of(handle)
+    queue.start(1)
+    queue.add(A)
+    await until(lambda: runs == 2)
+    await queue.stop(1)
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_cancelled_helper_does_not_end_the_worker() -> None:
+    """Kopf cancels every task that it takes for its own when it stops."""
+    runs = 0
+
+    async def handle(_: Key) -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            helper = asyncio.create_task(asyncio.sleep(1))
+            helper.cancel()
+            await helper
+
+    queue = queue_of(handle)
+    queue.start(1)
+    queue.add(A)
+    await until(lambda: runs == 2)
+    assert queue.alive
+    await queue.stop(1)
+
+
+async def test_the_server_may_ask_for_a_longer_pause() -> None:
+    runs = 0
+
+    async def handle(_: Key) -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            raise RetryLater("busy", after=0.2)
+
+    queue = queue_of(handle)
+    queue.start(1)
+    queue.add(A)
+    await asyncio.sleep(0.1)
+    assert runs == 1
+    queue.add(A)  # an event does not wait for the timer
+    await until(lambda: runs == 2)
+    await queue.stop(1)
+
+
+async def test_look_again_after_a_while() -> None:
+    runs = 0
+
+    async def handle(_: Key) -> float | None:
+        nonlocal runs
+        runs += 1
+        return 0.02 if runs < 3 else None
+
+    queue = queue_of(handle)
+    queue.start(1)
+    queue.add(A)
+    await until(lambda: runs == 3)
+    await asyncio.sleep(0.05)
+    await queue.stop(1)
+    assert runs == 3
+
+
+async def test_stopping_lets_work_under_way_finish_and_starts_none() -> None:
+    done: list[Key] = []
+
+    async def handle(key: Key) -> None:
+        await asyncio.sleep(0.05)
+        done.append(key)
+
+    queue = queue_of(handle)
+    queue.start(1)
+    queue.add(A)
+    await asyncio.sleep(0.01)
+    queue.add(B)
+    await queue.stop(1)
+    assert done == [A]
+
+
+async def test_stopping_does_not_wait_for_ever() -> None:
+    async def handle(_: Key) -> None:
+        await asyncio.sleep(60)
+
+    queue = queue_of(handle)
+    queue.start(1)
+    queue.add(A)
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(2):
+        await queue.stop(0.05)
