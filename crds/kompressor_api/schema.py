@@ -154,15 +154,16 @@ def _add_rules(spec: Schema) -> None:
         for name in spec["properties"]
         if name not in MUTABLE
     ]
-    spec[RULES].append(
-        {
-            "rule": f"{_canonical('self.model.source.uri')} != {_canonical('self.output.uri')} || "
-            "(has(self.model.source.endpoint) ? self.model.source.endpoint : '') != "
-            "(has(self.output.endpoint) ? self.output.endpoint : '')",
-            "message": "is the source itself; choose another prefix",
-            "fieldPath": ".output.uri",
-        }
+    source, output = "self.model.source.uri", "self.output.uri"
+    other_endpoint = (
+        "(has(self.model.source.endpoint) ? self.model.source.endpoint : '') != (has(self.output.endpoint) ? self.output.endpoint : '')"
     )
+    for rule, message, path in (
+        (f"{_canonical(source)} != {_canonical(output)}", "is the source itself; choose another prefix", ".output.uri"),
+        (f"!{output}.startsWith({_folder(source)})", "lies inside the source; choose a prefix beside it", ".output.uri"),
+        (f"!{source}.startsWith({_folder(output)})", "lies inside the output; choose another output.uri", ".model.source.uri"),
+    ):
+        spec[RULES].append({"rule": f"{other_endpoint} || {rule}", "message": message, "fieldPath": path})
     in_cluster = {
         "rule": "!self.uri.startsWith('file://')",
         "message": "file:// is one machine's disk; in a cluster use s3:// or pvc://",
@@ -180,6 +181,11 @@ def _add_rules(spec: Schema) -> None:
 def _canonical(uri: str) -> str:
     """As `canonical_uri` of the models: no trailing, doubled or dotted segments."""
     return f"{uri}.split('/').filter(p, p != '' && p != '.')"
+
+
+def _folder(uri: str) -> str:
+    """With one slash at its end. Odd spellings inside are left to the models: joining the segments is refused for its cost."""
+    return f"({uri}.endsWith('/') ? {uri} : {uri} + '/')"
 
 
 def _convert(node: Schema, definitions: Mapping[str, Schema], where: str, keep_unknown: bool) -> Schema:

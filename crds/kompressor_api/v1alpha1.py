@@ -152,10 +152,16 @@ class CompressionJobSpec(Model):
     )
 
     @model_validator(mode="after")
-    def _source_differs_from_output(self) -> CompressionJobSpec:
-        source, output = self.model.source, self.output
-        if canonical_uri(source.uri) == canonical_uri(output.uri) and source.endpoint == output.endpoint:
-            raise ValueError(f"output.uri {output.uri} is the source itself; choose another prefix")
+    def _source_and_output_are_apart(self) -> CompressionJobSpec:
+        if self.model.source.endpoint != self.output.endpoint:
+            return self
+        source, output = canonical_uri(self.model.source.uri).rstrip("/") + "/", canonical_uri(self.output.uri).rstrip("/") + "/"
+        if source == output:
+            raise ValueError(f"output.uri {self.output.uri} is the source itself; choose another prefix")
+        if output.startswith(source):  # it would become part of the source
+            raise ValueError(f"output.uri {self.output.uri} lies inside the source; choose a prefix beside it")
+        if source.startswith(output):
+            raise ValueError(f"model.source.uri {self.model.source.uri} lies inside the output; choose another output.uri")
         return self
 
 

@@ -71,6 +71,8 @@ WRONG_VALUES: dict[str, tuple[Spec, str]] = {
     "output on a hub": ({"output": {"uri": "hf://org/name"}}, "a hub is read-only here; use s3:// or pvc://"),
     "onto itself": ({"output": {"uri": "s3://models/llama"}}, "is the source itself; choose another prefix"),
     "onto itself, with a slash": ({"output": {"uri": "s3://models/llama/"}}, "is the source itself"),
+    "into itself": ({"output": {"uri": "s3://models/llama/w4"}}, "lies inside the source"),
+    "around itself": ({"output": {"uri": "s3://models"}}, "lies inside the output"),
     "onto itself, spelt oddly": ({"output": {"uri": "s3://models//./llama//"}}, "is the source itself"),
     "unknown format": ({"output": {"uri": "s3://models/out", "format": "onnx"}}, "compressed-tensors"),
     "endpoint without scheme": ({"output": {"uri": "s3://models/out", "endpoint": "s3:9000"}}, "spec.output.endpoint"),

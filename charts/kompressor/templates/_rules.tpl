@@ -6,7 +6,7 @@
 - apiGroups: [kompressor.io]
   resources: [compressionjobs/status]
   # set-conditions is no API call: the admission policy asks for it before it lets anyone touch conditions
-  verbs: [get, update, patch, set-conditions]
+  verbs: [get, patch, set-conditions]
 - apiGroups: [kompressor.io]
   resources: [compressionjobs/finalizers]
   verbs: [update] # asked for by OwnerReferencesPermissionEnforcement when children block their owner's deletion
@@ -25,8 +25,5 @@
   verbs: [get, create]
 - apiGroups: [""]
   resources: [events]
-  verbs: [get, list, watch, create, patch]
-- apiGroups: [events.k8s.io]
-  resources: [events]
-  verbs: [get, list, watch, create, patch]
+  verbs: [list, create, patch]
 {{- end -}}
