@@ -114,6 +114,16 @@ UNSUITABLE: list[tuple[str, Break, str]] = [
         "lm_head.weight: stored as F8_E4M3, and config.json's quantization_config does not say how; start from",
     ),
     (
+        "older marker",
+        put("quantize_config.json", b"{}"),
+        "s3://bucket/model: quantize_config.json says that the weights are quantised; start from the unquantised checkpoint",
+    ),
+    (
+        "four bits",
+        lambda s: edit_header(s, lambda e: e[Q].update(dtype="F4")),
+        f"model.safetensors: '{Q}': stored as F4; start from a checkpoint in F32, F16 or BF16",
+    ),
+    (
         "integers",
         lambda s: edit_header(s, lambda e: e[Q].update(dtype="U16")),
         f"{Q}: stored as U16; start from a checkpoint in F32, F16 or BF16",
@@ -164,6 +174,12 @@ def test_a_head_is_not_asked_of_a_model_without_one() -> None:
     drop_tensor(source, "lm_head.weight")
     config(architectures=["LlamaModel"])(source)
     assert [stage.name for stage in read_layout(source).units[-1].stages] == ["model.norm"]
+
+
+def test_a_key_twice_in_the_config_is_what_json_says_it_is() -> None:
+    source = folder_source(tiny_model("llama"))
+    source.files["config.json"] = b'{"num_hidden_layers": 9, ' + source.files["config.json"].lstrip()[1:]
+    assert len(read_layout(source).units) == 4
 
 
 def test_blocks_beyond_the_config_are_kept_and_told() -> None:
@@ -279,7 +295,7 @@ def test_an_expert_that_no_router_row_leads_to() -> None:
     source = folder_source(tiny_model("mixtral", num_local_experts=3))
     name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
     edit_header(source, lambda e: e.update({name: {"dtype": "BF16", "shape": [0, 128], "data_offsets": [0, 0]}}))
-    assert f"{name}: not among the 3 experts that the router knows; upload" in refused(source, CorruptSource)
+    assert f"{name}: the router has no row for this expert; upload" in refused(source, CorruptSource)
 
 
 FP8: list[tuple[str, Callable[[dict[str, Any]], Any], type[KompressorError], str]] = [

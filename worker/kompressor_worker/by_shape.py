@@ -20,7 +20,7 @@ BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d+)\.")
 SENSES = re.compile(r"vision|visual|image|audio|speech")
 EMBEDDING = re.compile(r"embed|\bwte\b|\bwpe\b")
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)$")
-NOT_LINEAR = re.compile(r"embed|norm|router|conv|lora|rotary|(^|\.)(gate|wg|ln_\w+|shared_expert_gate)$")
+NOT_LINEAR = re.compile(r"embed|norm|router|conv|lora|rotary|(^|\.)(gate|wg|ln_\w+|shared_expert_gate|head)$")
 """Matrices inside a block that are looked up, normalise, route or convolve: left exact."""
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Families that keep weights as [in, out] in a module that is no linear: scales would lie along the wrong side."""

@@ -22,6 +22,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REPORT = "kompressor.json"
+QUANTISED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Where older tools said that the weights are quantised, if config.json does not."""
 READERS = 16
 """Headers read at the same time."""
 
@@ -66,12 +68,17 @@ def read_checkpoint(source: Source) -> Checkpoint:
         check_index(index, tensors, warnings)
     carried = other_files(files, weights, warnings)
     used = [CONFIG, *weights, *([INDEX] if index is not None else []), *carried]
+    parsed = load_json(CONFIG, config, duplicates=True)
+    if marker := next((name for name in QUANTISED if name in files and "quantization_config" not in parsed), None):
+        raise UserError(
+            f"{source.uri}: {marker} says that the weights are quantised; start from the unquantised checkpoint", Reason.UNSUPPORTED_MODEL
+        )
     digest = hashlib.sha256()
     for name in sorted(used):
         digest.update(f"{name}\0{files[name].size}\0{files[name].etag}\n".encode())
     for content in (config, *(text for text, _ in headers)):
         digest.update(hashlib.sha256(content).digest())
-    return Checkpoint(load_json(CONFIG, config), tensors, carried, f"sha256:{digest.hexdigest()}", tuple(warnings))
+    return Checkpoint(parsed, tensors, carried, f"sha256:{digest.hexdigest()}", tuple(warnings))
 
 
 def parse_index(text: bytes) -> dict[str, str]:

@@ -11,7 +11,8 @@ import json
 from math import prod
 from typing import Any, NoReturn
 
-from kompressor_worker.errors import CorruptSource
+from kompressor_api.names import Reason
+from kompressor_worker.errors import CorruptSource, UserError
 from kompressor_worker.layout import DTYPE_BYTES, StoredTensor
 
 __all__ = ["FIRST_READ", "header_length", "load_json", "parse_header"]
@@ -21,6 +22,9 @@ FIRST_READ = 256 * 1024
 
 MAX_HEADER = 100_000_000
 """Bytes of a header that the format's own library accepts."""
+
+EXOTIC = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
+"""Types that the format knows and no checkpoint to start from is stored in."""
 
 UPLOAD_AGAIN = "upload the file again"
 
@@ -54,12 +58,12 @@ def parse_header(file: str, size: int, text: bytes) -> list[StoredTensor]:
     return tensors
 
 
-def load_json(what: str, text: bytes) -> dict[str, Any]:
-    """A JSON object without duplicate keys. Raises CorruptSource."""
+def load_json(what: str, text: bytes, duplicates: bool = False) -> dict[str, Any]:
+    """A JSON object; the same key twice only with `duplicates`, where the last one counts. Raises CorruptSource."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) < len(pairs):
+        if len(found) < len(pairs) and not duplicates:
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise CorruptSource(f"{what}: {twice!r} stands there twice; {UPLOAD_AGAIN}")
@@ -83,6 +87,8 @@ def _parse_entry(file: str, name: str, entry: Any, begin: int) -> StoredTensor:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         bad("dtype, shape and data_offsets are expected")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype in EXOTIC:
+        raise UserError(f"{file}: {name!r}: stored as {dtype}; start from a checkpoint in F32, F16 or BF16", Reason.UNSUPPORTED_MODEL)
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         bad(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
     if not _counts(shape):

@@ -28,11 +28,13 @@ def read(source: Source) -> ModelLayout:
     tensors = source_tensors(config, checkpoint.tensors)
     name = family_of(config)
     warnings = list(checkpoint.warnings)
-    tied = tied_embeddings(config, name)
     if name is not None:
+        tied = tied_embeddings(config, FAMILIES[name].defaults)
         units = Arrangement(FAMILIES[name], config, tensors, tied, warnings).units()
     else:
         units = arrange_by_shape(config, tensors, warnings)
+        headless = not any(x.kind == "head" for unit in units for stage in unit.stages for x in stage.linears)
+        tied = tied_embeddings(config, {"tie_word_embeddings": headless})
     placed = [tensor.name for unit in units for stage in unit.stages for tensor in stage.tensors]
     assert sorted(placed) == sorted(tensors), "every tensor is in exactly one stage"
     return ModelLayout(
@@ -47,9 +49,8 @@ def read(source: Source) -> ModelLayout:
     )
 
 
-def tied_embeddings(config: Mapping[str, Any], family: str | None) -> bool:
-    """Whether the head is the embedding: what config.json says, outermost first, else what the family does."""
-    defaults = FAMILIES[family].defaults if family else {}
+def tied_embeddings(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding: what config.json says, outermost first, else the default."""
     for place in (config, text_config(config), defaults):
         if "tie_word_embeddings" in place:
             return bool(place["tie_word_embeddings"])
@@ -75,6 +76,11 @@ class Arrangement:
         self.tied = tied
         self.warnings = warnings
         self.prefix = next((p for p in PREFIXES if any(n.startswith(f"{p}layers.") for n in tensors)), PREFIXES[0])
+        self.names: dict[int, list[str]] = {}
+        for name in tensors:
+            number, dot, _ = name.removeprefix(f"{self.prefix}layers.").partition(".")
+            if dot and number.isdecimal():
+                self.names.setdefault(int(number), []).append(name)
 
     def units(self) -> list[UnitLayout]:
         """Raises CorruptSource, UserError."""
@@ -94,8 +100,8 @@ class Arrangement:
 
     def block(self, layer: int) -> UnitLayout:
         name = f"{self.prefix}layers.{layer}"
-        present = [n for n in self.left if n.startswith(name + ".")]
-        if not present:
+        present = self.names.get(layer)
+        if present is None:
             raise CorruptSource(f"{name}: no tensor of it, though config.json says num_hidden_layers {self.layers()}; {REMEDY}")
         stages = [self.group(name, group) for group in self.family.attention]
         if self.family.experts is not None and self.family.sparse(self.text, layer):
@@ -103,6 +109,7 @@ class Arrangement:
         else:
             stages += [self.group(name, group) for group in self.family.feed_forward]
         rest = [self.left.pop(n) for n in present if n in self.left]
+        self.refuse_strays(name, rest)
         return UnitLayout(name, (*plain_stages(f"{name}.norms", rest), *stages))
 
     def group(self, block: str, group: Group) -> StageLayout:
@@ -128,9 +135,6 @@ class Arrangement:
         if experts.groups:
             number = stages[0].linears[0].shape[0]
             stages += [self.expert(block, experts, expert) for expert in range(number)]
-            stray = f"{block}.{experts.expert.format(expert='')}"
-            if over := next((n for n in self.left if n.startswith(stray)), None):
-                raise CorruptSource(f"{over}: not among the {number} experts that the router knows; {REMEDY}")
         return stages
 
     def expert(self, block: str, experts: Experts, expert: int) -> StageLayout:
@@ -144,6 +148,13 @@ class Arrangement:
             tensors += held
             linears += found
         return StageLayout(name, tuple(tensors), tuple(linears))
+
+    def refuse_strays(self, block: str, rest: list[SourceTensor]) -> None:
+        """Experts that no router row leads to would be left as they are, unseen."""
+        experts = self.family.experts
+        place = f"{block}.{experts.expert.format(expert='')}" if experts and experts.groups else None
+        if place and (over := next((t.name for t in rest if t.name.startswith(place)), None)):
+            raise CorruptSource(f"{over}: the router has no row for this expert; {REMEDY}")
 
     def head(self) -> UnitLayout:
         norms = [self.left.pop(n) for n in list(self.left) if n.startswith(f"{self.prefix}norm.")]
