@@ -45,7 +45,7 @@ class FaultServer:
     upstream: str
     endpoint: str = ""
     seen: list[str] = field(default_factory=list)
-    """`METHOD path` of every request, broken ones too."""
+    """`METHOD path range` of every request, broken ones too."""
 
     def __post_init__(self) -> None:
         self._faults: list[Fault] = []
@@ -61,9 +61,9 @@ class FaultServer:
         with self._lock:
             self._faults.clear()
 
-    def take(self, method: str, path: str) -> Fault | None:
+    def take(self, method: str, path: str, byte_range: str) -> Fault | None:
         with self._lock:
-            self.seen.append(f"{method} {path}")
+            self.seen.append(f"{method} {path} {byte_range}".strip())
             for fault in self._faults:
                 if fault.times > 0 and fault.method in ("", method) and fault.path.search(path):
                     fault.times -= 1
@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def _handle(self) -> None:
-        fault = self.owner.take(self.command, self.path)
+        fault = self.owner.take(self.command, self.path, self.headers.get("range", ""))
         kind = fault.kind if fault else None
         if kind == "stall":
             self.owner.wait()

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Bucket
 
+from jobs import Bucket
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import OutputSpec, SourceLocation
 from kompressor_worker.errors import ClaimLost, CorruptSource, NotFound, OutputOccupied, StorageError
@@ -107,8 +107,8 @@ from kompressor_worker.errors import ClaimLost
 from kompressor_worker.storage.locations import open_output
 place = json.loads(sys.argv[1])
 won = []
-for _ in range(30):
-    output = open_output(OutputSpec(uri=place["uri"], endpoint=place["endpoint"]), place["environ"])
+output = open_output(OutputSpec(uri=place["uri"], endpoint=place["endpoint"]), place["environ"])
+for _ in range(25):
     found = output.read(".kompressor/counter")
     value, etag = (int(found[0]), found[1]) if found else (0, None)
     try:

@@ -17,7 +17,7 @@ from kompressor_api.names import (
     Role,
 )
 from kompressor_api.v1alpha1 import Location, OutputSpec, SourceLocation
-from kompressor_worker.errors import NotFound, UserError
+from kompressor_worker.errors import AccessDenied, NotFound, UserError
 from kompressor_worker.storage import Output, Source, s3_environment
 from kompressor_worker.storage.patience import Patience
 
@@ -99,7 +99,7 @@ def open_output(location: OutputSpec, environ: Mapping[str, str], stop: threadin
 
 
 def locate(location: Location, role: Role, environ: Mapping[str, str]) -> Place:
-    """Raises UserError (a uri that leads out of its place), NotFound (the CA bundle is not mounted)."""
+    """Raises UserError (a uri that leads out of its place), NotFound (the CA bundle is not mounted), AccessDenied (half a key pair)."""
     scheme, _, rest = location.uri.partition("://")
     authority, _, path = rest.partition("/")
     if scheme in ("file", "pvc"):
@@ -120,6 +120,13 @@ def locate(location: Location, role: Role, environ: Mapping[str, str]) -> Place:
                 f"{location.ca_bundle.key}",
                 reason=_NOT_FOUND[role],
             )
+    credentials = s3_environment(role.env_prefix, environ)
+    if ("AWS_ACCESS_KEY_ID" in credentials) != ("AWS_SECRET_ACCESS_KEY" in credentials):
+        prefix = role.env_prefix
+        raise AccessDenied(
+            f"{role} {location.uri}: of {prefix}AWS_ACCESS_KEY_ID and {prefix}AWS_SECRET_ACCESS_KEY only one is set; "
+            f"give both keys in Secret {location.credentials_secret or '(credentialsSecret)'}, or neither for the pod's own identity"
+        )
     return Place(
         role=role,
         scheme=scheme,
@@ -130,7 +137,7 @@ def locate(location: Location, role: Role, environ: Mapping[str, str]) -> Place:
         region=location.region,
         path_style=location.path_style,
         ca_bundle=bundle,
-        credentials=s3_environment(role.env_prefix, environ),
+        credentials=credentials,
         secret=location.credentials_secret,
     )
 

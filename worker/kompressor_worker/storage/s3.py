@@ -37,6 +37,7 @@ class S3Store:
         self.patience = patience
         self.bucket = place.authority
         self.prefix = f"{place.path}/" if place.path else ""
+        self.endpoint = place.endpoint or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or None
         self._client: S3Client | None = None
         self._environ = environ
         self._lock = threading.Lock()
@@ -45,8 +46,39 @@ class S3Store:
     def client(self) -> S3Client:
         with self._lock:
             if self._client is None:
-                self._client = _connect(self.place, self._environ, self.patience)
+                self._client = self._connect()
             return self._client
+
+    def _connect(self) -> S3Client:
+        place, environ = self.place, self._environ
+        session = boto3.session.Session(
+            aws_access_key_id=place.credentials.get("AWS_ACCESS_KEY_ID"),
+            aws_secret_access_key=place.credentials.get("AWS_SECRET_ACCESS_KEY"),
+            aws_session_token=place.credentials.get("AWS_SESSION_TOKEN"),
+        )
+        path_style = place.path_style if place.path_style is not None else self.endpoint is not None
+        options: Any = {"addressing_style": "path" if path_style else "virtual" if place.path_style is False else "auto"}
+        # A body's CRC-32, itself signed, stands for it: the SHA-256 of each byte, here and in the server, would cost a third of an upload.
+        # Also without TLS, where a stranger who can change the result on its way could change the source just as well.
+        options["payload_signing_enabled"] = False
+        config = Config(
+            connect_timeout=self.patience.connect_timeout,
+            read_timeout=self.patience.timeout,
+            max_pool_connections=CONNECTIONS,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            request_checksum_calculation="when_required",  # S3Output sends its own
+            response_checksum_validation="when_required",
+            s3=options,
+            user_agent_extra="kompressor",
+            tcp_keepalive=True,
+        )
+        return session.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=place.region or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+            verify=str(place.ca_bundle) if place.ca_bundle is not None else environ.get("AWS_CA_BUNDLE") or None,
+            config=config,
+        )
 
     def key(self, name: str) -> str:
         return self.prefix + name
@@ -182,7 +214,7 @@ class S3Source:
         sent = answer["ContentLength"]
         if answer["ResponseMetadata"]["HTTPStatusCode"] != 206 and (start or sent != stop):
             raw.close()
-            at = self._store.place.endpoint
+            at = self._store.endpoint
             raise StorageError(f"{self.uri}: the store at {at} does not honour Range, which streaming needs")
         if sent < stop - start:
             raw.close()
@@ -197,34 +229,3 @@ class S3Source:
             f"{self.uri}: {name} ends at byte {'?' if size is None else size}, but bytes up to {wanted} are wanted; "
             "it is truncated, upload it again"
         )
-
-
-def _connect(place: Place, environ: Mapping[str, str], patience: Patience) -> S3Client:
-    session = boto3.session.Session(
-        aws_access_key_id=place.credentials.get("AWS_ACCESS_KEY_ID"),
-        aws_secret_access_key=place.credentials.get("AWS_SECRET_ACCESS_KEY"),
-        aws_session_token=place.credentials.get("AWS_SESSION_TOKEN"),
-    )
-    endpoint = place.endpoint or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or None
-    path_style = place.path_style if place.path_style is not None else endpoint is not None
-    # Over TLS the checksum of a part, itself signed, stands for the part; in the clear its SHA-256 is signed too.
-    options: Any = {} if endpoint is not None and endpoint.startswith("http:") else {"payload_signing_enabled": False}
-    options["addressing_style"] = "path" if path_style else "virtual" if place.path_style is False else "auto"
-    config = Config(
-        connect_timeout=patience.connect_timeout,
-        read_timeout=patience.timeout,
-        max_pool_connections=CONNECTIONS,
-        retries={"total_max_attempts": 1, "mode": "standard"},
-        request_checksum_calculation="when_required",  # S3Output sends its own, once it knows that the store takes them
-        response_checksum_validation="when_required",
-        s3=options,
-        user_agent_extra="kompressor",
-        tcp_keepalive=True,
-    )
-    return session.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name=place.region or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-        verify=str(place.ca_bundle) if place.ca_bundle is not None else environ.get("AWS_CA_BUNDLE") or None,
-        config=config,
-    )
