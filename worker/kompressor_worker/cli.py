@@ -126,7 +126,7 @@ def run_command(args: argparse.Namespace) -> int:
     if args.in_cluster:
         reason = Reason.ALREADY_COMPRESSED if summary.already else Reason.COMPLETED
         message = f"{result['sourceBytes']:,} bytes became {result['outputBytes']:,} ({result['ratio']})"
-        write_termination_message({"reason": reason, "message": message, "exitCode": 0, "result": result})
+        write_termination_message({"reason": reason, "message": message, "exitCode": 0, "summary": result})
     show_result(result, summary.already, args.json)
     return int(ExitCode.DONE)
 

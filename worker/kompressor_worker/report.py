@@ -29,7 +29,7 @@ class Resource:
     """
 
     def __init__(self, namespace: str, name: str, interval: float = INTERVAL_SECONDS) -> None:
-        self._path = f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}/status"
+        self._namespace, self._name = namespace, name
         self._interval = interval
         self._latest: Snapshot | None = None
         self._wake = threading.Event()
@@ -82,16 +82,17 @@ class Resource:
         if self._client is None:
             from kubernetes import client, config
 
-            config.load_incluster_config()
-            self._client = client.ApiClient()
-        self._client.call_api(
-            self._path,
-            "PATCH",
-            {},
-            [("fieldManager", WORKER_FIELD_MANAGER)],
-            {"Content-Type": "application/merge-patch+json", "Accept": "application/json"},
-            body=body,
-            auth_settings=["BearerToken"],
+            config.load_incluster_config()  # type: ignore[no-untyped-call]
+            self._client = client.CustomObjectsApi()
+        self._client.patch_namespaced_custom_object_status(
+            GROUP,
+            VERSION,
+            self._namespace,
+            PLURAL,
+            self._name,
+            dict(body),
+            field_manager=WORKER_FIELD_MANAGER,
+            _content_type="application/merge-patch+json",
             _request_timeout=(5, 15),
         )
 
@@ -104,8 +105,8 @@ def write_termination_message(message: Mapping[str, Any], environ: Mapping[str, 
     text = json.dumps(message)
     if len(text.encode()) > TERMINATION_BYTES:
         shorter = dict(message)
-        if result := shorter.get("result"):
-            shorter["result"] = {k: v for k, v in result.items() if k != "warnings"}
+        if summary := shorter.get("summary"):
+            shorter["summary"] = {k: v for k, v in summary.items() if k != "warnings"}
         shorter["message"] = str(message.get("message", ""))[:1500]
         text = json.dumps(shorter)
     try:
