@@ -1,5 +1,7 @@
 {{/* The operator's settings: one variable a field of kompressor_operator/settings.py. */}}
 {{- define "kompressor.operatorEnv" -}}
+- name: LOGNAME # Kopf asks who it runs as; a number without an entry in /etc/passwd would be no answer
+  value: kompressor-operator
 - name: KOMPRESSOR_WORKER_IMAGE
   value: {{ include "kompressor.image" (dict "image" .Values.worker.image "chart" .Chart) | quote }}
 {{- with .Values.worker.image.pullPolicy }}
