@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from api_server import Server, manifest
 from pydantic import ValidationError
 
@@ -186,3 +188,14 @@ def test_file_is_for_one_machine_only(server: Server) -> None:
 def test_models_take_no_python_names_from_manifests(name: str) -> None:
     job = manifest("open", output={"uri": "s3://models/out", name: "x"})
     assert name in model_refusal(job["spec"])
+
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_taken(server: Server, example: Path) -> None:
+    server.cluster.kubectl("apply", "--dry-run=server", "-n", "guarded", "-f", example)
+    (job,) = [one for one in yaml.safe_load_all(example.read_text()) if one["kind"] == "CompressionJob"]
+    assert model_refusal(job["spec"]) == ""
