@@ -17,13 +17,18 @@ from types import TracebackType
 from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
-Kind = Literal["stall", "stall-body", "truncate", "drop", "lose-answer", "unavailable", "internal", "denied", "full", "corrupt"]
+Kind = Literal[
+    "stall", "stall-body", "truncate", "drop", "lose-answer", "corrupt", "unavailable", "internal", "denied", "full",
+    "unsupported", "ignored",
+]  # fmt: skip
 FOREVER = 1 << 30
 ANSWERS: dict[str, tuple[int, str, str]] = {
     "unavailable": (503, "SlowDown", "Please reduce your request rate."),
     "internal": (500, "InternalError", "We encountered an internal error."),
     "denied": (403, "AccessDenied", "Access Denied"),
     "full": (507, "InsufficientStorage", "No space left."),
+    "unsupported": (501, "NotImplemented", "A header you provided implies functionality that is not implemented."),
+    "ignored": (200, "", ""),
 }
 
 
@@ -31,7 +36,7 @@ ANSWERS: dict[str, tuple[int, str, str]] = {
 class Fault:
     """stall: no answer. stall-body, truncate: `after` bytes of the answer's body, then silence, or the end of the connection.
     drop: the connection ends before the request is passed on; lose-answer: after it was done. corrupt: the last byte differs.
-    The others are answers of the server itself."""
+    ignored: said to be done, and not done. The others are answers of the server itself."""
 
     kind: Kind
     times: int
@@ -110,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         if kind in ANSWERS:
             status, code, message = ANSWERS[kind]
             text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
-            self._answer(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))], text)
+            text = text if code else b""
+            self._answer(status, [("ETag", '"0"'), ("Content-Type", "application/xml"), ("Content-Length", str(len(text)))], text)
             return
         status, headers, data = self._forward(body)
         if kind == "lose-answer":

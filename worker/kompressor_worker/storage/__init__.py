@@ -31,6 +31,7 @@ class Part:
     offset: int
     size: int
     etag: str
+    """What the store needs to find the part again; opaque."""
 
 
 class Source(Protocol):
@@ -70,7 +71,10 @@ class Output(Protocol):
         """Writes a working object (under WORK) or a small final one, whole or not at all."""
 
     def replace(self, name: str, data: bytes, etag: str | None) -> str:
-        """Writes only if the object's ETag still is `etag` (None: it does not exist yet); returns the new ETag. Raises ClaimLost."""
+        """Writes only if the object's ETag still is `etag` (None: it does not exist yet); returns the new ETag. Raises ClaimLost.
+
+        The first one of an instance is its claim on the output: an older owner's later calls raise ClaimLost. Parts written before a
+        replace() are durable when it returns."""
 
     def delete(self, names: Sequence[str]) -> None:
         """Deletes working objects; absent ones are fine."""

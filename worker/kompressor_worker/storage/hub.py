@@ -18,7 +18,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import certifi
 import urllib3
 from huggingface_hub import constants, hf_hub_url
-from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported, if not by __all__
 
 from kompressor_worker.errors import AccessDenied, CorruptSource, KompressorError, NotFound, StorageError, UserError
 from kompressor_worker.storage import WORK, ObjectInfo

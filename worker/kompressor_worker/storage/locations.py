@@ -107,10 +107,6 @@ def locate(location: Location, role: Role, environ: Mapping[str, str]) -> Place:
     names = [name for name in path.split("/") if name not in ("", ".")]
     if ".." in names:
         raise UserError(f"{role} {location.uri}: '..' is refused; write the place it leads to")
-    if scheme != "file" and not authority:
-        raise UserError(f"{role} {location.uri}: no name after {scheme}://; write {scheme}://NAME/path")
-    if scheme == "file" and authority not in ("", "localhost"):
-        raise UserError(f"{role} {location.uri}: file:// takes an absolute path after three slashes, file:///{authority}/{path}")
     bundle = None
     if location.ca_bundle is not None:
         bundle = Path(environ.get(ENV_CA_DIRECTORY) or CA_DIRECTORY) / role.value / location.ca_bundle.key

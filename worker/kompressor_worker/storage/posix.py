@@ -41,9 +41,13 @@ def translate(error: OSError, what: str, missing: Reason = Reason.SOURCE_NOT_FOU
 
 
 def fsync_folder(folder: Path) -> None:
+    """Makes names durable, where the file system knows such a thing."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)
 

@@ -28,7 +28,7 @@ UNSUPPORTED = frozenset({"NotImplemented", "501", "InvalidArgument", "InvalidReq
 _DENIED = frozenset({
     "AccessDenied", "403", "401", "Forbidden", "Unauthorized", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken",
     "InvalidToken", "TokenRefreshRequired", "AccountProblem", "AllAccessDisabled", "InvalidSecurity", "NotSignedUp",
-    "UnauthorizedAccess", "InvalidClientTokenId", "AuthFailure", "XAdminUserNotFound", "XAdminUserNotFound",  # versitygw
+    "UnauthorizedAccess", "InvalidClientTokenId", "AuthFailure", "XAdminUserNotFound",  # versitygw
 })  # fmt: skip
 _RETRIED = frozenset({
     "SlowDown", "RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException", "TooManyRequests",
