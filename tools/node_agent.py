@@ -40,6 +40,7 @@ _LEAVING_GRACE_SECONDS = 5.0
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a full pool of connections is no trouble
     os.umask(0o022)
     if options.end:
         stop_everything(options.root / "pods", _LEAVING_GRACE_SECONDS)

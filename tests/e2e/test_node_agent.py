@@ -273,7 +273,7 @@ http.server.HTTPServer((os.environ["IP"], 18080), Handler).serve_forever()
         "ports": [{"name": "web", "containerPort": 18080}],
         "startupProbe": {"tcpSocket": {"port": "web"}, "periodSeconds": 1, "failureThreshold": 20},
         "readinessProbe": {"httpGet": {"path": "/", "port": "web"}, **quick},
-        "livenessProbe": {"exec": {"command": ["test", "!", "-e", "/tmp/sick"]}, **quick},
+        "livenessProbe": {"exec": {"command": ["sh", "-c", "echo looked; ! [ -e /tmp/sick ]"]}, **quick},
     }
     node.apply(pod("probed", script, program="python", spec={"restartPolicy": "Always"}, **container))
 

@@ -10,12 +10,13 @@ contract.py      what the agent hands to a container's shim, and what the shim a
 processes.py     pure: pod and container -> what the shim runs
 volumes.py       a pod's volumes as folders; storage.py: claims and host paths; tokens.py: service account tokens
 payload.py       files swapped in at once, as the kubelet's atomic writer does
-sandbox.py       inside the container: namespaces, overlay, mounts, user
+sandbox.py       inside the container: namespaces, user, command; rootfs.py: its root file system and mounts
 kernel.py        the few system calls that Python 3.11 has no name for
 memory.py        a limit by cgroup v1, cgroup v2 or polling
 shim.py          one process a container: starts it, keeps its log, writes down how it ended
 enter.py         a command inside a running container (exec probes, preStop)
 runs.py          the agent's side of a shim; survives a restart of the agent
+trees.py         removing what containers have written
 lifecycle.py     pure: what to start, restart or wait for
 status.py        pure: pod and runs -> status
 containers.py    starting one container, with the kubelet's reasons where that fails

@@ -49,7 +49,7 @@ class Client:
         if "token" in user:
             self._headers["Authorization"] = f"Bearer {user['token']}"
         self._pool = urllib3.PoolManager(
-            maxsize=8, retries=False, ssl_context=_tls(kubeconfig.parent, cluster, user), timeout=urllib3.Timeout(10)
+            maxsize=32, retries=False, ssl_context=_tls(kubeconfig.parent, cluster, user), timeout=urllib3.Timeout(10)
         )
 
     @property

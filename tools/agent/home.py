@@ -4,10 +4,10 @@
 """
 
 import json
-import shutil
 import time
 from pathlib import Path
 
+from agent import trees
 from agent.client import Object
 from agent.clock import epoch
 from agent.context import Context
@@ -60,19 +60,19 @@ class Home:
         """A pod that is over holds no devices and no volumes; its logs stay until it is deleted."""
         if self._context.gpus is not None:
             self._context.gpus.take_back(self._uid)
-        shutil.rmtree(self.volumes, ignore_errors=True)
+        trees.remove(self.volumes)
 
     def remove(self) -> None:
         self.release()
         self._context.addresses.take_back(self._uid)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        trees.remove(self.folder)
 
     def drop_old_runs(self, container: Container) -> None:
         """The last two attempts are kept: `kubectl logs --previous` asks for no more."""
         assert container.run is not None
         for entry in container.folder.iterdir():
             if entry.name.isdigit() and int(entry.name) < container.run.attempt - 1:
-                shutil.rmtree(entry, ignore_errors=True)
+                trees.remove(entry)
 
     def _move_in(self, pod: Object) -> None:
         lent = self._context.addresses.lend(self._uid, 1)
@@ -126,7 +126,7 @@ def stop_strangers(root: Path, known: set[str]) -> None:
     for folder in (root / "pods").glob("*"):
         if folder.name not in known:
             stop_everything(folder, grace=0.0)
-            shutil.rmtree(folder, ignore_errors=True)
+            trees.remove(folder)
 
 
 def stop_everything(folder: Path, grace: float) -> None:

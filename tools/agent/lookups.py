@@ -1,10 +1,13 @@
 """Reading what a pod refers to, with the node's own rights."""
 
+import time
 from collections.abc import Callable
 
 from agent.client import ApiError, ApiUnavailable, Client, Object
 
 _PLURALS = {"Secret": "secrets", "ConfigMap": "configmaps", "PersistentVolumeClaim": "persistentvolumeclaims"}
+
+_REFUSALS, _PAUSE_SECONDS = 5, 0.1
 
 
 def lookup_in(client: Client, namespace: str) -> Callable[[str, str], Object | None]:
@@ -17,11 +20,26 @@ def lookup_in(client: Client, namespace: str) -> Callable[[str, str], Object | N
 
 
 def read(client: Client, path: str) -> Object | None:
-    """The object at `path`; None if there is none. ApiUnavailable while the server does not let us look."""
+    """The object at `path`; None if there is none."""
     try:
-        return client.get(path)
+        return patiently(lambda: client.get(path))
     except ApiError as error:
         if error.code == 404:
             return None
-        # The server learns which objects a node may read from the pods bound to it, a moment after the binding.
-        raise ApiUnavailable(f"reading {path}: {error}") from error
+        raise
+
+
+def patiently(call: Callable[[], Object]) -> Object:
+    """A server learns which objects a node may read, and for which pods, a moment after it has bound a pod to the node.
+
+    ApiUnavailable while it goes on saying no.
+    """
+    for _ in range(_REFUSALS):
+        try:
+            return call()
+        except ApiError as error:
+            if error.code != 403:
+                raise
+            refusal = error
+            time.sleep(_PAUSE_SECONDS)
+    raise ApiUnavailable(str(refusal)) from refusal

@@ -12,7 +12,7 @@ from agent.client import ApiError, ApiUnavailable, Object
 from agent.context import Context
 from agent.home import Home
 from agent.lifecycle import decide
-from agent.probes import KINDS, Prober
+from agent.probes import KINDS, Outcome, Prober
 from agent.records import Container
 from agent.status import TERMINAL, Ending, Observed, pod_status
 from agent.volumes import MountError, Volumes
@@ -179,34 +179,35 @@ class PodWorker:
         self._home.drop_old_runs(container)
 
     def _probe(self, container: Container) -> None:
-        if container.run is None or not container.run.running or container.probers:
+        """Starts the probes of a fresh run, or of one that an earlier agent started."""
+        run = container.run
+        if run is None or not run.running or container.probers:
             return
+
+        def report(kind: str, outcome: Outcome, seen: str) -> None:
+            self._probed(container, run.attempt, kind, outcome, seen)
+
         for kind in KINDS:
             if kind in container.spec:
-                folder, attempt = container.run.folder, container.run.attempt
-
-                def report(kind: str, holds: bool, seen: str, attempt: int = attempt) -> None:
-                    self._probed(container, attempt, kind, holds, seen)
-
-                prober = Prober(kind, container.spec, self._home.ip, folder, lambda: container.started, report)
+                prober = Prober(kind, container.spec, self._home.ip, run.folder, lambda: container.started, report)
                 container.probers.append(prober)
                 prober.start()
 
-    def _probed(self, container: Container, attempt: int, kind: str, holds: bool, seen: str) -> None:
+    def _probed(self, container: Container, attempt: int, kind: str, outcome: Outcome, seen: str) -> None:
         """From a probe's thread."""
         if container.restarts != attempt or not container.running:
             return
         pod, name = self._pod, KINDS[kind]
-        if seen and not (holds and kind == "startupProbe"):
+        if outcome is not Outcome.PASSED:
             self._context.events.pod(pod, "Warning", "Unhealthy", f"{name} probe failed: {seen}")
-        if kind == "startupProbe" and holds and not seen:
+        if outcome is Outcome.FAILING:
+            return
+        if kind == "startupProbe" and outcome is Outcome.PASSED:
             container.started = True
             container.ready = "readinessProbe" not in container.spec
-        elif kind == "readinessProbe" and (not seen or not holds):
-            container.ready = holds
-        elif kind == "livenessProbe" or (kind == "startupProbe" and not holds):
-            if holds:
-                return
+        elif kind == "readinessProbe":
+            container.ready = outcome is Outcome.PASSED
+        elif outcome is Outcome.FAILED:
             why = f"Container {container.name} failed {name.lower()} probe, will be restarted"
             self._context.events.pod(pod, "Normal", "Killing", why)
             grace = container.spec[kind].get("terminationGracePeriodSeconds", pod["spec"].get("terminationGracePeriodSeconds", 30))

@@ -1,5 +1,6 @@
 """Readiness, liveness and startup probes: one thread each, for the life of one run."""
 
+import enum
 import http.client
 import socket
 import ssl
@@ -12,8 +13,17 @@ from pathlib import Path
 from agent.client import Object
 from agent.runs import TOOLS
 
-# kind, whether it holds now, what was seen
-Report = Callable[[str, bool, str], None]
+
+class Outcome(enum.Enum):
+    """PASSED and FAILED cross a threshold; FAILING is a failure that does not, yet."""
+
+    PASSED = "passed"
+    FAILING = "failing"
+    FAILED = "failed"
+
+
+# kind, outcome, what was seen
+Report = Callable[[str, Outcome, str], None]
 KINDS = {"startupProbe": "Startup", "readinessProbe": "Readiness", "livenessProbe": "Liveness"}
 
 
@@ -50,13 +60,13 @@ class Prober:
                 return
             if works and not held and successes >= wanted:
                 held = True
-                self._report(self._kind, True, seen)
+                self._report(self._kind, Outcome.PASSED, seen)
                 if self._kind == "startupProbe":
                     return
             elif not works:
                 over = failures >= tolerated
                 held = held and not over
-                self._report(self._kind, not over, seen)
+                self._report(self._kind, Outcome.FAILED if over else Outcome.FAILING, seen)
                 if over and self._kind != "readinessProbe":
                     return  # the container is about to be killed
             self._stopped.wait(period)

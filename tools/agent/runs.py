@@ -4,15 +4,16 @@
 """
 
 import contextlib
+import json
 import os
-import shutil
+import select
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from agent import memory
+from agent import memory, trees
 from agent.contract import ProcessSpec, RunState, process_start
 
 TOOLS = Path(__file__).parent.parent
@@ -45,13 +46,14 @@ class Run:
         pidfd = os.pidfd_open(shim.pid)
         assert shim.stdout is not None
         with shim.stdout:
-            shim.stdout.readline()
-        run = cls(folder, RunState.read(folder) or RunState(), pidfd)
+            answer = shim.stdout.readline()
+        # The answer, not the file: a short command may have ended by now, and its end is to be observed like any other.
+        run = cls(folder, RunState(**json.loads(answer)) if answer else RunState(), pidfd)
         run._shim = shim  # reaped in observe()
-        if run.state.pid == 0 and run.state.exit_code is None:
-            shim.wait()
-            told = (folder / "shim.log").read_text()[-1000:]
-            run.write_failure(f"the container's shim ended before the start: {told}")
+        if not answer:
+            run.write_failure(f"the container's shim ended before the start: {(folder / 'shim.log').read_text()[-1000:]}")
+        elif not run.running:
+            run.release()
         return run
 
     @classmethod
@@ -89,8 +91,6 @@ class Run:
             return
         if self.pidfd >= 0 and not _ended(self.pidfd):
             return
-        if self._shim is not None:
-            self._shim.wait()
         self.state = RunState.read(self.folder) or self.state
         if self.state.exit_code is None:
             self._finish(137, "ContainerStatusUnknown", _LOST)
@@ -108,13 +108,15 @@ class Run:
 
     def release(self) -> None:
         """Lets go of what only a running container needs; log and outcome stay."""
+        if self._shim is not None:
+            self._shim.wait()
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
         with contextlib.suppress(FileNotFoundError):
             memory.remove(ProcessSpec.read(self.folder).memory)
         for name in ("layers", "rootfs"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            trees.remove(self.folder / name)
 
     def termination_message(self, fall_back_to_log: bool) -> str:
         """The end of what the container wrote to its termination message file, else, after a failure, of its log."""
@@ -141,8 +143,6 @@ class Run:
 
 
 def _ended(pidfd: int) -> bool:
-    import select
-
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(0))

@@ -104,9 +104,7 @@ def _start(spec: ProcessSpec, folder: Path, pipes: dict[str, tuple[int, int]]) -
         try:
             kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
             empty = os.open("/dev/null", os.O_RDONLY)
-            for source, target in ((empty, 0), (pipes["stdout"][1], 1), (pipes["stderr"][1], 2)):
-                os.dup2(source, target)
-            sandbox.become(spec, folder)
+            sandbox.become(spec, folder, (empty, pipes["stdout"][1], pipes["stderr"][1]))
         except (OSError, sandbox.CommandError) as error:
             os.write(failure_write, str(error).encode())
         except BaseException as error:

@@ -4,6 +4,7 @@ import time
 
 from agent.client import Client, Object
 from agent.clock import epoch
+from agent.lookups import patiently
 
 _RENEW_AT_MOST_AFTER = 24 * 3600.0
 
@@ -33,6 +34,7 @@ class Tokens:
         spec = {"audiences": [audience] if audience else [], "expirationSeconds": seconds, "boundObjectRef": bound}
         asked = time.time()
         body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
-        answer = self._client.post(f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/{account}/token", body)
+        path = f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/{account}/token"
+        answer = patiently(lambda: self._client.post(path, body))
         life = epoch(answer["status"]["expirationTimestamp"]) - asked
         return answer["status"]["token"], asked + min(0.8 * life, _RENEW_AT_MOST_AFTER)

@@ -70,7 +70,7 @@ class Volumes:
         if "emptyDir" in volume:
             if not folder.exists():
                 folder.mkdir(parents=True)
-                Owner(gid=self._fs_group).take(folder)
+                Owner(gid=self._owner.gid).take(folder)
                 folder.chmod(0o777 if self._fs_group is None else 0o2777)
             return folder
         reader = next((read for kind, read in self._readers().items() if kind in volume), None)
