@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import local_cluster
 from binaries import BinaryError
-from kompressor_api import names
 
 sys.path.insert(0, str(Path(__file__).parent))  # api_server.py
 
@@ -41,12 +40,17 @@ def _prepare(cluster: local_cluster.Cluster) -> Server:
     for name in ("open", "guarded"):
         cluster.kubectl("create", "namespace", name)
     cluster.kubectl("apply", "-f", ROOT / "crds")
-    cluster.kubectl("wait", "--for=condition=Established", f"crd/{names.PLURAL}.{names.GROUP}")
     values = "watch.namespaces={guarded},crds.enabled=false,replicas=0"
     cluster.helm("install", "guard", ROOT / "charts" / "kompressor", "--namespace", "guarded", "--set", values)
     server = Server(cluster)
-    deadline = time.monotonic() + 30  # a policy takes a moment until it is enforced
-    while not server.create(manifest("guarded", probe=True), validation="Ignore").refusal:
-        assert time.monotonic() < deadline, "the admission policy is not enforced after 30 s"
-        time.sleep(0.2)
+    _wait(lambda: not server.create(manifest("open")).refusal, "the CRD is not served")
+    _wait(lambda: bool(server.create(manifest("guarded", probe=True), validation="Ignore").refusal), "the policy is not enforced")
     return server
+
+
+def _wait(true: Callable[[], bool], otherwise: str, seconds: float = 30) -> None:
+    """Both follow a moment after their objects; `kubectl wait` fails on a CRD that has no status yet."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"{otherwise} after {seconds} s"
+        time.sleep(0.2)
