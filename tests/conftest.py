@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "worker")]  # models.py and families.py: the demo uses them too, so no package
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: tests, workers and agents share the cores
+
+# Time says nothing on cores shared with a control plane. Failing examples are printed, so no database is needed.
+settings.register_profile("shared cores", deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None, print_blob=True)
+settings.load_profile("shared cores")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from families import fp8_block_model, mxfp4_model, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from sources import MemorySource, folder_source, safetensors_bytes, with_header
 
 from kompressor_api.names import ExitCode, Reason
@@ -359,3 +361,29 @@ def test_broken_mxfp4(change: Callable[[dict[str, Any]], Any], message: str) -> 
     source = folder_source(mxfp4_model())
     edit_header(source, change)
     assert message in refused(source, CorruptSource)
+
+
+KEYS = [
+    "architectures", "decoder_sparse_step", "dtype", "head_dim", "hidden_size", "mlp_only_layers", "model_type", "num_attention_heads",
+    "num_hidden_layers", "num_local_experts", "quantization_config", "text_config", "tie_word_embeddings", "torch_dtype",
+]  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 10**30) | st.floats() | st.text(max_size=3) | st.sampled_from(["fp8", "mxfp4", "float16"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["quant_method", "weight_block_size", "format", "model_type", "dtype"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3), st.sampled_from(["qwen3_moe", "gemma3_vision"]))
+def test_no_config_is_a_crash(changes: dict[str, Any], family: str) -> None:
+    source = folder_source(tiny_model(family))
+    config(**changes)(source)
+    try:
+        layout = read_layout(source)
+    except KompressorError as error:
+        assert ";" in str(error), "a remedy"
+    else:
+        assert sum(len(stage.tensors) for stage in layout.stages()) > 20

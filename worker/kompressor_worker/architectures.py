@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kompressor_worker.errors import CorruptSource
+
 __all__ = ["FAMILIES", "Dimensions", "Experts", "Family", "Group", "Linear", "family_of", "text_config"]
 
 
@@ -55,10 +57,15 @@ class Family:
     """What config.json may leave out because transformers' config class has another default than most."""
 
     def sparse(self, config: Mapping[str, Any], layer: int) -> bool:
-        """Whether this layer has experts. Rule of Qwen's mixtures; the others have neither key."""
-        if self.experts is None or layer in (config.get("mlp_only_layers") or ()):
+        """Whether this layer has experts. The rule of Qwen's mixtures; the others have neither key. Raises CorruptSource."""
+        dense, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step") or 1
+        if not isinstance(dense, list | tuple) or type(step) is not int:
+            raise CorruptSource(
+                f"config.json: mlp_only_layers {dense!r} or decoder_sparse_step {step!r} is not what it should be; correct it"
+            )
+        if self.experts is None or layer in dense:
             return False
-        return not self.feed_forward or (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
+        return not self.feed_forward or (layer + 1) % step == 0
 
 
 Q = Linear("self_attn.q_proj", "q", "hidden")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kompressor_api.names import Reason
+from kompressor_worker.architectures import text_config
 from kompressor_worker.errors import CorruptSource, UserError
 from kompressor_worker.layout import SourceTensor, StoredTensor
 
@@ -54,7 +55,7 @@ def decoded_dtype(config: Mapping[str, Any], stored: Mapping[str, StoredTensor])
                 held[tensor.dtype] += tensor.nbytes
         if held:
             return held.most_common(1)[0][0]
-    for place in (config, config.get("text_config") or {}):
+    for place in (config, text_config(config)):
         name = place.get("dtype") or place.get("torch_dtype")
         if isinstance(name, str) and name.removeprefix("torch.") in FLOATS:
             return FLOATS[name.removeprefix("torch.")]
@@ -62,7 +63,7 @@ def decoded_dtype(config: Mapping[str, Any], stored: Mapping[str, StoredTensor])
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    for place in (config, config.get("text_config") or {}):
+    for place in (config, text_config(config)):
         for key in ("quantization_config", "compression_config"):
             value = place.get(key)
             if isinstance(value, dict) and value:

@@ -163,8 +163,10 @@ class Arrangement:
         stages = plain_stages(f"{self.prefix}norm", norms)
         inside = f"{self.prefix.removesuffix('model.')}lm_head"
         name = inside if f"{inside}.weight" in self.left else "lm_head"
-        architectures = self.config.get("architectures") or ["ForCausalLM"]
-        generates = any(str(a).endswith(("ForCausalLM", "ForConditionalGeneration")) for a in architectures)
+        architectures = self.config.get("architectures")
+        generates = not isinstance(architectures, list) or any(
+            str(a).endswith(("ForCausalLM", "ForConditionalGeneration")) for a in architectures
+        )
         if f"{name}.weight" in self.left or (generates and not self.tied):
             stages.append(self.matrix(name, "vocab", "hidden", "head"))
         return UnitLayout("head", tuple(stages))
