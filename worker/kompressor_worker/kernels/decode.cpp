@@ -27,7 +27,7 @@ template <int T> void decode_fp8(const uint8_t* weight, const float* scale, int6
                     B bytes{};
                     if (n == LANES) std::memcpy(&bytes, codes + i, LANES);
                     else std::memcpy(&bytes, codes + i, n);
-                    const F f = fp8_to_float(__builtin_convertvector(bytes, U)) * step;
+                    const F f = fp8_to_float(widen(bytes)) * step;
                     if (n == LANES) store<T>(line + i * width<T>(), f);
                     else store<T>(line + i * width<T>(), f, n);
                 }
@@ -43,34 +43,34 @@ inline F fp4_to_float(U code) {
     return cast<F>(bits | ((code & 8u) << 28));
 }
 
-// 32 rows of one group of 32 columns at a time, so that both sides are whole cache lines.
+// 32 rows of one group at a time: its bytes are turned on their side, then every column is decoded as a whole cache line.
 template <int T> void decode_experts(const uint8_t* blocks, const uint8_t* scales, int64_t experts, int64_t rows, int64_t groups,
                                      int threads, char* out) {
-    constexpr int64_t SIDE = 32, W = width<T>();
+    constexpr int64_t SIDE = 2 * LANES, W = width<T>();
     const int64_t bands = (rows + SIDE - 1) / SIDE;
     parallel(experts * bands, threads, [&](int64_t task) {
         const int64_t expert = task / bands, top = task % bands * SIDE, count = std::min(SIDE, rows - top);
-        alignas(64) char square[SIDE][SIDE * W];
-        alignas(64) char line[SIDE * W];
+        uint8_t turned[16][SIDE] = {}, exponent[SIDE] = {};
         for (int64_t group = 0; group < groups; group++) {
             for (int64_t row = 0; row < count; row++) {
-                const int64_t at = ((expert * rows) + top + row) * groups + group;
-                const uint32_t exponent = scales[at];
-                const F step = splat(cast<float>(exponent == 0 ? 1u << 22 : exponent << 23));
-                B bytes;
-                std::memcpy(&bytes, blocks + at * 16, sizeof bytes);
-                const U pair = __builtin_convertvector(bytes, U);
-                alignas(64) char low[LANES * W], high[LANES * W];
-                store<T>(low, fp4_to_float(pair & 15u) * step), store<T>(high, fp4_to_float(pair >> 4) * step);
-                for (int64_t j = 0; j < LANES; j++) {
-                    std::memcpy(square[row] + 2 * j * W, low + j * W, W);
-                    std::memcpy(square[row] + (2 * j + 1) * W, high + j * W, W);
+                const int64_t at = (expert * rows + top + row) * groups + group;
+                exponent[row] = scales[at];
+                for (int64_t byte = 0; byte < 16; byte++) turned[byte][row] = blocks[at * 16 + byte];
+            }
+            char* column = out + ((expert * groups + group) * 32 * rows + top) * W;
+            for (int64_t byte = 0; byte < 16; byte++, column += 2 * rows * W)
+                for (int64_t half = 0; half < SIDE; half += LANES) {
+                    const int64_t n = std::min(LANES, count - half);
+                    if (n <= 0) break;
+                    B pairs, powers;
+                    std::memcpy(&pairs, turned[byte] + half, sizeof pairs), std::memcpy(&powers, exponent + half, sizeof powers);
+                    const U pair = widen(pairs), power = widen(powers);
+                    const F step = cast<F>(power == 0u ? usplat(1u << 22) : power << 23);
+                    const F low = fp4_to_float(pair & 15u) * step, high = fp4_to_float(pair >> 4) * step;
+                    char* p = column + half * W;
+                    if (n == LANES) store<T>(p, low), store<T>(p + rows * W, high);
+                    else store<T>(p, low, n), store<T>(p + rows * W, high, n);
                 }
-            }
-            for (int64_t column = 0; column < SIDE; column++) {
-                for (int64_t row = 0; row < SIDE; row++) std::memcpy(line + row * W, square[row] + column * W, W);
-                std::memcpy(out + ((expert * groups + group) * SIDE + column) * rows * W + top * W, line, count * W);
-            }
         }
     });
 }

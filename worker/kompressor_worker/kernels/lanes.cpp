@@ -11,6 +11,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -18,7 +21,7 @@ constexpr int64_t LANES = 16;
 typedef float F __attribute__((vector_size(64)));
 typedef int32_t I __attribute__((vector_size(64)));
 typedef uint32_t U __attribute__((vector_size(64)));
-typedef double D __attribute__((vector_size(128)));
+typedef double D __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
 typedef uint8_t B __attribute__((vector_size(16)));
 
@@ -29,6 +32,30 @@ template <class To, class From> inline To cast(From value) {
     To out;
     std::memcpy(&out, &value, sizeof out);
     return out;
+}
+
+// Widening, in one instruction where g++ 12 would take four.
+typedef float HalfF __attribute__((vector_size(32)));
+inline U widen(H h) {
+#ifdef __AVX512F__
+    return reinterpret_cast<U>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
+#else
+    return __builtin_convertvector(h, U);
+#endif
+}
+inline U widen(B b) {
+#ifdef __AVX512F__
+    return reinterpret_cast<U>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(b)));
+#else
+    return __builtin_convertvector(b, U);
+#endif
+}
+inline D widen(HalfF f) {
+#ifdef __AVX512F__
+    return reinterpret_cast<D>(_mm512_cvtps_pd(reinterpret_cast<__m256>(f)));
+#else
+    return __builtin_convertvector(f, D);
+#endif
 }
 
 inline F splat(float value) { return F{} + value; }
@@ -51,7 +78,7 @@ template <int T> inline F load(const char* p) {
     } else {
         H h;
         std::memcpy(&h, p, sizeof h);
-        const U u = __builtin_convertvector(h, U);
+        const U u = widen(h);
         return T == BF16 ? cast<F>(u << 16) : half_to_float(u);
     }
 }
@@ -90,20 +117,22 @@ template <int T> inline void store(char* p, F f, int64_t count = LANES) {
     }
 }
 
-inline uint32_t horizontal_max(U v) {
-    uint32_t lane[LANES], best = 0;
-    std::memcpy(lane, &v, sizeof lane);
-    for (int i = 0; i < LANES; i++) best = lane[i] > best ? lane[i] : best;
-    return best;
-}
-
-// Lane by lane, in order: the same sum on every CPU.
-inline double horizontal_sum(D v) {
-    double lane[LANES], sum = 0;
-    std::memcpy(lane, &v, sizeof lane);
-    for (int i = 0; i < LANES; i++) sum += lane[i];
-    return sum;
-}
+// Sums of squares in fp64, sixteen lanes in two halves; added up lane by lane in order, so they are the same on every CPU.
+struct Squares {
+    D low{}, high{};
+    inline void add(F f) {
+        HalfF half[2];
+        std::memcpy(half, &f, sizeof f);
+        const D a = widen(half[0]), b = widen(half[1]);
+        low += a * a, high += b * b;
+    }
+    double sum() const {
+        double total = 0;
+        for (int i = 0; i < 8; i++) total += low[i];
+        for (int i = 0; i < 8; i++) total += high[i];
+        return total;
+    }
+};
 
 // Runs work(i) for every i < count on up to `threads` threads. Which thread runs which i is left open: results must not depend on it.
 template <class Work> void parallel(int64_t count, int threads, Work work) {

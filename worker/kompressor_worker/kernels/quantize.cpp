@@ -22,13 +22,14 @@ struct Job {
 
 // What a strip of tiles needs between its three steps: ranges, then the width of one code and the zero point.
 struct Tiles {
-    std::vector<uint32_t> amax;
-    std::vector<float> low, high, step, zero_point;
+    std::vector<uint32_t> amax;     // bits of a magnitude in the weight's dtype
+    std::vector<int32_t> low, high;  // bits as well, as `Bits::key` orders them
+    std::vector<float> step, zero_point;
     explicit Tiles(int64_t count) : amax(count), low(count), high(count), step(count + LANES), zero_point(count + LANES) {}
     void clear() {
         std::fill(amax.begin(), amax.end(), 0u);
-        std::fill(low.begin(), low.end(), 0.0f);
-        std::fill(high.begin(), high.end(), 0.0f);
+        std::fill(low.begin(), low.end(), 0);
+        std::fill(high.begin(), high.end(), 0);
     }
 };
 
@@ -58,22 +59,24 @@ template <int mantissa, int least> inline Rounded round_to_float(F x) {
 
 struct Symmetric {  // grid_of_range, quantize: INT, symmetric
     static constexpr bool asymmetric = false, exact_reciprocal = false;
-    const Job& job;
-    float limit = float((1 << job.bits) - 1) / 2, top = float((1 << (job.bits - 1)) - 1);
+    float limit, top;
+    uint32_t bias;
+    explicit Symmetric(const Job& job) : limit(float((1 << job.bits) - 1) / 2), top(float((1 << (job.bits - 1)) - 1)), bias(job.bias) {}
     F scale(F amax) const { return amax / limit; }
     Rounded round(F x) const {
         const F lifted = clamp(x, -top - 1, top) + MAGIC;
-        return {lifted - MAGIC, cast<U>(lifted) - cast<U>(MAGIC) + uint32_t(job.bias)};
+        return {lifted - MAGIC, cast<U>(lifted) - (cast<U>(MAGIC) - bias)};
     }
 };
 
 struct Asymmetric : Symmetric {
     static constexpr bool asymmetric = true;
+    using Symmetric::Symmetric;
 };
 
 struct Fp8 {
     static constexpr bool asymmetric = false, exact_reciprocal = false;
-    const Job& job;
+    explicit Fp8(const Job&) {}
     F scale(F amax) const { return amax / 448.0f; }
     Rounded round(F x) const {
         Rounded r = round_to_float<3, -6>(clamp(x, -448, 448));
@@ -84,6 +87,7 @@ struct Fp8 {
 
 struct Fp4 {
     static constexpr bool asymmetric = false;
+    explicit Fp4(const Job&) {}
     Rounded round(F x) const {
         Rounded r = round_to_float<1, 0>(clamp(x, -6, 6));
         r.code |= x < F{} ? usplat(8) : U{};  // -0 itself has no sign here, what rounds to it has
@@ -93,36 +97,61 @@ struct Fp4 {
 
 struct Mxfp4 : Fp4 {
     static constexpr bool exact_reciprocal = true;
-    const Job& job;
-    explicit Mxfp4(const Job& job) : job(job) {}
+    using Fp4::Fp4;
 };
 
 struct Nvfp4 : Fp4 {
     static constexpr bool exact_reciprocal = false;
-    const Job& job;
-    explicit Nvfp4(const Job& job) : job(job) {}
+    using Fp4::Fp4;
 };
+
+// Sixteen elements as their bits, which compare as magnitudes once the sign is off. Nothing is converted to look for a range.
+template <int T> struct Bits {
+    typedef std::conditional_t<T == FP32, uint32_t, uint16_t> Word;
+    typedef std::make_signed_t<Word> Signed;
+    typedef Word V __attribute__((vector_size(LANES * sizeof(Word))));
+    typedef Signed S __attribute__((vector_size(LANES * sizeof(Word))));
+    static constexpr Word mask = Word(~Word(0)) >> 1, infinity = T == FP32 ? 0x7f800000u : T == BF16 ? 0x7f80u : 0x7c00u;
+    static V load(const char* p, int64_t count) {
+        V v{};
+        if (count >= LANES) std::memcpy(&v, p, sizeof v);
+        else std::memcpy(&v, p, count * sizeof(Word));
+        return v;
+    }
+    static S key(V v) { return S(v ^ (V(S(v) >> (8 * sizeof(Word) - 1)) & mask)); }  // ordered as the numbers are
+    static F value(U word) { return T == FP32 ? cast<F>(word) : T == BF16 ? cast<F>(word << 16) : half_to_float(word); }
+    static F value_of_key(I key) { return value(cast<U>(key ^ ((key >> 31) & mask)) & Word(~Word(0))); }
+};
+
+template <class V, class Less> inline auto reduce(V v, Less less) {
+    auto best = v[0];
+    for (int i = 1; i < LANES; i++) best = less(best, v[i]) ? v[i] : best;
+    return best;
+}
 
 // Step 1: ranges of the tiles of one row, merged into what the rows above had.
 template <int T, bool asymmetric> void scan(const char* p, int64_t columns, int64_t tile, Tiles& tiles, Job& job) {
+    using X = Bits<T>;
     for (int64_t t = 0, start = 0; start < columns; t++, start += tile) {
         const int64_t stop = std::min(start + tile, columns);
-        U amax{};
-        F low{}, high{};
+        typename X::V amax{};
+        typename X::S low{}, high{};
         for (int64_t i = start; i < stop; i += LANES) {
-            const F x = stop - i >= LANES ? load<T>(p + i * width<T>()) : load_some<T>(p + i * width<T>(), stop - i);
-            const U magnitude = cast<U>(x) & 0x7fffffffu;
+            const typename X::V v = X::load(p + i * width<T>(), stop - i), magnitude = v & X::mask;
             amax = magnitude > amax ? magnitude : amax;
-            if constexpr (asymmetric) low = x < low ? x : low, high = x > high ? x : high;
+            if constexpr (asymmetric) {
+                const typename X::S key = X::key(v);
+                low = key < low ? key : low, high = key > high ? key : high;
+            }
         }
-        const uint32_t most = horizontal_max(amax);
-        if (most >= 0x7f800000u) {
-            for (int64_t i = start; i < stop; i++)
-                job.nonfinite += (cast<U>(load_some<T>(p + i * width<T>(), 1))[0] & 0x7fffffffu) >= 0x7f800000u;
+        const auto most = reduce(amax, [](auto a, auto b) { return a < b; });
+        if (most >= X::infinity)
+            for (int64_t i = start; i < stop; i++) job.nonfinite += (X::load(p + i * width<T>(), 1)[0] & X::mask) >= X::infinity;
+        tiles.amax[t] = std::max<uint32_t>(tiles.amax[t], most);
+        if constexpr (asymmetric) {
+            tiles.low[t] = std::min<int32_t>(tiles.low[t], reduce(low, [](auto a, auto b) { return a > b; }));
+            tiles.high[t] = std::max<int32_t>(tiles.high[t], reduce(high, [](auto a, auto b) { return a < b; }));
         }
-        tiles.amax[t] = std::max(tiles.amax[t], most);
-        if constexpr (asymmetric)
-            for (int j = 0; j < LANES; j++) tiles.low[t] = std::min(tiles.low[t], low[j]), tiles.high[t] = std::max(tiles.high[t], high[j]);
     }
 }
 
@@ -140,15 +169,16 @@ template <int T, class Codec> void scales(Codec codec, Tiles& tiles, int64_t row
         const int64_t n = std::min(LANES, count - t);
         U bits{};
         std::memcpy(&bits, &tiles.amax[t], n * 4);
+        const F amax = Bits<T>::value(bits);
         F step;
         if constexpr (std::is_same_v<Codec, Mxfp4>) {
-            const U carried = (bits + (1u << 21)) >> 23;
+            const U carried = (cast<U>(amax) + (1u << 21)) >> 23;
             const U exponent = carried == 255u ? usplat(255) : (carried < 2u ? U{} : carried - 2u);
             step = cast<F>(exponent == 0u ? usplat(1u << 22) : exponent << 23);
             const B bytes = __builtin_convertvector(exponent, B);
             std::memcpy(job.scale + at + t, &bytes, n);
         } else if constexpr (std::is_same_v<Codec, Nvfp4>) {
-            const Rounded r = round_to_float<3, -6>(clamp(job.global_scale * (cast<F>(bits) / 6.0f), -448, 448));
+            const Rounded r = round_to_float<3, -6>(clamp(job.global_scale * (amax / 6.0f), -448, 448));
             const auto zero = r.code == 0u;
             step = (zero ? splat(0.125f) : r.value) / job.global_scale;
             const B bytes = __builtin_convertvector(zero ? usplat(0x20) : r.code, B);
@@ -156,8 +186,9 @@ template <int T, class Codec> void scales(Codec codec, Tiles& tiles, int64_t row
         } else {
             F scale;
             if constexpr (Codec::asymmetric) {
-                F low{}, high{};
-                std::memcpy(&low, &tiles.low[t], n * 4), std::memcpy(&high, &tiles.high[t], n * 4);
+                I least{}, most{};
+                std::memcpy(&least, &tiles.low[t], n * 4), std::memcpy(&most, &tiles.high[t], n * 4);
+                const F low = Bits<T>::value_of_key(least), high = Bits<T>::value_of_key(most);
                 const float bottom = -codec.top - 1;
                 scale = (high - low) / (codec.top - bottom);
                 F zero_point = bottom - low / scale;
@@ -166,7 +197,7 @@ template <int T, class Codec> void scales(Codec codec, Tiles& tiles, int64_t row
                 std::memcpy(&tiles.zero_point[t], &zero_point, sizeof zero_point);
                 for (int64_t j = 0; j < n; j++) job.zero_point[at + t + j] = int8_t(zero_point[j]);
             } else {
-                scale = codec.scale(cast<F>(bits));
+                scale = codec.scale(amax);
             }
             step = stored<T>(scale);
             store<T>(job.scale + (at + t) * width<T>(), step, n);
@@ -178,7 +209,7 @@ template <int T, class Codec> void scales(Codec codec, Tiles& tiles, int64_t row
 // Step 3: codes of one row, a byte each, and the sums of its errors and squares, added to *error and *norm.
 template <int T, class Codec>
 void emit(Codec codec, const char* p, int64_t columns, int64_t tile, const Tiles& tiles, uint8_t* codes, double* error, double* norm) {
-    D errors{}, squares{};
+    Squares errors, squares;
     for (int64_t t = 0, start = 0; start < columns; t++, start += tile) {
         const int64_t stop = std::min(start + tile, columns);
         const F step = splat(tiles.step[t]), inverse = 1.0f / step, zero_point = splat(Codec::asymmetric ? tiles.zero_point[t] : 0.0f);
@@ -191,12 +222,10 @@ void emit(Codec codec, const char* p, int64_t columns, int64_t tile, const Tiles
             const B bytes = __builtin_convertvector(r.code, B);
             if (n >= LANES) std::memcpy(codes + i, &bytes, sizeof bytes);
             else std::memcpy(codes + i, &bytes, n);
-            const F difference = (Codec::asymmetric ? r.value - zero_point : r.value) * step - x;
-            const D wide = __builtin_convertvector(difference, D), original = __builtin_convertvector(x, D);
-            errors += wide * wide, squares += original * original;
+            errors.add((Codec::asymmetric ? r.value - zero_point : r.value) * step - x), squares.add(x);
         }
     }
-    *error += horizontal_sum(errors), *norm += horizontal_sum(squares);
+    *error += errors.sum(), *norm += squares.sum();
 }
 
 // Pairs of codes to bytes, first in the low nibble; what fills the last word up is zero.
@@ -244,11 +273,11 @@ template <int T, class Codec> void run(Codec codec, Job& job, int threads) {
 
 template <int T> void dispatch(int codec, Job& job, int threads) {
     switch (codec) {
-        case 0: return run<T>(Symmetric{job}, job, threads);
-        case 1: return run<T>(Asymmetric{{job}}, job, threads);
-        case 2: return run<T>(Fp8{job}, job, threads);
-        case 3: return run<T>(Mxfp4{job}, job, threads);
-        case 4: return run<T>(Nvfp4{job}, job, threads);
+        case 0: return run<T>(Symmetric(job), job, threads);
+        case 1: return run<T>(Asymmetric(job), job, threads);
+        case 2: return run<T>(Fp8(job), job, threads);
+        case 3: return run<T>(Mxfp4(job), job, threads);
+        case 4: return run<T>(Nvfp4(job), job, threads);
     }
 }
 
