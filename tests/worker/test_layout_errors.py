@@ -14,7 +14,7 @@ from sources import MemorySource, folder_source, safetensors_bytes, with_header
 
 from kompressor_api.names import ExitCode, Reason
 from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, UserError
-from kompressor_worker.layout import read_layout
+from kompressor_worker.reading import read_layout
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"

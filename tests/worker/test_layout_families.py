@@ -12,7 +12,8 @@ import pytest
 from families import FAMILIES, tiny_model
 from sources import MemorySource, folder_source, safetensors_bytes
 
-from kompressor_worker.layout import ModelLayout, StageLayout, read_layout
+from kompressor_worker.layout import ModelLayout, StageLayout
+from kompressor_worker.reading import read_layout
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LLAMA = [

@@ -12,7 +12,8 @@ from sources import folder_source
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Mxfp4Config, PreTrainedModel
 
 from corpus import Corpus
-from kompressor_worker.layout import ModelLayout, read_layout
+from kompressor_worker.layout import ModelLayout
+from kompressor_worker.reading import read_layout
 from models import RECIPES, held_out_tokens, perplexity, trained_model
 
 

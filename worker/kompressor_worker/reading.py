@@ -14,15 +14,19 @@ from kompressor_worker.layout import Kind, LinearLayout, ModelLayout, SourceTens
 from kompressor_worker.stages import linear_layout, other_units, plain_stages
 from kompressor_worker.storage import Source
 
-__all__ = ["Arrangement", "read"]
+__all__ = ["Arrangement", "read_layout"]
 
 PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 """Where the decoder is in a file: alone; in a model that also sees, by old and new names; saved without a head."""
 REMEDY = "upload config.json and all shards of one version"
 
 
-def read(source: Source) -> ModelLayout:
-    """See `layout.read_layout`."""
+def read_layout(source: Source) -> ModelLayout:
+    """The layout of the checkpoint at `source`, from its listing, config.json, index and headers.
+
+    Raises UserError (not a checkpoint that can be compressed: pickles, GGUF, already quantised), CorruptSource (broken:
+    truncated, missing or overlapping tensors, shapes that contradict config.json), and what storage raises.
+    """
     checkpoint = read_checkpoint(source)
     config = checkpoint.config
     tensors = source_tensors(config, checkpoint.tensors)
