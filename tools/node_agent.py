@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _leave(context: Context) -> None:
     context.leaving.set()
     stop_everything(context.root / "pods", _LEAVING_GRACE_SECONDS)
+    stop_everything(context.root / "pods", 0.0)  # one that was just being started
     # At once, whatever the other threads are doing: all that matters is on disk.
     os._exit(0)
 

@@ -10,7 +10,7 @@ from agent.contract import MemoryLimit, Mount
 from agent.environment import ConfigError, environment
 from agent.images import Image, ImageError
 from agent.lookups import lookup_in
-from agent.processes import TERMINATION_LOG, CommandMissing, base_environment, memory_limit, process_spec
+from agent.processes import TERMINATION_LOG, CommandMissing, memory_limit, process_spec, service_environment
 from agent.records import Container
 from agent.runs import Run
 from agent.volumes import container_mounts
@@ -48,12 +48,13 @@ def start(context: Context, pod: Object, container: Container, places: dict[str,
 
 def _launch(context: Context, pod: Object, container: Container, image: Image, places: dict[str, Path], gpus: list[str]) -> None:
     spec, facts = container.spec, context.facts
-    base = base_environment(pod, image, facts, gpus if context.gpus is not None else None)
-    env = environment(pod, spec, base, facts.allocatable, lookup_in(context.client, pod["metadata"]["namespace"]))
+    lookup = lookup_in(context.client, pod["metadata"]["namespace"])
+    env = environment(pod, spec, service_environment(facts), facts.allocatable, lookup)
     mounts = container_mounts(spec, places, env)
     log_mount = Mount("", spec.get("terminationMessagePath") or TERMINATION_LOG)
+    lent = gpus if context.gpus is not None else None
     # Everything that can be wrong with the spec is known before a folder or a cgroup is made for it.
-    trial = process_spec(pod, spec, image, env, [*mounts, log_mount], _devices(gpus), passages(image), MemoryLimit(), facts)
+    trial = process_spec(pod, spec, image, env, [*mounts, log_mount], lent, passages(image), MemoryLimit(), facts)
     folder = container.next_folder()
     message_file = folder / "termination-log"
     message_file.touch()
@@ -81,8 +82,3 @@ def passages(image: Image) -> list[str]:
     programs = [Path(folder) for folder in image.path]
     programs += [folder / name for folder in programs for name in ("python", "python3") if (folder / name).exists()]
     return sorted({str(up) for program in programs for path in (program, program.resolve()) for up in path.parents} - {"/"})
-
-
-def _devices(gpus: list[str]) -> list[str]:
-    shared = ["/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia-caps"]
-    return [path for path in [*(f"/dev/nvidia{number}" for number in gpus), *shared] if Path(path).exists()] if gpus else []

@@ -30,7 +30,7 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
 
 
 def environment(pod: Object, container: Object, base: Mapping[str, str], allocatable: dict[str, str], lookup: Lookup) -> dict[str, str]:
-    """`base` (image and node), then envFrom, then env in order, each able to refer to what went before.
+    """`base`, then envFrom, then env in order, each able to refer to what went before, but not to the image's variables.
 
     Raises ConfigError with the kubelet's message for a missing secret, config map or key that is not optional.
     """

@@ -43,12 +43,15 @@ class Home:
             folder.mkdir(parents=True, exist_ok=True)
             _restore_lost(pod, folder)
         home = cls(context, uid, folder, containers_of(pod, folder / "containers"))
+        over = pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
         if known.exists():
             kept = json.loads(known.read_text())
-            home.ip, home.gpus, home.started_at = kept["ip"], kept["gpus"], kept["startedAt"]
+            home.ip, home.gpus, home.started_at = kept["ip"], [] if over else kept["gpus"], kept["startedAt"]
             context.addresses.claim(uid, [home.ip])
             if context.gpus is not None:
                 context.gpus.claim(uid, home.gpus)
+        elif over:
+            home.ip = pod["status"].get("podIP", "")
         else:
             home._move_in(pod)
             meta = pod["metadata"]

@@ -8,6 +8,7 @@ Callers show a certificate of the client CA: the API server's own.
 
 import json
 import logging
+import select
 import ssl
 import threading
 import time
@@ -114,6 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         for text in read(run.folder / "log", wanted, lambda: run.running):
             if text:
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(text), text))
+            elif select.select([self.connection], [], [], 0)[0]:
+                self.close_connection = True  # nobody speaks here but to hang up
+                return
         self.wfile.write(b"0\r\n\r\n")
 
     def _run(self, namespace: str, pod: str, container: str, previous: bool) -> Run:

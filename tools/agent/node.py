@@ -70,6 +70,8 @@ class Heartbeat:
                 self._status_at = 0.0
                 if isinstance(error, ApiError) and error.code == 404:
                     self.register()
+            except Exception:
+                log.exception("heartbeat of %s: unexpected; going on", self._spec.name)
 
     def _register(self) -> None:
         body = {

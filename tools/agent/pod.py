@@ -65,7 +65,9 @@ class PodWorker:
 
     def ring(self) -> None:
         """Look again, now."""
-        os.eventfd_write(self._bell, 1)
+        with self._lock:
+            if not self.finished:
+                os.eventfd_write(self._bell, 1)
 
     def describe(self) -> Object:
         return self._pod
@@ -85,7 +87,6 @@ class PodWorker:
                 wake_at = time.time() + 10 * _RETRY_SECONDS
             if not self.finished:
                 self._wait(wake_at)
-        os.close(self._bell)
 
     def _wait(self, until: float) -> None:
         poller = select.poll()
@@ -123,7 +124,11 @@ class PodWorker:
         if self._ending is not None:
             wake_at = self._stop_all(pod, now)
         self._report(pod, now)
-        return min(wake_at, *(c.stopping.deadline for c in self.containers if c.stopping), self._deadline(pod))
+        return min(wake_at, self._next_kill(), self._deadline(pod))
+
+    def _next_kill(self) -> float:
+        waiting = [c.stopping.deadline for c in self.containers if c.stopping and not c.stopping.killed]
+        return min(waiting, default=float("inf"))
 
     def _reason_to_end(self, pod: Object, now: float) -> Ending | None:
         if self._home.refusal is not None:
@@ -265,7 +270,9 @@ class PodWorker:
             if container.running:
                 stopping.begin(container, _FORCED_GRACE_SECONDS, now, self._home.ip)
         if any(container.running for container in self.containers):
-            return min(c.stopping.deadline for c in self.containers if c.stopping)
+            return self._next_kill()
         self._home.remove()
-        self.finished = True
+        with self._lock:
+            self.finished = True
+            os.close(self._bell)
         return float("inf")

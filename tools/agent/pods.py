@@ -34,8 +34,10 @@ class Pods:
                     version = self._watch(version)
             except (ApiUnavailable, ApiError) as error:
                 log.info("pods: %s; listing again in %.1f s", error, pause)
-                time.sleep(pause)
-                pause = min(2 * pause, _SLOWEST_RETRY_SECONDS)
+            except Exception:
+                log.exception("pods: unexpected; listing again in %.1f s", pause)
+            time.sleep(pause)
+            pause = min(2 * pause, _SLOWEST_RETRY_SECONDS)
 
     def find(self, namespace: str, name: str) -> PodWorker | None:
         """The worker of the newest pod of that name."""

@@ -37,15 +37,18 @@ class NodeFacts:
 
 
 def process_spec(
-    pod: Object, container: Object, image: Image, env: dict[str, str], mounts: list[Mount], devices: list[str],
+    pod: Object, container: Object, image: Image, env: dict[str, str], mounts: list[Mount], gpus: list[str] | None,
     traversable: list[str], memory: MemoryLimit, node: NodeFacts,
 ) -> ProcessSpec:  # fmt: skip
-    """ConfigError for a user that the pod forbids; CommandMissing where there is nothing to run."""
+    """`env` is what the pod gives; the image's comes below it. `gpus`: the pod's devices, None where the node has none.
+
+    Raises ConfigError for a user that the pod forbids, CommandMissing where there is nothing to run.
+    """
     security = security_context(pod, container)
     uid, gid = identity(pod, container, image)
     return ProcessSpec(
         argv=command(container, image, env),
-        env=env,
+        env={**image.environment(), "HOSTNAME": host_name(pod), **_gpu_environment(gpus), **env},
         cwd=container.get("workingDir") or image.workingDir,
         hostname=host_name(pod),
         hosts=hosts_file(pod),
@@ -55,7 +58,7 @@ def process_spec(
         lower=image.root,
         mounts=sorted(mounts, key=lambda mount: mount.target.rstrip("/").count("/")),
         traversable=traversable,
-        devices=devices,
+        devices=_devices(gpus or []),
         read_only_root=bool(security.get("readOnlyRootFilesystem")),
         no_new_privileges=security.get("allowPrivilegeEscalation") is False,
         capabilities=capabilities(security),
@@ -65,20 +68,25 @@ def process_spec(
     )
 
 
-def base_environment(pod: Object, image: Image, node: NodeFacts, gpus: list[str] | None) -> dict[str, str]:
-    """What a container finds without asking. `gpus`: its devices; None where the node has none to give."""
-    result = {
-        **image.environment(),
-        "HOSTNAME": host_name(pod),
+def service_environment(node: NodeFacts) -> dict[str, str]:
+    """Where the API server is, in every container's environment."""
+    return {
         "KUBERNETES_SERVICE_HOST": node.service_host,
         "KUBERNETES_SERVICE_PORT": str(node.service_port),
         "KUBERNETES_SERVICE_PORT_HTTPS": str(node.service_port),
     }
-    if gpus is not None:
-        # A device plugin hides the other devices from the container; here the variables have to.
-        result["NVIDIA_VISIBLE_DEVICES"] = ",".join(gpus) or "void"
-        result["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    return result
+
+
+def _gpu_environment(gpus: list[str] | None) -> dict[str, str]:
+    """A device plugin hides the other devices from the container; here the variables have to."""
+    if gpus is None:
+        return {}
+    return {"NVIDIA_VISIBLE_DEVICES": ",".join(gpus) or "void", "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+
+
+def _devices(gpus: list[str]) -> list[str]:
+    shared = ["/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia-caps"]
+    return [f"/dev/nvidia{number}" for number in gpus] + shared if gpus else []
 
 
 def command(container: Object, image: Image, env: Mapping[str, str]) -> list[str]:

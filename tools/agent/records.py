@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent import trees
 from agent.probes import Prober
 from agent.runs import Run
 
@@ -70,8 +71,10 @@ class Container:
         self.probers = []
 
     def next_folder(self) -> Path:
-        """A fresh folder for the next attempt."""
+        """A fresh folder for the next attempt; what a failed preparation has left in it goes."""
         folder = self.folder / str(self.run.attempt + 1 if self.run else 0)
+        if folder.exists():
+            trees.remove(folder)
         folder.mkdir(parents=True)
         return folder
 

@@ -16,7 +16,7 @@ from agent.payload import File, Owner
 from agent.storage import StorageError, claim, host_path
 from agent.tokens import Tokens
 
-_REFRESH_SECONDS = 60.0
+_REFRESH_SECONDS, _RETRY_SECONDS = 60.0, 5.0
 _Files = dict[str, File]
 
 
@@ -37,17 +37,17 @@ class Volumes:
         self._tokens = Tokens(client, pod)
         self._owner = _owner(pod)
         self._fs_group: int | None = (pod["spec"].get("securityContext") or {}).get("fsGroup")
-        self._refreshed = 0.0
+        self._tried = 0.0
 
     def prepare(self) -> dict[str, Path]:
         """Every volume's folder by its name. MountError for the first that is not to be had."""
         places = {}
+        self._tried = time.time()
         for volume in self._pod["spec"].get("volumes") or []:
             try:
                 places[volume["name"]] = self._place(volume)
             except (StorageError, ConfigError, ApiError, ValueError, OSError) as error:
                 raise MountError(f'MountVolume.SetUp failed for volume "{volume["name"]}" : {error}') from error
-        self._refreshed = time.time()
         return places
 
     def due(self) -> float:
@@ -55,7 +55,7 @@ class Volumes:
         kinds = {kind for volume in self._pod["spec"].get("volumes") or [] for kind in volume}
         if not kinds & {"secret", "configMap", "projected", "downwardAPI"}:
             return float("inf")
-        return min(self._refreshed + _REFRESH_SECONDS, self._tokens.due())
+        return min(self._tried + _REFRESH_SECONDS, max(self._tokens.due(), self._tried + _RETRY_SECONDS))
 
     def _place(self, volume: Object) -> Path:
         name = volume["name"]
