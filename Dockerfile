@@ -1,0 +1,72 @@
+# Two images:   docker build --target operator .   docker build --target worker .
+#
+# BASE needs Python 3.11 or newer with venv; CUDA_BASE needs apt. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL,
+# PIP_CERT) may be given as build arguments, or a pip.conf mounted over /etc/pip.conf. `make image-check` builds and starts both.
+ARG BASE=python:3.11-slim-bookworm
+# -base, not -runtime: torch's wheels bring the CUDA libraries that they were built with
+ARG CUDA_BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
+
+FROM ${BASE} AS operator-build
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_CERT
+RUN python3 -m venv /opt/kompressor
+COPY locks/operator.lock /src/locks/
+RUN /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check -r /src/locks/operator.lock
+COPY pyproject.toml /src/
+COPY crds /src/crds
+COPY operator /src/operator
+# the worker's console script comes with the distribution, its code does not; an image's metadata needs no README
+RUN mkdir /src/worker && touch /src/README.md \
+ && /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps /src \
+ && rm /opt/kompressor/bin/kompressor \
+ && /opt/kompressor/bin/pip uninstall --quiet --yes setuptools pip
+
+FROM ${BASE} AS operator
+LABEL org.opencontainers.image.title="kompressor operator" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=operator-build /opt/kompressor /opt/kompressor
+RUN echo "kompressor:x:65532:65532:kompressor:/nonexistent:/usr/sbin/nologin" >> /etc/passwd
+ENV PATH=/opt/kompressor/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+USER 65532:65532
+EXPOSE 8080
+ENTRYPOINT ["kompressor-operator"]
+
+FROM ${CUDA_BASE} AS worker
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_CERT
+LABEL org.opencontainers.image.title="kompressor worker" \
+      org.opencontainers.image.licenses="Apache-2.0"
+# g++ and Python's headers compile kernels on the machine that runs them (C++, Triton, Inductor)
+RUN apt-get update \
+ && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+      python3 python3-dev python3-venv g++ ca-certificates \
+ && rm -rf /var/lib/apt/lists/*
+COPY locks/worker.lock /src/locks/
+RUN python3 -m venv /opt/kompressor \
+ && /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check -r /src/locks/worker.lock
+COPY pyproject.toml /src/
+COPY crds /src/crds
+COPY worker /src/worker
+RUN mkdir /src/operator && touch /src/README.md \
+ && /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps /src \
+ && rm -rf /opt/kompressor/bin/kompressor-operator /src \
+ && /opt/kompressor/bin/pip uninstall --quiet --yes pip \
+ && echo "kompressor:x:65532:65532:kompressor:/var/cache/kompressor:/usr/sbin/nologin" >> /etc/passwd \
+ && mkdir -p /var/cache/kompressor && chown 65532:65532 /var/cache/kompressor
+# everything that is compiled or downloaded at run time goes to one writable folder; in a cluster an emptyDir is mounted there
+ENV PATH=/opt/kompressor/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/var/cache/kompressor \
+    XDG_CACHE_HOME=/var/cache/kompressor/cache \
+    HF_HOME=/var/cache/kompressor/huggingface \
+    TORCHINDUCTOR_CACHE_DIR=/var/cache/kompressor/inductor \
+    TRITON_CACHE_DIR=/var/cache/kompressor/triton \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 65532:65532
+ENTRYPOINT ["kompressor"]
