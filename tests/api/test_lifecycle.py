@@ -178,3 +178,26 @@ def test_a_worker_writes_progress_and_result_only(server: Server) -> None:
     assert operator.patch(job, {"status": {"conditions": [ready], "phase": "Done"}}, status=True).refusal == ""
     assert operator.get(job)["status"]["progress"] == {"percent": 3}
     server.delete(job)
+
+
+@pytest.mark.parametrize("policy", ["known-names", "status-writers"])
+def test_policies_pass_the_type_checker(server: Server, policy: str) -> None:
+    """The controller manager checks CEL against the CRD's types, and would warn in the policy's status."""
+    name = f"guarded-guard-kompressor-{policy}"
+
+    def status() -> dict[str, Any]:
+        found: dict[str, Any] = server.cluster.get("validatingadmissionpolicy", name).get("status", {})
+        return found
+
+    wait_until(lambda: "typeChecking" in status(), seconds=60)
+    assert status()["typeChecking"] == {}
+
+
+def test_an_administrator_in_a_pod_is_not_locked_out(server: Server) -> None:
+    job = manifest("guarded", "mended")
+    assert server.create(job, keep=True).refusal == ""
+    server.cluster.kubectl("create", "clusterrolebinding", "toolbox", "--clusterrole=cluster-admin", "--serviceaccount=open:toolbox")
+    admin = server.as_account("open", "toolbox", pod="toolbox-0")
+    assert admin.patch(job, {"status": {"jobName": "mended-abc-1", "phase": "Failed"}}, status=True).refusal == ""
+    server.cluster.kubectl("delete", "clusterrolebinding", "toolbox")
+    server.delete(job)
