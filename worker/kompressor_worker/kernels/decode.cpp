@@ -46,7 +46,7 @@ inline F fp4_to_float(U code) {
 // 32 rows of one group at a time: its bytes are turned on their side, then every column is decoded as a whole cache line.
 template <int T> void decode_experts(const uint8_t* blocks, const uint8_t* scales, int64_t experts, int64_t rows, int64_t groups,
                                      int threads, char* out) {
-    constexpr int64_t SIDE = 2 * LANES, W = width<T>();
+    constexpr int64_t SIDE = 32, W = width<T>();
     const int64_t bands = (rows + SIDE - 1) / SIDE;
     parallel(experts * bands, threads, [&](int64_t task) {
         const int64_t expert = task / bands, top = task % bands * SIDE, count = std::min(SIDE, rows - top);

@@ -1,4 +1,4 @@
-// Sixteen lanes at a time, in the vector types that g++ and clang++ share; the compiler maps them to whatever the CPU has.
+// Vectors as wide as the CPU has them, in the types that g++ and clang++ share.
 // Everything here is exact or correctly rounded as IEEE 754 says, so results do not depend on the CPU. No fast-math, no contraction.
 
 #include <algorithm>
@@ -11,19 +11,27 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
-typedef float F __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef double D __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
-typedef uint8_t B __attribute__((vector_size(16)));
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+constexpr int64_t STEP = 16, PARTS = STEP / LANES;  // loops go by 16, so that sums are in the same order on every CPU
+typedef float F __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef double D __attribute__((vector_size(4 * LANES)));
+typedef float HalfF __attribute__((vector_size(2 * LANES)));
+typedef uint16_t H __attribute__((vector_size(2 * LANES)));
+typedef uint8_t B __attribute__((vector_size(LANES)));
 
 enum Dtype { BF16 = 0, FP16 = 1, FP32 = 2 };
 
@@ -34,29 +42,27 @@ template <class To, class From> inline To cast(From value) {
     return out;
 }
 
-// Widening, in one instruction where g++ 12 would take four.
-typedef float HalfF __attribute__((vector_size(32)));
-inline U widen(H h) {
-#ifdef __AVX512F__
-    return reinterpret_cast<U>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
-#else
-    return __builtin_convertvector(h, U);
-#endif
+// Widening and narrowing: spelt out where g++ 12 makes many instructions of what the CPU does in one or a few.
+#if defined(__AVX512F__)
+inline U widen(H h) { return cast<U>(_mm512_cvtepu16_epi32(cast<__m256i>(h))); }
+inline U widen(B b) { return cast<U>(_mm512_cvtepu8_epi32(cast<__m128i>(b))); }
+inline D widen(HalfF f) { return cast<D>(_mm512_cvtps_pd(cast<__m256>(f))); }
+inline B narrow(U u) { return cast<B>(_mm512_cvtepi32_epi8(cast<__m512i>(u))); }
+#elif defined(__AVX2__)
+inline U widen(H h) { return cast<U>(_mm256_cvtepu16_epi32(cast<__m128i>(h))); }
+inline U widen(B b) { return cast<U>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(cast<long long>(b)))); }
+inline D widen(HalfF f) { return cast<D>(_mm256_cvtps_pd(cast<__m128>(f))); }
+inline B narrow(U u) {
+    const __m128i first = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i bytes = _mm256_shuffle_epi8(cast<__m256i>(u), _mm256_broadcastsi128_si256(first));
+    return cast<B>(_mm_cvtsi128_si64(_mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1))));
 }
-inline U widen(B b) {
-#ifdef __AVX512F__
-    return reinterpret_cast<U>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(b)));
 #else
-    return __builtin_convertvector(b, U);
+inline U widen(H h) { return __builtin_convertvector(h, U); }
+inline U widen(B b) { return __builtin_convertvector(b, U); }
+inline D widen(HalfF f) { return __builtin_convertvector(f, D); }
+inline B narrow(U u) { return __builtin_convertvector(u, B); }
 #endif
-}
-inline D widen(HalfF f) {
-#ifdef __AVX512F__
-    return reinterpret_cast<D>(_mm512_cvtps_pd(reinterpret_cast<__m256>(f)));
-#else
-    return __builtin_convertvector(f, D);
-#endif
-}
 
 inline F splat(float value) { return F{} + value; }
 inline U usplat(uint32_t value) { return U{} + value; }
@@ -85,7 +91,7 @@ template <int T> inline F load(const char* p) {
 
 template <int T> constexpr int64_t width() { return T == FP32 ? 4 : 2; }
 
-// The first `count` < 16 elements, zeros after them. A zero changes no range, has no error, and its code is not stored.
+// The first `count` < LANES elements, zeros after them. A zero changes no range, has no error, and its code is not stored.
 template <int T> inline F load_some(const char* p, int64_t count) {
     char buffer[LANES * 4] = {};
     std::memcpy(buffer, p, count * width<T>());
@@ -117,20 +123,20 @@ template <int T> inline void store(char* p, F f, int64_t count = LANES) {
     }
 }
 
-// Sums of squares in fp64, sixteen lanes in two halves; added up lane by lane in order, so they are the same on every CPU.
+// Sums of squares in fp64, sixteen of them side by side, added up in order at the end.
 struct Squares {
-    D low{}, high{};
-    inline void add(F f) {
+    D sums[2 * PARTS] = {};
+    inline void add(F f, int64_t part) {
         HalfF half[2];
         std::memcpy(half, &f, sizeof f);
         const D a = widen(half[0]), b = widen(half[1]);
-        low += a * a, high += b * b;
+        sums[2 * part] += a * a, sums[2 * part + 1] += b * b;
     }
-    double sum() const {
-        double total = 0;
-        for (int i = 0; i < 8; i++) total += low[i];
-        for (int i = 0; i < 8; i++) total += high[i];
-        return total;
+    double total() const {
+        double lanes[STEP], sum = 0;
+        std::memcpy(lanes, sums, sizeof lanes);
+        for (double lane : lanes) sum += lane;
+        return sum;
     }
 };
 

@@ -3,8 +3,7 @@
 
 namespace {
 
-constexpr F MAGIC = {12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f,
-                     12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f};
+constexpr float MAGIC = 0x1.8p23f;  // added and taken away: rounds to an integer, ties to even; the integer is in its low bits
 constexpr float ZERO_SCALE = 0x1p-23f;
 
 struct Job {
@@ -65,7 +64,7 @@ struct Symmetric {  // grid_of_range, quantize: INT, symmetric
     F scale(F amax) const { return amax / limit; }
     Rounded round(F x) const {
         const F lifted = clamp(x, -top - 1, top) + MAGIC;
-        return {lifted - MAGIC, cast<U>(lifted) - (cast<U>(MAGIC) - bias)};
+        return {lifted - MAGIC, cast<U>(lifted) - (cast<uint32_t>(MAGIC) - bias)};
     }
 };
 
@@ -109,12 +108,13 @@ struct Nvfp4 : Fp4 {
 template <int T> struct Bits {
     typedef std::conditional_t<T == FP32, uint32_t, uint16_t> Word;
     typedef std::make_signed_t<Word> Signed;
-    typedef Word V __attribute__((vector_size(LANES * sizeof(Word))));
-    typedef Signed S __attribute__((vector_size(LANES * sizeof(Word))));
+    static constexpr int64_t lanes = T == FP32 ? LANES : std::min<int64_t>(2 * LANES, 16);
+    typedef Word V __attribute__((vector_size(lanes * sizeof(Word))));
+    typedef Signed S __attribute__((vector_size(lanes * sizeof(Word))));
     static constexpr Word mask = Word(~Word(0)) >> 1, infinity = T == FP32 ? 0x7f800000u : T == BF16 ? 0x7f80u : 0x7c00u;
     static V load(const char* p, int64_t count) {
         V v{};
-        if (count >= LANES) std::memcpy(&v, p, sizeof v);
+        if (count >= lanes) std::memcpy(&v, p, sizeof v);
         else std::memcpy(&v, p, count * sizeof(Word));
         return v;
     }
@@ -125,7 +125,7 @@ template <int T> struct Bits {
 
 template <class V, class Less> inline auto reduce(V v, Less less) {
     auto best = v[0];
-    for (int i = 1; i < LANES; i++) best = less(best, v[i]) ? v[i] : best;
+    for (size_t i = 1; i < sizeof v / sizeof best; i++) best = less(best, v[i]) ? v[i] : best;
     return best;
 }
 
@@ -136,7 +136,7 @@ template <int T, bool asymmetric> void scan(const char* p, int64_t columns, int6
         const int64_t stop = std::min(start + tile, columns);
         typename X::V amax{};
         typename X::S low{}, high{};
-        for (int64_t i = start; i < stop; i += LANES) {
+        for (int64_t i = start; i < stop; i += X::lanes) {
             const typename X::V v = X::load(p + i * width<T>(), stop - i), magnitude = v & X::mask;
             amax = magnitude > amax ? magnitude : amax;
             if constexpr (asymmetric) {
@@ -162,7 +162,7 @@ template <int T> inline F stored(F scale) {
     return scale == F{} ? splat(ZERO_SCALE) : scale;
 }
 
-// Step 2: ranges to scales, written as stored; sixteen tiles at a time.
+// Step 2: ranges to scales, written as stored; a vector of tiles at a time.
 template <int T, class Codec> void scales(Codec codec, Tiles& tiles, int64_t row_tile, int64_t first, int64_t count, Job& job) {
     const int64_t at = row_tile * job.tiles + first;
     for (int64_t t = 0; t < count; t += LANES) {
@@ -175,13 +175,13 @@ template <int T, class Codec> void scales(Codec codec, Tiles& tiles, int64_t row
             const U carried = (cast<U>(amax) + (1u << 21)) >> 23;
             const U exponent = carried == 255u ? usplat(255) : (carried < 2u ? U{} : carried - 2u);
             step = cast<F>(exponent == 0u ? usplat(1u << 22) : exponent << 23);
-            const B bytes = __builtin_convertvector(exponent, B);
+            const B bytes = narrow(exponent);
             std::memcpy(job.scale + at + t, &bytes, n);
         } else if constexpr (std::is_same_v<Codec, Nvfp4>) {
             const Rounded r = round_to_float<3, -6>(clamp(job.global_scale * (amax / 6.0f), -448, 448));
             const auto zero = r.code == 0u;
             step = (zero ? splat(0.125f) : r.value) / job.global_scale;
-            const B bytes = __builtin_convertvector(zero ? usplat(0x20) : r.code, B);
+            const B bytes = narrow(zero ? usplat(0x20) : r.code);
             std::memcpy(job.scale + at + t, &bytes, n);
         } else {
             F scale;
@@ -213,19 +213,22 @@ void emit(Codec codec, const char* p, int64_t columns, int64_t tile, const Tiles
     for (int64_t t = 0, start = 0; start < columns; t++, start += tile) {
         const int64_t stop = std::min(start + tile, columns);
         const F step = splat(tiles.step[t]), inverse = 1.0f / step, zero_point = splat(Codec::asymmetric ? tiles.zero_point[t] : 0.0f);
-        for (int64_t i = start; i < stop; i += LANES) {
-            const int64_t n = stop - i;
-            const F x = n >= LANES ? load<T>(p + i * width<T>()) : load_some<T>(p + i * width<T>(), n);
-            F y = Codec::exact_reciprocal ? x * inverse : x / step;
-            if constexpr (Codec::asymmetric) y = y + zero_point;
-            const Rounded r = codec.round(y);
-            const B bytes = __builtin_convertvector(r.code, B);
-            if (n >= LANES) std::memcpy(codes + i, &bytes, sizeof bytes);
-            else std::memcpy(codes + i, &bytes, n);
-            errors.add((Codec::asymmetric ? r.value - zero_point : r.value) * step - x), squares.add(x);
-        }
+        for (int64_t step_start = start; step_start < stop; step_start += STEP)
+#pragma GCC unroll 4
+            for (int64_t part = 0; part < PARTS; part++) {
+                const int64_t i = step_start + part * LANES, n = stop - i;
+                if (n <= 0) break;
+                const F x = n >= LANES ? load<T>(p + i * width<T>()) : load_some<T>(p + i * width<T>(), n);
+                F y = Codec::exact_reciprocal ? x * inverse : x / step;
+                if constexpr (Codec::asymmetric) y = y + zero_point;
+                const Rounded r = codec.round(y);
+                const B bytes = narrow(r.code);
+                if (n >= LANES) std::memcpy(codes + i, &bytes, sizeof bytes);
+                else std::memcpy(codes + i, &bytes, n);
+                errors.add((Codec::asymmetric ? r.value - zero_point : r.value) * step - x, part), squares.add(x, part);
+            }
     }
-    *error += errors.sum(), *norm += squares.sum();
+    *error += errors.total(), *norm += squares.total();
 }
 
 // Pairs of codes to bytes, first in the low nibble; what fills the last word up is zero.
