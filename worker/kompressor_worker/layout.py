@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from math import prod
 from typing import Any, Literal
 
@@ -144,8 +143,3 @@ class ModelLayout:
             if len(tensor.shape) == 2 and tensor.name.endswith(".weight") and tensor.name not in known
         )
 
-
-def read_layout(source: Any) -> ModelLayout:
-    """`reading.read_layout`, found by name: passes import this module and must not come to know storage."""
-    layout: ModelLayout = import_module("kompressor_worker.reading").read_layout(source)
-    return layout

@@ -17,11 +17,12 @@ from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.job import Job
 from kompressor_worker.journal import JOURNAL, open_journal
-from kompressor_worker.layout import ModelLayout, read_layout
+from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.progress import Progress
 from kompressor_worker.publish import already_published, build_report, publish
+from kompressor_worker.reading import read_layout
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import plan_output
 from kompressor_worker.storage.locations import open_output, open_source

@@ -1,0 +1,54 @@
+"""Every family, from every source encoding: what comes out is loaded by transformers and is nearly the model that went in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import families
+import jobs
+import pytest
+import torch
+from kompressor_worker.cli import run_cli
+
+LOADABLE = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_vision", "phi3", "mixtral", "qwen3_moe", "gpt_oss", "olmo2",
+]  # fmt: skip
+
+
+def logits(folder: Path) -> torch.Tensor:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    vision = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.arange(3, 99).remainder(100).add(3).view(2, 48)
+    with torch.inference_mode():
+        return model(input_ids=tokens).logits.float()
+
+
+def compress(source: Path, out: Path, scheme: str) -> None:
+    job = jobs.write(out.with_suffix(".json"), jobs.manifest(source.as_uri(), out.as_uri(), [{"rtn": {"scheme": scheme}}]))
+    assert run_cli(["run", str(job)]) == 0
+
+
+@pytest.mark.parametrize("family", LOADABLE)
+def test_loads_in_transformers(family: str, tmp_path: Path) -> None:
+    source = families.tiny_model(family)
+    compress(source, tmp_path / "out", "W8A16")
+    before, after = logits(source), logits(tmp_path / "out")
+    assert torch.isfinite(after).all()
+    error = (after - before).norm() / before.norm()
+    assert 0 < error < 0.03, f"{family}: relative error of the logits {error:.4f}"
+
+
+def test_from_fp8_blocks(tmp_path: Path) -> None:
+    original = families.tiny_model("llama")
+    compress(families.fp8_block_model(original), tmp_path / "out", "W8A16")
+    before, after = logits(original), logits(tmp_path / "out")
+    error = (after - before).norm() / before.norm()
+    assert 0 < error < 0.1, f"FP8 and INT8 together: relative error of the logits {error:.4f}"
+
+
+def test_from_mxfp4(tmp_path: Path) -> None:
+    source = families.mxfp4_model()
+    compress(source, tmp_path / "out", "W8A16")
+    assert torch.isfinite(logits(tmp_path / "out")).all()
