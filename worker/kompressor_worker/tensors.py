@@ -49,4 +49,4 @@ def as_bytes(value: torch.Tensor, placed: PlacedTensor) -> memoryview:
     assert value.dtype == DTYPES[placed.dtype], f"{placed.name}: planned {placed.dtype}, made {value.dtype}"
     assert tuple(value.shape) == placed.shape, f"{placed.name}: planned {placed.shape}, made {tuple(value.shape)}"
     assert value.is_contiguous(), f"{placed.name}: not contiguous"
-    return memoryview(value.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer

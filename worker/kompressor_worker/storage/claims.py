@@ -15,15 +15,16 @@ import urllib.parse
 from pathlib import Path
 
 from kompressor_worker.errors import ClaimLost
-from kompressor_worker.storage.posix import fsync_folder, write_temporary
+from kompressor_worker.storage.posix import Disk
 
 
 class Claims:
     """Objects that are replaced only by who knows their ETag, in `folder`; `temporary` is on the same file system."""
 
-    def __init__(self, folder: Path, temporary: Path) -> None:
+    def __init__(self, folder: Path, temporary: Path, disk: Disk) -> None:
         self.folder = folder
         self.temporary = temporary
+        self.disk = disk
 
     def _object(self, name: str) -> Path:
         return self.folder / urllib.parse.quote(name, safe="")
@@ -57,14 +58,14 @@ class Claims:
         folder = self._object(name)
         if etag is None:
             folder.mkdir(parents=True, exist_ok=True)
-        temporary = write_temporary(self.temporary, data)
+        temporary = self.disk.write_temporary(self.temporary, data)
         try:
             os.link(temporary, folder / f"{generation:012}")
         except (FileExistsError, FileNotFoundError) as error:
             raise ClaimLost(self._lost(name, etag, self.generations(name))) from error
         finally:
             temporary.unlink(missing_ok=True)
-        fsync_folder(folder)
+        self.disk.sync_folder(folder)
         if etag is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.truncate(folder / f"{expected:012}", 0)

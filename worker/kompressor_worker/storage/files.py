@@ -15,15 +15,7 @@ from kompressor_worker.errors import ClaimLost, NotFound, OutputOccupied, Storag
 from kompressor_worker.storage import WORK, ObjectInfo, Part
 from kompressor_worker.storage.claims import etag_of
 from kompressor_worker.storage.file_source import list_files
-from kompressor_worker.storage.posix import (
-    explained,
-    fdatasync,
-    fsync_folder,
-    reserve,
-    start_write_back,
-    write_at,
-    write_atomically,
-)
+from kompressor_worker.storage.posix import Disk, explained, reserve, write_at
 from kompressor_worker.storage.staging import Staging
 
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
@@ -35,11 +27,12 @@ class FileOutput:
 
     minimum_part = 1
 
-    def __init__(self, uri: str, target: Path) -> None:
+    def __init__(self, uri: str, target: Path, disk: Disk) -> None:
         self.uri = uri
         self.target = target
         self.conditional: bool | None = None
-        self._staging = Staging(target)
+        self._disk = disk
+        self._staging = Staging(target, disk)
         self._unsynced: set[Path] = set()
         self._lock = threading.Lock()
 
@@ -88,7 +81,7 @@ class FileOutput:
             if self._staging.claims.generations(name):
                 raise StorageError(f"{self.uri}: {name} belongs to replace(); a write() would overrun its owner")
             path = self._staging.make_parents(name)
-            write_atomically(path, self._staging.temporary, data)
+            self._disk.write_atomically(path, self._staging.temporary, data)
 
     def replace(self, name: str, data: bytes, etag: str | None) -> str:
         with self._writing(f"replacing {name}"):
@@ -146,7 +139,7 @@ class FileOutput:
             try:
                 self._staging.enter(fd, path)
                 write_at(fd, offset, chunks)
-                start_write_back(fd, offset, size)
+                self._disk.start_write_back(fd, offset, size)
             finally:
                 os.close(fd)
         with self._lock:
@@ -164,7 +157,7 @@ class FileOutput:
                     f"{self.uri}: {name} was begun with {_size_of(upload)} bytes, has {size}, and its parts hold {wanted}; "
                     f"remove {self._staging.folder} and start again"
                 )
-            fdatasync(path)
+            self._disk.sync(path)
             with self._lock:
                 self._unsynced.discard(path)
             self._staging.marker(name, upload).unlink(missing_ok=True)
@@ -190,9 +183,9 @@ class FileOutput:
             if left:
                 raise StorageError(f"{self.uri}: {left} uploads are not complete; complete or abort them before publishing")
             path = self._staging.make_parents(name)
-            write_atomically(path, self._staging.temporary, data)
+            self._disk.write_atomically(path, self._staging.temporary, data)
             for folder, _, _ in os.walk(self._staging.data()):
-                fsync_folder(Path(folder))
+                self._disk.sync_folder(Path(folder))
             try:
                 self._staging.data().rename(self.target)
             except OSError as error:
@@ -202,7 +195,7 @@ class FileOutput:
                     raise
                 if not self._is_published(name, data):
                     raise OutputOccupied(f"{self.uri}: {self.target} is not an empty folder; choose another output") from error
-            fsync_folder(self.target.parent)
+            self._disk.sync_folder(self.target.parent)
 
     def _is_published(self, name: str, data: bytes) -> bool:
         """Whether this very result stands there. Raises OutputOccupied if something else does."""
@@ -226,7 +219,7 @@ class FileOutput:
         with self._lock:
             paths, self._unsynced = self._unsynced, set()
         for path in paths:
-            fdatasync(path)
+            self._disk.sync(path)
 
     @contextlib.contextmanager
     def _writing(self, doing: str) -> Iterator[None]:

@@ -91,11 +91,12 @@ def open_output(location: OutputSpec, environ: Mapping[str, str], stop: threadin
     if place.scheme == "hf":
         raise UserError(f"output {location.uri}: a hub is read-only here; use s3:// or pvc://")
     from kompressor_worker.storage.files import FileOutput
+    from kompressor_worker.storage.posix import Disk
 
     root, confine = _folder(place, environ)
     if root == confine or root.parent == root:
         raise UserError(f"output {place.uri} is the root of its volume, where nothing can be renamed into place; add a folder to it")
-    return FileOutput(place.uri, root)
+    return FileOutput(place.uri, root, Disk(durable=place.scheme == "pvc"))
 
 
 def locate(location: Location, role: Role, environ: Mapping[str, str]) -> Place:

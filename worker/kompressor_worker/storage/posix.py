@@ -9,6 +9,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kompressor_api.names import Reason
@@ -40,50 +41,58 @@ def translate(error: OSError, what: str, missing: Reason = Reason.SOURCE_NOT_FOU
     return StorageError(f"{text}; check the volume and the node's kernel log")
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes names durable, where the file system knows such a thing."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+@dataclass(frozen=True)
+class Disk:
+    """How writes reach the disk. `durable`: what has returned outlives the node (a volume, pvc://). Otherwise it is in the page cache, as after
+    `cp` (file://, on one machine): a killed process loses nothing either way."""
+
+    durable: bool
+
+    def sync(self, path: Path) -> None:
+        if self.durable:
+            _sync(path, os.O_RDONLY)
+
+    def sync_folder(self, folder: Path) -> None:
+        if self.durable:
+            _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+    def start_write_back(self, fd: int, offset: int, size: int) -> None:
+        """Lets the disk begin now with these bytes, so that the sync at the end has little left to wait for. A hint: failures do not matter."""
+        if self.durable:
+            _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+
+    def write_temporary(self, folder: Path, data: bytes) -> Path:
+        """A new file with a random name in `folder`, whole."""
+        path = folder / secrets.token_hex(8)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            write_at(fd, 0, [memoryview(data)])
+            if self.durable:
+                os.fdatasync(fd)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+        return path
+
+    def write_atomically(self, path: Path, temporary_folder: Path, data: bytes) -> None:
+        """`path` holds the old bytes or the new ones, whatever happens. Both folders exist, on one file system."""
+        temporary = self.write_temporary(temporary_folder, data)
+        try:
+            temporary.rename(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        self.sync_folder(path.parent)
+
+
+def _sync(path: Path, flags: int) -> None:
+    fd = os.open(path, flags)
     try:
         os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
     finally:
         os.close(fd)
-
-
-def fdatasync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fdatasync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_temporary(folder: Path, data: bytes) -> Path:
-    """A new file with a random name in `folder`, whole and on the disk."""
-    path = folder / secrets.token_hex(8)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        write_at(fd, 0, [memoryview(data)])
-        os.fdatasync(fd)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(fd)
-    return path
-
-
-def write_atomically(path: Path, temporary_folder: Path, data: bytes) -> None:
-    """`path` holds the old bytes or the new ones, whatever happens. Both folders exist, on one file system."""
-    temporary = write_temporary(temporary_folder, data)
-    try:
-        temporary.rename(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
 
 
 def write_at(fd: int, offset: int, chunks: Sequence[memoryview]) -> None:
@@ -96,11 +105,6 @@ def write_at(fd: int, offset: int, chunks: Sequence[memoryview]) -> None:
             written -= left.pop(0).nbytes
         if written:
             left[0] = left[0][written:]
-
-
-def start_write_back(fd: int, offset: int, size: int) -> None:
-    """Lets the disk begin now with these bytes, so that the sync at the end has little left to wait for. A hint: failures do not matter."""
-    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
 def reserve(fd: int, size: int) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.storage import WORK
 from kompressor_worker.storage.claims import Claims
-from kompressor_worker.storage.posix import copy_to_fresh_inode, lock
+from kompressor_worker.storage.posix import Disk, copy_to_fresh_inode, lock
 
 WRITER_GRACE = 5.0
 """Seconds that a new owner waits for a part which the old one is writing, before it copies the file."""
@@ -34,12 +34,12 @@ _DATA = "data-"
 class Staging:
     """Raises ClaimLost where a folder of an owned output is not there any more; other OSErrors are the caller's to explain."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, disk: Disk) -> None:
         self.folder = target.with_name(f".{target.name}.kompressor")
         self.work = self.folder / "work"
         self.uploads = self.folder / "uploads"
         self.temporary = self.folder / "temporary"
-        self.claims = Claims(self.folder / "claims", self.temporary)
+        self.claims = Claims(self.folder / "claims", self.temporary, disk)
         self.generation: int | None = None
         """The generation of this instance's claim; None before its first replace()."""
         self._lock = threading.Lock()
