@@ -141,7 +141,7 @@ class Cluster:
         self, method: str, kind: str, namespace: str, path: str, query: Mapping[str, str], body: Manifest | None = None
     ) -> Manifest:
         doing = f"{_GERUNDS[method]} {kind} {namespace}/{path or (body or {}).get('metadata', {}).get('name', '')}"
-        self.requests[method, kind] += 1
+        self.requests["LIST" if method == "GET" and not path else method, kind] += 1
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if method == "PATCH":
             headers["Content-Type"] = "application/merge-patch+json"

@@ -31,8 +31,16 @@ REASON_OF_CODE: Mapping[int, Reason] = {
     ExitCode.TERMINATED: Reason.TERMINATED,
 }
 
+KUBELET_REASONS: Mapping[str, Reason] = {
+    "OOMKilled": Reason.OUT_OF_MEMORY,
+    "StartError": Reason.CONTAINER_NOT_STARTED,
+    "ContainerCannotRun": Reason.CONTAINER_NOT_STARTED,
+}
+"""What the kubelet knows better than the exit code."""
+
 ADVICE: Mapping[str, str] = {
     Reason.OUT_OF_MEMORY: "raise spec.worker.resources.limits.memory",
+    Reason.CONTAINER_NOT_STARTED: "correct spec.worker.image, or the operator's worker image",
     Reason.WORKER_CRASHED: "read its log with `kubectl logs`; if the input is sound this is a bug worth a report",
     Reason.STORAGE_FAILED: "check that the endpoint answers and has space; apply the job again and it goes on at its last block",
     Reason.TERMINATED: "see why the pod is being stopped: node pressure, preemption or a person",
@@ -94,8 +102,7 @@ def _ending(ended: Terminated, who: str) -> Ending:
     memory = ended.reason == "OOMKilled" or code == ExitCode.OUT_OF_MEMORY
     own = told.get("reason")
     reason = str(own) if own and _REASON.match(str(own)) else REASON_OF_CODE.get(code, Reason.WORKER_CRASHED)
-    if ended.reason == "OOMKilled":
-        reason = Reason.OUT_OF_MEMORY
+    reason = KUBELET_REASONS.get(ended.reason, reason)
     summary = told.get("summary")
     return Ending(
         reason=reason,
@@ -115,6 +122,8 @@ def _words(told: Mapping[str, Any], ended: Terminated, who: str, reason: str) ->
     how = f"{who} ended with exit code {ended.exit_code}"
     if ended.reason == "OOMKilled":
         how = f"{who} was killed because it used more memory than its limit"
+    elif reason == Reason.CONTAINER_NOT_STARTED:
+        how = f"{who} could not start its container"
     elif ended.exit_code == SIGKILL_CODE:
         how = f"{who} was killed (SIGKILL), but not for memory"
     elif ended.exit_code in names.UNCAUGHT_EXIT_CODES:

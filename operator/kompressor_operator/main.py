@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -125,7 +126,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         log.info("watching %s", ", ".join(settings.namespaces) or "all namespaces")
         await watch_until(stop, settings, lambda: registry_for(store, queue, cluster))
         health.ready = False
-        log.info("stopping")
+        made = {f"{verb} {kind}": count for (verb, kind), count in sorted(cluster.requests.items())}
+        log.info("stopping", extra={"detail": json.dumps(made)})
 
 
 async def watch_until(stop: asyncio.Event, settings: Settings, registry: Callable[[], kopf.OperatorRegistry]) -> None:
@@ -167,7 +169,7 @@ async def _run(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Console entry. Exits 2 if a setting is unusable."""
+    """Console entry. Exits 1 if a setting is unusable."""
     try:
         settings = Settings.from_env(os.environ)
     except SettingError as error:

@@ -18,7 +18,7 @@ from kompressor_operator.decide import CONFIRM, NOTHING, Decision, JobPatch, Pol
 from kompressor_operator.endings import Ending, ending_of
 from kompressor_operator.manifests import OUT_OF_MEMORY_CODES, Attempt, backoff_limit, job_name, spec_digest
 from kompressor_operator.observed import ChildJob, stamp
-from kompressor_operator.progress import created, retry_note, running
+from kompressor_operator.progress import created, follows, running
 from kompressor_operator.troubles import LOST_AFTER, lost
 from kompressor_operator.validation import invalid
 
@@ -120,8 +120,7 @@ def start(view: View) -> Decision | None:
     before = view.observed.current
     if before is None:
         return Decision(start=attempt, verdict=Verdict(Phase.PENDING, Reason.PENDING, created(name), facts=facts))
-    ending = ending_of(before, view.observed.pods_of(before))
-    message = f"attempt {before.attempt} ended: {ending.message}; attempt {attempt.number}{retry_note(attempt.memory_plan)} follows"
+    message = follows(view, before, attempt.number, attempt.memory_plan)
     return Decision(start=attempt, verdict=Verdict(Phase.RETRYING, Reason.RETRYING, message, facts=facts))
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from kompressor_api.names import Reason
+from kompressor_api.names import FINAL_EXIT_CODES, Condition, Reason
 from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.decide import Decision, Involved, JobPatch, View
-from kompressor_operator.endings import ending_of_pod
+from kompressor_operator.endings import ending_of, ending_of_pod
+from kompressor_operator.manifests import OUT_OF_MEMORY_CODES
 from kompressor_operator.observed import ChildJob, ChildPod, moment
 from kompressor_operator.troubles import LOST_AFTER, Trouble, creation_trouble, lost, mount_trouble, start_trouble
 
@@ -24,9 +25,8 @@ LOOK_AGAIN_SECONDS = 60.0
 
 def running(view: View, job: ChildJob, patches: tuple[JobPatch, ...], facts: Mapping[str, Any]) -> Decision:
     """What the status says while a Job goes on."""
-    pods = view.observed.pods_of(job)
-    alive = [pod for pod in pods if not pod.ended]
-    told = _of_pod(view, job, alive[-1]) if alive else _of_none(view, job, pods)
+    alive = [pod for pod in view.observed.pods_of(job) if not pod.ended or _decides(pod)]
+    told = _of_pod(view, job, alive[-1]) if alive else _of_none(view, job)
     if isinstance(told, Involved):
         return Decision(look=told)
     phase, reason, message, again = told
@@ -38,11 +38,17 @@ def created(job_name: str) -> str:
     return f"created Job {job_name}; its pod is about to start"
 
 
+def follows(view: View, before: ChildJob, attempt: int, memory_plan: int) -> str:
+    """Why there is another attempt."""
+    ending = ending_of(before, view.observed.pods_of(before))
+    return f"attempt {before.attempt} ended: {ending.message}; attempt {attempt}{retry_note(memory_plan)} follows"
+
+
 def retry_note(memory_plan: int) -> str:
     return f" (with a smaller memory plan, step {memory_plan}, since the worker ran out of memory)" if memory_plan else ""
 
 
-Told = tuple[Phase, Reason, str, float | None]
+Told = tuple[Phase, str, str, float | None]
 
 
 def _of_pod(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
@@ -50,14 +56,14 @@ def _of_pod(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
     gone = lost(pod, view.now)
     if gone:
         return Phase.RETRYING, gone.reason, gone.message, LOST_AFTER.total_seconds()
-    if pod.deletion_due is not None:
+    if pod.deletion_due is not None and not pod.ended:
         why = f" ({pod.disrupted})" if pod.disrupted else ""
         message = f"pod {pod.name} is being stopped{why}; the next one goes on at the last committed block"
         return Phase.RETRYING, Reason.RETRYING, message, _seconds(view.now, pod.deletion_due + LOST_AFTER)
-    trouble = start_trouble(pod)
+    trouble = start_trouble(pod) if pod.phase == "Pending" else None
     if trouble:
         return _troubled(trouble, None)
-    if pod.phase == "Running":
+    if pod.phase != "Pending":
         after = f", after {job.failed} failed" if job.failed else ""
         message = f"pod {pod.name} on node {pod.node} compresses (attempt {job.attempt}{after}){retry_note(job.memory_plan)}"
         return Phase.COMPRESSING, Reason.COMPRESSING, message, None
@@ -67,36 +73,52 @@ def _of_pod(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
 def _starting(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
     age = (view.now - pod.created).total_seconds()
     if age < NO_START_SECONDS:
-        return Phase.PENDING, Reason.PENDING, created(job.name), NO_START_SECONDS - age
+        return *_before_running(view, job), NO_START_SECONDS - age
     if not pod.node:
         return Phase.PENDING, Reason.PENDING, f"pod {pod.name} waits for a node", None
-    message = f"pod {pod.name} starts on node {pod.node}"
     if view.observed.warnings is None:
         return Involved("Pod", pod.name, pod.uid)
     trouble = mount_trouble(pod, view.observed.warnings)
+    message = f"pod {pod.name} starts on node {pod.node}"
     return _troubled(trouble, age) if trouble else (Phase.PENDING, Reason.PENDING, message, _later(age))
 
 
-def _of_none(view: View, job: ChildJob, pods: tuple[ChildPod, ...]) -> Told | Involved:
+def _of_none(view: View, job: ChildJob) -> Told | Involved:
     """No pod is there: not yet, not again, or not allowed."""
-    last = pods[-1] if pods else None
-    ended_at = last.terminated.finished_at if last and last.terminated else ""
-    since = moment(ended_at) if ended_at else job.created
+    last = _last_ended(view, job)
+    since = moment(last.terminated.finished_at) if last and last.terminated and last.terminated.finished_at else job.created
     age = (view.now - since).total_seconds()
-    if last:
-        told = f"{ending_of_pod(last).message}; the next pod follows ({job.failed} of {job.backoff_limit + 1} failures)"
-        phase, reason, message = Phase.RETRYING, Reason.RETRYING, told
-    else:
-        phase, reason, message = Phase.PENDING, Reason.PENDING, created(job.name)
     if job.suspended:
         return Phase.PENDING, Reason.PENDING, f"Job {job.name} goes on", None
-    patience = NO_RETRY_SECONDS if last else NO_POD_SECONDS
+    told, patience = _before_running(view, job), NO_RETRY_SECONDS if last else NO_POD_SECONDS
     if age < patience:
-        return phase, reason, message, patience - age
+        return *told, patience - age
     if view.observed.warnings is None:
         return Involved("Job", job.name, job.uid)
     trouble = creation_trouble(job, view.observed.warnings, since)
-    return _troubled(trouble, age) if trouble else (phase, reason, message, _later(age))
+    return _troubled(trouble, age) if trouble else (*told, _later(age))
+
+
+def _before_running(view: View, job: ChildJob) -> tuple[Phase, str, str]:
+    """Why we are waiting for a pod: it is the first, or it follows one that failed."""
+    last = _last_ended(view, job)
+    if last:
+        return Phase.RETRYING, Reason.RETRYING, f"{ending_of_pod(last).message}; the next pod follows"
+    if len(view.observed.jobs) > 1:
+        return Phase.RETRYING, Reason.RETRYING, follows(view, view.observed.jobs[-2], job.attempt, job.memory_plan)
+    if job.failed or view.job.condition(Condition.READY).get("reason") in (Reason.COMPRESSING, Reason.RETRYING):
+        return Phase.RETRYING, Reason.RETRYING, f"a pod of Job {job.name} is gone; the next one goes on at the last committed block"
+    return Phase.PENDING, Reason.PENDING, created(job.name)
+
+
+def _decides(pod: ChildPod) -> bool:
+    """An ended pod after which the Job ends: within a second it says so itself, and until then there is no news to tell."""
+    ends = {*FINAL_EXIT_CODES, *OUT_OF_MEMORY_CODES}
+    return pod.phase == "Succeeded" or (pod.terminated is not None and pod.terminated.exit_code in ends and not pod.disrupted)
+
+
+def _last_ended(view: View, job: ChildJob) -> ChildPod | None:
+    return next((pod for pod in reversed(view.observed.pods_of(job)) if pod.ended), None)
 
 
 def _troubled(trouble: Trouble, age: float | None) -> Told:

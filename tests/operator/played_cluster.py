@@ -1,9 +1,0 @@
-import pytest
-
-
-@pytest.fixture
-def played(): ...
-@pytest.fixture
-def namespace(): ...
-@pytest.fixture
-def operator(): ...

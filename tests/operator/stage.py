@@ -1,0 +1,298 @@
+"""A stage for the operator: real etcd, API server, controllers, scheduler and node; only the worker is an actor.
+
+The node's image `worker:1` has a `kompressor` that does what the job's first pass says in `ignore`: a shell script. So a test decides
+how the worker behaves, and everything around it is real: exit codes, termination messages, signals, the kubelet's own reasons.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import yaml
+
+from kompressor_api import names
+from local_cluster import LocalCluster
+
+T = TypeVar("T")
+Manifest = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "charts" / "kompressor"
+SYSTEM = "kompressor-system"
+ACTOR = Path(__file__).parent / "actor"
+BASES = {
+    "compressionjobs": f"/apis/{names.GROUP}/{names.VERSION}",
+    "jobs": "/apis/batch/v1",
+    "roles": "/apis/rbac.authorization.k8s.io/v1",
+    "rolebindings": "/apis/rbac.authorization.k8s.io/v1",
+}
+
+
+def report(reason: str, message: str, code: int, **summary: Any) -> str:
+    """A line of shell that ends as a worker does."""
+    told = {"reason": reason, "message": message, "exitCode": code} | ({"summary": summary} if summary else {})
+    return f"echo '{json.dumps(told)}' > /dev/termination-log; exit {code}"
+
+
+SUCCEED = report("Completed", "4.0x smaller", 0, ratio="4.0x", outputBytes=25, sourceBytes=100)
+GO_ON = "trap 'exit 75' TERM; echo acting; while :; do sleep 0.05; done"
+"""Until SIGTERM, then as a worker that has committed its journal."""
+
+
+class ApiRefusal(Exception):
+    def __init__(self, status: int, body: Manifest) -> None:
+        super().__init__(f"{status} {body.get('reason')}: {body.get('message')}")
+        self.status = status
+
+
+class Api:
+    """An administrator's plain requests: no client library between the test and what the API server says."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        pki = cluster.root / "pki"
+        self._context = ssl.create_default_context(cafile=str(pki / "ca.crt"))
+        self._context.load_cert_chain(pki / "admin.crt", pki / "admin.key")
+        self._server = urlsplit(cluster.server)
+        self._connection: http.client.HTTPSConnection | None = None
+
+    def call(self, method: str, path: str, body: Manifest | None = None, patch: str = "merge") -> Manifest:
+        kind = f"application/{patch}-patch+json" if method == "PATCH" else "application/json"
+        for last in (False, True):
+            if self._connection is None:
+                self._connection = http.client.HTTPSConnection(self._server.netloc, context=self._context, timeout=30)
+            try:
+                self._connection.request(method, path, json.dumps(body) if body is not None else None, {"Content-Type": kind})
+                answer = self._connection.getresponse()
+                told: Manifest = json.loads(answer.read())
+                break
+            except (OSError, http.client.HTTPException):
+                self._connection = None
+                if last:
+                    raise
+        if answer.status >= 400:
+            raise ApiRefusal(answer.status, told)
+        return told
+
+
+@dataclass
+class Operator:
+    """A running operator process."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def entries(self) -> list[Manifest]:
+        lines = self.log.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def said(self, text: str) -> list[Manifest]:
+        return [entry for entry in self.entries if text in entry["message"]]
+
+    def port(self) -> int:
+        return int(eventually(lambda: self.said("probes on port"))[0]["message"].split()[-1])
+
+    def ready(self) -> bool:
+        return self.probe("/readyz") == 200
+
+    def probe(self, path: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port(), timeout=5)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status
+        except OSError:
+            return 0
+        finally:
+            connection.close()
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> float:
+        """Returns the seconds that it took."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        self.process.wait(20)
+        return time.monotonic() - began
+
+
+@dataclass
+class Stage:
+    root: Path
+    namespace: str = ""
+    cluster: LocalCluster = field(init=False)
+
+    def __post_init__(self) -> None:
+        image = {"path": [str(ACTOR), str(Path(sys.executable).parent)]}
+        self.cluster = LocalCluster(self.root / "cluster", nodes=1, images={"worker:1": image}, log=print)
+
+    def install(self) -> None:
+        """The chart's CRD, roles and the policy on who writes the status; the operator itself is started by the tests.
+
+        Without the policy on names, so that misspelt ones reach the operator.
+        """
+        self.api = Api(self.cluster)
+        self.cluster.kubectl("create", "namespace", SYSTEM)
+        rendered = self.cluster.helm("template", "kompressor", str(CHART), "--namespace", SYSTEM, "--kube-version", "1.36.0")
+        kinds = ("Deployment", "NetworkPolicy", "PodDisruptionBudget", "Pod")
+        wanted = [o for o in yaml.safe_load_all(rendered) if o and o["kind"] not in kinds and "known-names" not in o["metadata"]["name"]]
+        self.cluster.apply(*wanted)
+        account = next(o["metadata"]["name"] for o in wanted if o["kind"] == "ServiceAccount")
+        token = self.cluster.kubectl("create", "token", account, "--namespace", SYSTEM, "--duration", "8h").strip()
+        self._write_kubeconfig(token)
+        eventually(lambda: self._accepts())
+
+    def enter_namespace(self) -> None:
+        self.namespace = f"t-{uuid.uuid4().hex[:8]}"
+        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+        self.api.call("POST", "/api/v1/namespaces", {"metadata": {"name": self.namespace, "labels": labels}})
+
+    def leave_namespace(self) -> None:
+        self.api.call("DELETE", f"/api/v1/namespaces/{self.namespace}")
+
+    # ---- the operator
+
+    @contextmanager
+    def operator(self, **settings: str) -> Iterator[Operator]:
+        """Starts one and waits until it is ready; ends it with SIGTERM."""
+        log = self.root / f"operator-{uuid.uuid4().hex[:6]}.log"
+        environ = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("crds", "operator")),
+            "KUBECONFIG": str(self.root / "operator.kubeconfig"),
+            "KOMPRESSOR_WORKER_IMAGE": "worker:1",
+            "KOMPRESSOR_WORKER_GRACE_SECONDS": "5",
+            "KOMPRESSOR_NAMESPACES": self.namespace,
+            "KOMPRESSOR_HEALTH_HOST": "127.0.0.1",
+            "KOMPRESSOR_HEALTH_PORT": "0",
+            "KOMPRESSOR_LOG_LEVEL": os.environ.get("KOMPRESSOR_LOG_LEVEL", "INFO"),
+        }
+        environ |= {f"KOMPRESSOR_{name.upper()}": value for name, value in settings.items()}
+        with log.open("wb") as file:
+            process = subprocess.Popen([sys.executable, "-m", "kompressor_operator"], env=environ, stderr=file)
+        running = Operator(process, log)
+        try:
+            eventually(running.ready)
+            yield running
+        finally:
+            if process.poll() is None:
+                running.stop()
+            print(log.read_text())
+
+    # ---- what is on the stage
+
+    def path(self, plural: str, name: str = "", sub: str = "") -> str:
+        base = BASES.get(plural, "/api/v1")
+        return "/".join(part for part in (f"{base}/namespaces/{self.namespace}/{plural}", name, sub) if part)
+
+    def get(self, plural: str, name: str) -> Manifest:
+        return self.api.call("GET", self.path(plural, name))
+
+    def list(self, plural: str, selector: str = "") -> list[Manifest]:
+        query = f"?labelSelector={selector}" if selector else ""
+        items: list[Manifest] = self.api.call("GET", self.path(plural) + query)["items"]
+        return items
+
+    def create(self, plural: str, body: Manifest, query: str = "") -> Manifest:
+        return self.api.call("POST", self.path(plural) + query, body)
+
+    def patch(self, plural: str, name: str, body: Manifest, sub: str = "") -> Manifest:
+        return self.api.call("PATCH", self.path(plural, name, sub), body)
+
+    def delete(self, plural: str, name: str, **options: Any) -> None:
+        self.api.call("DELETE", self.path(plural, name), {"kind": "DeleteOptions", "apiVersion": "v1", **options})
+
+    def play(self, *script: str, name: str = "play", **spec: Any) -> str:
+        """Applies a CompressionJob whose worker does this. Returns its uid."""
+        full = {
+            "model": {"source": {"uri": "s3://models/one"}},
+            "output": {"uri": "s3://models/two"},
+            "passes": [{"rtn": {"scheme": "W8A8", "ignore": list(script)}}],
+        } | spec
+        body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": full}
+        return str(self.create("compressionjobs", body)["metadata"]["uid"])
+
+    def status(self, name: str = "play") -> Manifest:
+        found: Manifest = self.get("compressionjobs", name).get("status", {})
+        return found
+
+    def conditions(self, name: str = "play") -> dict[str, str]:
+        return {c["type"]: c["status"] for c in self.status(name).get("conditions", [])}
+
+    def reason(self, name: str = "play") -> str:
+        return next((c["reason"] for c in self.status(name).get("conditions", []) if c["type"] == "Ready"), "")
+
+    def message(self, name: str = "play") -> str:
+        return next(c["message"] for c in self.status(name)["conditions"] if c["type"] == "Ready")
+
+    def until(self, reason: str, name: str = "play", seconds: float = 30) -> Manifest:
+        """The status, once Ready has this reason."""
+        try:
+            eventually(lambda: self.reason(name) == reason, seconds)
+        except AssertionError:
+            raise AssertionError(f"{name}: not {reason} within {seconds} s, but {json.dumps(self.status(name), indent=1)}") from None
+        return self.status(name)
+
+    def events(self, name: str = "play") -> list[str]:
+        """Reasons of the events about a CompressionJob, oldest first."""
+        about = [e for e in self.list("events") if e["involvedObject"]["kind"] == names.KIND and e["involvedObject"]["name"] == name]
+        return [e["reason"] for e in sorted(about, key=lambda e: int(e["metadata"]["resourceVersion"]))]
+
+    def jobs(self, uid: str) -> list[Manifest]:
+        return sorted(self.list("jobs", f"{names.LABEL_JOB_UID}={uid}"), key=lambda job: str(job["metadata"]["name"]))
+
+    def pods(self, uid: str) -> list[Manifest]:
+        return self.list("pods", f"{names.LABEL_JOB_UID}={uid}")
+
+    def acting(self, uid: str) -> Manifest:
+        """The pod of a job that goes on, once it heeds signals: the first process of a container ignores those that it does not handle."""
+        return eventually(lambda: next((p for p in self.pods(uid) if self._log(p) == "acting\n"), None), 60)
+
+    def children(self, uid: str) -> list[Manifest]:
+        kinds = ("configmaps", "serviceaccounts", "roles", "rolebindings", "jobs", "pods")
+        return [child for kind in kinds for child in self.list(kind, f"{names.LABEL_JOB_UID}={uid}")]
+
+    def _log(self, pod: Manifest) -> str:
+        meta = pod["metadata"]
+        if pod["status"]["phase"] != "Running" or "deletionTimestamp" in meta:
+            return ""
+        return self.cluster.kubectl("logs", "-n", self.namespace, meta["name"])
+
+    def _accepts(self) -> bool:
+        try:
+            self.cluster.kubectl("get", "compressionjobs", "-A")
+            return True
+        except Exception:
+            return False
+
+    def _write_kubeconfig(self, token: str) -> None:
+        cluster = {"server": self.cluster.server, "certificate-authority": str(self.cluster.ca)}
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "c",
+            "clusters": [{"name": "c", "cluster": cluster}],
+            "users": [{"name": "u", "user": {"token": token}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        }
+        (self.root / "operator.kubeconfig").write_text(json.dumps(config))
+
+
+def eventually(look: Callable[[], T | None], seconds: float = 30) -> T:
+    """The first truthy answer."""
+    deadline = time.monotonic() + seconds
+    while not (answer := look()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.05)
+    return answer
