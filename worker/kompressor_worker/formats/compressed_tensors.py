@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from kompressor_worker.formats.targets import patterns_for
-from kompressor_worker.layout import DTYPE_BYTES, LinearLayout
+from kompressor_worker.formats.targets import patterns_for, subtree_patterns
+from kompressor_worker.layout import DTYPE_BYTES, LinearLayout, ModelLayout
 from kompressor_worker.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -72,24 +72,23 @@ def planned_tensors(name: str, shape: tuple[int, int], dtype: str, scheme: Schem
     raise AssertionError(f"{scheme.name}: no layout for format {scheme.format}")
 
 
-def quantization_config(linears: Sequence[LinearLayout], schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+def quantization_config(linears: Sequence[LinearLayout], schemes: Mapping[str, Scheme], others: Sequence[str] = ()) -> dict[str, Any]:
     """`config.json["quantization_config"]` for a model of these linears, those in `schemes` (by name) quantised.
 
-    One scheme: it targets "Linear", and what stays exact is on the ignore list. Several: each group names its own
-    linears, disjointly, so that no reader's order of precedence matters (compressed-tensors sorts targets, vLLM takes
-    the first that matches).
+    `others`: modules with matrices that are no linears here and stay exact (`other_modules`): a vision tower, stacked experts.
+    One scheme: it targets "Linear", and what stays exact is on the ignore list. Several: each group names its own linears, disjointly, so
+    that no reader's order of precedence matters (compressed-tensors sorts targets, vLLM takes the first that matches).
     """
     groups: dict[Scheme, list[str]] = {}
     for linear in linears:
         if linear.name in schemes:
             groups.setdefault(schemes[linear.name], []).append(linear.name)
     names = [linear.name for linear in linears]
-    ignored = [linear.name for linear in linears if linear.name not in schemes]
-    ignore = patterns_for(ignored, names)
+    exact = [linear.name for linear in linears if linear.name not in schemes and linear.kind != "embedding"]
+    ignore = [*patterns_for(exact, names), *subtree_patterns(others, names, list(schemes))]
     if not any(linear.kind == "head" for linear in linears):
-        ignore.append("lm_head")  # tied to the embeddings: not in the file, but a Linear in the loaded model
-    # transformers takes the first group that speaks of experts for the routed ones; shared experts have the word in
-    # their name too
+        ignore.insert(0, "lm_head")  # tied to the embeddings: not in the file, but a Linear in the loaded model
+    # transformers takes the first group that speaks of experts for the routed ones; shared experts have the word in their name too
     ordered = sorted(groups.items(), key=lambda group: not any(".experts." in name for name in group[1]))
     targets = [["Linear"]] if len(ordered) == 1 else [patterns_for(members, names) for _, members in ordered]
     formats = {scheme.format for scheme in groups}
@@ -107,6 +106,13 @@ def quantization_config(linears: Sequence[LinearLayout], schemes: Mapping[str, S
         "sparsity_config": {},
         "transform_config": {},
     }
+
+
+def other_modules(layout: ModelLayout) -> list[str]:
+    """Modules with a matrix that is no linear of the decoder, in the model's order: what `quantization_config` calls others."""
+    weights = {linear.weight for linear in layout.linears()}
+    tensors = (tensor for stage in layout.stages() for tensor in stage.tensors)
+    return list(dict.fromkeys(t.name.rpartition(".")[0] for t in tensors if len(t.shape) > 1 and t.name not in weights))
 
 
 def named_tensors(

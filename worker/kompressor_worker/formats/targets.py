@@ -45,6 +45,31 @@ def patterns_for(members: Sequence[str], names: Sequence[str]) -> list[str]:
     return patterns
 
 
+def subtree_patterns(modules: Iterable[str], names: Sequence[str], spared: Sequence[str]) -> list[str]:
+    """Patterns that match these modules and all below them, but none of `spared`. `names` are the decoder's linears.
+
+    Outside the decoder's layers a whole branch (a vision tower) is one pattern, named after where it parts from them.
+    """
+    decoder = next((_prefix(name) for name in names if "#" in _family(name)), ())
+    patterns: dict[str, None] = {}
+    for module in modules:
+        parts = module.split(".")
+        if tuple(parts[: len(decoder)]) == decoder:
+            root = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts[max(len(decoder) - 1, 0) :])
+        else:
+            root = re.escape(next(part for i, part in enumerate(parts) if i >= len(decoder) or part != decoder[i]))
+        pattern = rf"re:(.*\.)?{root}(\..*)?$"
+        # a module that has quantised ones below it, such as a layer with a matrix of its own, is no Linear itself
+        if not any(matches(pattern, name) for name in spared):
+            patterns[pattern] = None
+    return list(patterns)
+
+
+def _prefix(name: str) -> tuple[str, ...]:
+    family = _family(name)
+    return family[: family.index("#")]
+
+
 def _family(name: str) -> tuple[str, ...]:
     """The name's parts, with # for every index: what a layer's or an expert's namesakes have in common."""
     return tuple("#" if part.isdigit() else part for part in name.split("."))
@@ -57,9 +82,8 @@ def _first_index(name: str) -> int:
 def _regex(family: tuple[str, ...], layers: Iterable[int] | None) -> str:
     first = family.index("#")
     inner = [r"\d+" if part == "#" else re.escape(part) for part in family[first + 1 :]]
-    if layers is None:
-        return (
-            "re:" + r"\.".join([".*", *inner]) + "$" if inner else "re:" + r"\.".join([".*" + re.escape(family[first - 1]), r"\d+"]) + "$"
-        )
-    which = "(" + "|".join(str(layer) for layer in layers) + ")"
+    if layers is None and inner:
+        return "re:" + r"\.".join([".*", *inner]) + "$"
+    numbers = [r"\d+"] if layers is None else [str(layer) for layer in layers]
+    which = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
     return "re:" + r"\.".join([".*" + re.escape(family[first - 1]), which, *inner]) + "$"

@@ -48,7 +48,7 @@ class RtnParams(Model):
         ),
     )
     targets: list[Pattern] = Field(
-        default_factory=lambda: ["Linear"],
+        default=["Linear"],
         min_length=1,
         max_length=256,
         description=(
