@@ -4,7 +4,7 @@
     python tools/image_check.py --worker     the worker's too: its CUDA libraries take several GB and some minutes
 
 Starts what is built as a kubelet would: the image's own user, environment and entry, a read-only root, a writable /tmp.
-Needs root; installs buildah and debootstrap with apt-get where they are missing. Everything is kept in the cache folder.
+Needs root; installs buildah and debootstrap with apt-get where they are missing. The base is kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Image:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the images with buildah, start them, check what they are.")
     parser.add_argument("--worker", action="store_true", help="the worker's image too (several GB)")
+    parser.add_argument("--keep", action="store_true", help="leave the images in the cache folder's store (buildah --root ...)")
     options = parser.parse_args()
     try:
         install_tools()
@@ -93,7 +94,9 @@ def main() -> int:
                 build(target)
             with unpacked(target) as image, scratch_folder() as scratch, step(f"starting the {target}"):
                 check(image, scratch)
-    except CheckError as error:
+            if not options.keep:
+                buildah("rmi", "--force", _name(target))
+    except (CheckError, subprocess.SubprocessError) as error:
         print(f"image_check: {error}", file=sys.stderr)
         return 1
     return 0
@@ -234,7 +237,8 @@ def _buildah() -> list[str]:
 
 
 def _environ() -> dict[str, str]:
-    return os.environ | {"STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot"}
+    """buildah takes overlay where it works, else vfs; chroot needs no rights beyond root's."""
+    return os.environ | {"BUILDAH_ISOLATION": "chroot"}
 
 
 def _name(target: str) -> str:
