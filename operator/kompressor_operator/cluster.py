@@ -24,6 +24,8 @@ from kompressor_operator.observed import Manifest
 
 __all__ = ["ApiError", "Cluster", "Connection", "Page"]
 
+IDLE_SECONDS = 75.0
+
 PAGE = 500
 """Objects per page of a list: a few hundred kilobytes."""
 
@@ -83,8 +85,9 @@ class Cluster:
     async def connect(cls, request_seconds: float, pool: int, clock: Callable[[], float] = time.monotonic) -> Self:
         """By the pod's service account, or by $KUBECONFIG outside of a cluster. Does not talk to the server yet."""
         configuration = client.Configuration()
-        if os.environ.get("KUBECONFIG") or "KUBERNETES_SERVICE_HOST" not in os.environ:
-            await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+        file = os.environ.get("KUBECONFIG")
+        if file or "KUBERNETES_SERVICE_HOST" not in os.environ:
+            await config.load_kube_config(file, client_configuration=configuration)  # type: ignore[no-untyped-call]
         else:
             config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         configuration.connection_pool_maxsize = pool
@@ -132,6 +135,10 @@ class Cluster:
         return [item async for page in self.pages("Event", namespace, fieldSelector=selector) for item in page.items]
 
     async def __aenter__(self) -> Self:
+        # aiohttp forgets idle connections after 15 s, and a new one costs several handshakes at once; the server keeps them for 90 s
+        rest = self._api.rest_client
+        connector = aiohttp.TCPConnector(limit=rest.maxsize, ssl=rest.ssl_context, keepalive_timeout=IDLE_SECONDS)
+        rest.pool_manager = aiohttp.ClientSession(connector=connector, trust_env=True)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -7,6 +7,7 @@ more function in this list.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -81,7 +82,7 @@ def suspended(view: View) -> Decision | None:
     message = "spec.suspend is true; set it to false and the job goes on at its last committed block"
     if alive:
         message = f"pod {alive[-1]} commits its last block and stops; {message}"
-    facts = _facts(view, job)
+    facts = _facts_of_told(view, job)
     return Decision(patches=patches, verdict=Verdict(Phase.SUSPENDED, Reason.SUSPENDED, message, facts=facts))
 
 
@@ -136,7 +137,11 @@ def run(view: View) -> Decision | None:
     if job.backoff_limit != limit:
         wanted["backoffLimit"] = limit
     patches = (JobPatch(job.name, wanted),) if wanted else ()
-    return running(view, job, patches, _facts(view, job))
+    decision = running(view, job, patches, _facts(view, job))
+    if view.job.status.get("jobName") == job.name:
+        return decision
+    # its start was never told, so perhaps it was cut short: finish it, what is there already does no harm
+    return replace(decision, start=Attempt(job.attempt, job.memory_plan, job.failures_before))
 
 
 POLICIES: tuple[Policy, ...] = (deleting, finished, refused, ended, suspended, waiting, start, run)
@@ -182,7 +187,7 @@ def _failed(view: View, job: ChildJob, ending: Ending) -> Verdict:
 
 
 def _pending(view: View, message: str) -> Verdict:
-    return Verdict(Phase.PENDING, Reason.PENDING, message, facts=_facts(view, view.observed.current))
+    return Verdict(Phase.PENDING, Reason.PENDING, message, facts=_facts_of_told(view, view.observed.current))
 
 
 def _facts(view: View, job: ChildJob | None) -> dict[str, Any]:
@@ -192,6 +197,14 @@ def _facts(view: View, job: ChildJob | None) -> dict[str, Any]:
     first = view.job.status.get("startTime") or stamp(view.observed.jobs[0].created)
     facts = {"jobName": job.name, "attempt": job.attempt, "retries": job.failed, "startTime": first}
     return facts | {"specDigest": view.job.status.get("specDigest") or spec_digest(view.job.spec)}
+
+
+def _facts_of_told(view: View, job: ChildJob | None) -> dict[str, Any]:
+    """The same, but a Job is not named for the first time by a policy that has not made sure of its other children."""
+    facts = _facts(view, job)
+    if job is not None and view.job.status.get("jobName") != job.name:
+        del facts["jobName"]
+    return facts
 
 
 def _result(summary: Mapping[str, Any]) -> dict[str, Any] | None:

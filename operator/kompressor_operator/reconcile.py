@@ -132,12 +132,17 @@ class Reconciler:
         return None
 
     async def _start(self, job: CompressionJob, attempt: Attempt) -> Refusal | None:
-        """Create the children. The Job comes last, so that where a Job is, all else is too."""
+        """Create the children: first what the others need, then the Job.
+
+        The RoleBinding goes beside the Job, since the API server takes 100 ms to see that it does not escalate and the worker needs it
+        only later. So a Job may be there without it, if we die in between: until the status names the Job, all of this is done again.
+        """
         worker_job = manifests.worker_job(job, attempt, self.settings)
-        together = [self._create(job, child) for child in manifests.supports(job)]
-        refusals = [found for found in await asyncio.gather(*together) if found]
-        refused = refusals[0] if refusals else await self._create(job, manifests.role_binding(job))
-        return refused or await self._create(job, worker_job)
+        for together in (manifests.supports(job), [manifests.role_binding(job), worker_job]):
+            refusals = await asyncio.gather(*(self._create(job, child) for child in together))
+            if refused := next((found for found in refusals if found), None):
+                return refused
+        return None
 
     async def _create(self, job: CompressionJob, child: Manifest) -> Refusal | None:
         """Create one child; one that is there already is as good, if it is ours."""

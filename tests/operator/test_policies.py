@@ -78,6 +78,14 @@ def test_a_spec_that_an_older_operator_accepted_goes_on() -> None:
     assert judge(kcj(outputs={}, status={"jobName": "llama-1", "attempt": 1})).start == Attempt(1)
 
 
+def test_a_start_that_was_never_told_is_finished() -> None:
+    """The Job is made beside the RoleBinding: whoever dies in between leaves a Job whose worker cannot report."""
+    assert judge(kcj(), child(memory_plan=1, failures_before=2), pod(), live=False).start == Attempt(1, 1, 2)
+    assert judge(kcj(status={"jobName": "llama-1"}), child(), pod(), live=False).start is None
+    suspended = judge(kcj(suspend=True), child(suspended=True), live=False)
+    assert suspended.verdict and "jobName" not in suspended.verdict.facts
+
+
 # ---- the end
 
 
