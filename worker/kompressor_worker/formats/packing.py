@@ -16,7 +16,8 @@ def pack_int32(codes: Tensor, bits: int, dim: Literal[0, 1] = 1) -> Tensor:
     Element i starts at bit `bits` * i. `bits` is 4 or 8, so that no element straddles a word.
     """
     if dim == 0:
-        return pack_int32(codes.t(), bits).t().contiguous()
+        # a clone, not contiguous(): that keeps odd strides where there is one word, and such a tensor cannot be viewed as bytes
+        return pack_int32(codes.t(), bits).t().clone(memory_format=torch.contiguous_format)
     per_word = _per_word(bits)
     # the offset first: what fills the last word up is zero bits, not zero codes
     stored = torch.nn.functional.pad(codes.to(torch.int32) + (1 << (bits - 1)), (0, -codes.shape[1] % per_word))

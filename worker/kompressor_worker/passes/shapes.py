@@ -58,8 +58,8 @@ def _check_packing(linear: LinearLayout, scheme: Scheme) -> None:
 
 
 def _check_blocks(layout: ModelLayout, linears: Sequence[LinearLayout], block: tuple[int, int]) -> None:
-    """vLLM's `validate_fp8_block_shape` and `validate_fp8_block_shape_moe`: whole blocks of columns, and of the rows of
-    whatever another matrix is appended to."""
+    """vLLM's `validate_fp8_block_shape` and `validate_fp8_block_shape_moe`: whole blocks of columns, and of the rows of whatever another
+    matrix is appended to."""
     height, width = block
     remedy = "list it under ignore, or choose FP8_DYNAMIC"
     last = {linear.fused: linear.name for linear in layout.linears() if linear.fused is not None}
@@ -67,11 +67,27 @@ def _check_blocks(layout: ModelLayout, linears: Sequence[LinearLayout], block: t
         rows, columns = linear.shape
         if columns % width:
             raise UserError(f"{linear.name}: {columns} columns not divisible by FP8_BLOCK's {width}; {remedy}")
-        appended = linear.fused is not None and (is_routed_expert(linear.name) or last[linear.fused] != linear.name)
-        if appended and rows % height:
-            raise UserError(
-                f"{linear.name}: {rows} rows not divisible by FP8_BLOCK's {height}, and loaders append another matrix to it; {remedy}"
-            )
+        followed = linear.fused is not None and (is_routed_expert(linear.name) or last[linear.fused] != linear.name)
+        parts = [rows] if followed else stored_as_one(linear, layout)[:-1]
+        for part in parts:
+            if part % height:
+                raise UserError(
+                    f"{linear.name}: {part} rows not divisible by FP8_BLOCK's {height}, and loaders put more rows after them; {remedy}"
+                )
+
+
+def stored_as_one(linear: LinearLayout, layout: ModelLayout) -> list[int]:
+    """Rows of the matrices in a weight that the checkpoint itself holds fused, as Phi-3's qkv_proj and gate_up_proj; else all its rows."""
+    rows = linear.shape[0]
+    last = linear.name.rpartition(".")[2]
+    if last == "gate_up_proj":
+        return [rows // 2, rows // 2]
+    config = layout.config.get("text_config", layout.config)
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if last != "qkv_proj" or not heads or not groups:
+        return [rows]
+    width = rows // (heads + 2 * groups)
+    return [heads * width, groups * width, groups * width]
 
 
 def is_routed_expert(name: str) -> bool:
