@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1"
@@ -19,8 +20,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     model, tokens = sys.argv[1:]
-    with open(tokens) as file:
-        rows = json.load(file)
+    rows = json.loads(Path(tokens).read_text())
     llm = LLM(model=model, enforce_eager=True, max_model_len=512)
     outputs = llm.generate([{"prompt_token_ids": row} for row in rows], SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0))
     total, count = 0.0, 0

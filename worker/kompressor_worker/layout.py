@@ -131,15 +131,3 @@ class ModelLayout:
     @property
     def source_bytes(self) -> int:
         return sum(u.source_bytes for u in self.units)
-
-    def exact_modules(self) -> tuple[str, ...]:
-        """Modules with a matrix that is no linear here (a vision tower's, an unknown family's router): a loader must be
-        told to leave them alone."""
-        known = {linear.weight for linear in self.linears()}
-        return tuple(
-            tensor.name.removesuffix(".weight")
-            for stage in self.stages()
-            for tensor in stage.tensors
-            if len(tensor.shape) == 2 and tensor.name.endswith(".weight") and tensor.name not in known
-        )
-

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kompressor_worker.formats.readers import reader_warnings
 from kompressor_worker.job import Job
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.pipeline import Limits
@@ -45,7 +46,7 @@ class Plan:
             "peakMemoryBytes": self.peak_bytes,
             "estimatedSeconds": round(self.layout.source_bytes / BYTES_PER_SECOND),
             "alreadyCompressed": self.already,
-            "warnings": list(self.layout.warnings),
+            "warnings": [*self.layout.warnings, *reader_warnings(self.schemes)],
         }
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,10 +15,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from kompressor_worker.errors import OutputOccupied
-from kompressor_worker.formats.compressed_tensors import quantization_config
-from kompressor_worker.formats.targets import patterns_for
+from kompressor_worker.formats.compressed_tensors import other_modules, quantization_config
 from kompressor_worker.journal import Journal
-from kompressor_worker.layout import ModelLayout
 from kompressor_worker.storage import WORK, Output, Source
 
 if TYPE_CHECKING:
@@ -56,27 +53,8 @@ def published_config(work: Work) -> dict[str, Any]:
     """config.json of the result: the source's, its own quantisation replaced by ours."""
     config = {k: v for k, v in work.layout.config.items() if k != "quantization_config"}
     if work.schemes:
-        quantization = quantization_config(list(work.layout.linears()), work.schemes)
-        quantization["ignore"] += exact_patterns(work.layout)
-        config["quantization_config"] = quantization
+        config["quantization_config"] = quantization_config(list(work.layout.linears()), work.schemes, other_modules(work.layout))
     return config
-
-
-def exact_patterns(layout: ModelLayout) -> list[str]:
-    """What a loader must leave alone besides the linears that were left out: a vision tower, an unknown family's routers.
-
-    A component of its own is named wherever a loader may put it (Gemma 3 has its tower under other names in memory than in the file)."""
-    linears = [linear.name for linear in layout.linears()]
-    parts = {part for name in linears for part in name.split(".")}
-    whole: list[str] = []
-    single: list[str] = []
-    for name in layout.exact_modules():
-        first = name.removeprefix("model.").split(".")[0]
-        if first in parts or "." not in name.removeprefix("model."):
-            single.append(name)
-        elif first not in whole:
-            whole.append(first)
-    return [rf"re:(.*\.)?{re.escape(first)}\..*" for first in whole] + patterns_for(single, [*linears, *single])
 
 
 def build_report(work: Work, fingerprint: Mapping[str, str], job: Mapping[str, Any], journal: Journal, source_uri: str) -> dict[str, Any]:

@@ -8,13 +8,14 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
 
 from kompressor_worker.errors import ClaimLost
+from kompressor_worker.formats.readers import reader_warnings
 from kompressor_worker.job import Job
 from kompressor_worker.journal import JOURNAL, open_journal
 from kompressor_worker.layout import ModelLayout
@@ -69,6 +70,7 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
 
     layout = read_layout(source)
     passes, schemes = assign(job.spec, layout)
+    layout = replace(layout, warnings=(*layout.warnings, *reader_warnings(schemes)))
     plan = plan_output(layout, schemes)
     fingerprint = make_fingerprint(job.spec, layout)
     if (report := already_published(output, fingerprint)) is not None:
