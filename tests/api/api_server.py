@@ -14,7 +14,7 @@ from local_cluster import Cluster
 
 Job = dict[str, Any]
 
-RAW = {"_preload_content": False}
+RAW: dict[str, Any] = {"_preload_content": False}
 """The client drops the body of a 201 that answers a patch; so the body is read here."""
 
 
@@ -61,8 +61,8 @@ class Server:
         return _answer(lambda: call(*_place(job), _name(job), change, **options))
 
     def get(self, job: Job) -> Job:
-        found: Job = self.api.get_namespaced_custom_object(*_place(job), _name(job))
-        return found
+        found: Any = self.api.get_namespaced_custom_object(*_place(job), _name(job))
+        return dict(found)
 
     def delete(self, job: Job) -> None:
         self.api.delete_namespaced_custom_object(*_place(job), _name(job))

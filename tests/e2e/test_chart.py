@@ -16,6 +16,7 @@ import yaml
 from binaries import BinaryError
 from cluster_access import Cluster, CommandError
 from local_cluster import LocalCluster, provide
+from processes import free_ports
 
 pytestmark = pytest.mark.cluster
 
@@ -124,6 +125,7 @@ def test_settings_reach_the_operator(render: Callable[..., list[Manifest]]) -> N
         worker__resources={"limits": {"memory": "8Gi"}},
         worker__imagePullSecrets=["a", "b"],
         worker__scratchSize="20Gi",
+        healthPort=8090,
         worker__image={"repository": "mine/worker", "digest": f"sha256:{'0' * 64}", "pullPolicy": "Always"},
         watch__namespaces=["team-a", "team-b"],
         extraEnv=[{"name": "KOMPRESSOR_CONCURRENCY", "value": "4"}],
@@ -140,6 +142,7 @@ def test_settings_reach_the_operator(render: Callable[..., list[Manifest]]) -> N
     assert settings.worker_env == {"HTTPS_PROXY": "http://proxy"}
     assert settings.worker_resources == {"limits": {"memory": "8Gi"}}
     assert (settings.worker_scratch_size, settings.worker_grace_seconds) == ("20Gi", 60)
+    assert settings.health_port == container["ports"][0]["containerPort"] == 8090
     assert (settings.namespaces, settings.concurrency) == (("team-a", "team-b"), 4)
     known = {f"KOMPRESSOR_{name.upper()}" for name in Settings.__dataclass_fields__}
     assert set(environ) <= known | {"LOGNAME"}, "a name that the operator does not read"
@@ -243,7 +246,8 @@ def install(cluster: Cluster, *flags: str, chart: Path = CHART) -> str:
 def test_installed_operator_serves_with_the_rights_of_the_chart(cluster: Cluster, namespaces: None, mode: str) -> None:
     """Ready by its own probes; `helm test` passes; a job gets all its children, so no right is missing."""
     flags = sets(watch__namespaces=["team-a"]) if mode == "namespaced" else ()
-    notes = install(cluster, *flags)
+    (port,) = free_ports(1)  # the nodes' pods share this machine's ports
+    notes = install(cluster, *flags, f"--set=healthPort={port}")
     assert ("serves the namespaces team-a" if flags else "serves all namespaces") in notes
     cluster.helm("test", "one", "-n", "system", "--timeout", "90s")
     cluster.apply(JOB)
@@ -282,7 +286,7 @@ def test_uninstall_keeps_the_crd_and_the_jobs_unless_told(cluster: Cluster, name
     install(cluster, "--set=replicas=0")
     cluster.apply(JOB)
     cluster.helm("uninstall", "one", "-n", "system", "--wait")
-    assert cluster.get("kcj", "first", "-n", "team-a")["spec"]["passes"] == JOB["spec"]["passes"]
+    assert cluster.get("kcj", "first", "-n", "team-a")["spec"]["passes"][0]["rtn"]["scheme"] == "W4A16"
     install(cluster, "--set=replicas=0", "--set=crds.keep=false")  # takes the kept CRD over again
     cluster.helm("uninstall", "one", "-n", "system", "--wait")
     wait_until(lambda: not cluster.kubectl("get", "crd", CRD, "--ignore-not-found"), "the CRD to go")

@@ -30,6 +30,8 @@
 - name: KOMPRESSOR_NAMESPACES
   value: {{ join "," . | quote }}
 {{- end }}
+- name: KOMPRESSOR_HEALTH_PORT
+  value: {{ .Values.healthPort | int | quote }}
 - name: KOMPRESSOR_LOG_LEVEL
   value: {{ .Values.logLevel | quote }}
 {{- with .Values.extraEnv }}
