@@ -114,11 +114,11 @@ def dequantize(codes: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
 def round_to_fp4(values: Tensor) -> Tensor:
     """fp32 to the nearest E2M1 value, ties to the even code, clamped to 6. A negative value that rounds to zero becomes
     -0."""
-    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=values.device)
     magnitude = values.abs()
     # ties: down at 0.25, 1.25, 2.5 and 5, up at 0.75, 1.75 and 3.5
     index = torch.bucketize(magnitude, bounds) + (magnitude == 0.75).long() + (magnitude == 1.75).long() + (magnitude == 3.5).long()
-    return torch.tensor(FP4_VALUES)[index] * torch.sign(values)
+    return torch.tensor(FP4_VALUES, device=values.device)[index] * torch.sign(values)
 
 
 def mx_exponent(amax: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def pack_int32(codes: Tensor, bits: int, dim: Literal[0, 1] = 1) -> Tensor:
     per_word = _per_word(bits)
     # the offset first: what fills the last word up is zero bits, not zero codes
     stored = torch.nn.functional.pad(codes.to(torch.int32) + (1 << (bits - 1)), (0, -codes.shape[1] % per_word))
-    words = stored.reshape(codes.shape[0], stored.shape[1] // per_word, per_word) << (torch.arange(per_word, dtype=torch.int32) * bits)
+    words = stored.reshape(codes.shape[0], stored.shape[1] // per_word, per_word) << _shifts(bits, codes)
     return words.sum(dim=-1, dtype=torch.int32)
 
 
@@ -30,7 +30,7 @@ def unpack_int32(words: Tensor, bits: int, count: int, dim: Literal[0, 1] = 1) -
     if dim == 0:
         return unpack_int32(words.t(), bits, count).t().contiguous()
     per_word = _per_word(bits)
-    stored = (words[..., None] >> (torch.arange(per_word, dtype=torch.int32) * bits)) & ((1 << bits) - 1)
+    stored = (words[..., None] >> _shifts(bits, words)) & ((1 << bits) - 1)
     codes = stored.reshape(words.shape[0], words.shape[1] * per_word) - (1 << (bits - 1))
     return codes[:, :count].to(torch.int8)
 
@@ -38,15 +38,19 @@ def unpack_int32(words: Tensor, bits: int, count: int, dim: Literal[0, 1] = 1) -
 def pack_fp4(values: Tensor) -> Tensor:
     """fp32 E2M1 values [r, c], c even, as uint8 [r, c / 2]: first element in the low nibble, bit 3 of a nibble is the
     sign."""
-    magnitude = torch.bucketize(values.abs(), torch.tensor(FP4_VALUES)).to(torch.uint8)
+    magnitude = torch.bucketize(values.abs(), torch.tensor(FP4_VALUES, device=values.device)).to(torch.uint8)
     nibbles = magnitude | (torch.signbit(values).to(torch.uint8) << 3)
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
 
 def unpack_fp4(packed: Tensor) -> Tensor:
     """The inverse: uint8 [..., c] to fp32 [..., 2 c]."""
-    table = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)])
+    table = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)], device=packed.device)
     return table[torch.stack((packed & 15, packed >> 4), dim=-1).long()].flatten(-2)
+
+
+def _shifts(bits: int, like: Tensor) -> Tensor:
+    return torch.arange(0, 32, bits, dtype=torch.int32, device=like.device)
 
 
 def _per_word(bits: int) -> int:
