@@ -53,9 +53,7 @@ class Compressed:
                 self.tensors |= encoded.tensors
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
         self.config = json.loads((folder / "config.json").read_text())
-        self.config["quantization_config"] = quantization_config(
-            list(self.layout.linears()), self.schemes, other_modules(self.layout)
-        )
+        self.config["quantization_config"] = quantization_config(list(self.layout.linears()), self.schemes, other_modules(self.layout))
         (folder / "config.json").write_text(json.dumps(self.config))
         save_file(self.tensors, folder / "model.safetensors", {"format": "pt"})
 
@@ -103,7 +101,9 @@ def test_mixture_in_transformers(family: str, scheme: str, tmp_path: Path) -> No
     model = load(made.folder, dequantize=False)
     assert logits(model).isfinite().all()
     state = model.state_dict()
-    block, first, second, third = ("mlp", "gate_proj", "up_proj", "down_proj") if family == "qwen3_moe" else ("block_sparse_moe", "w1", "w3", "w2")
+    block, first, second, third = (
+        ("mlp", "gate_proj", "up_proj", "down_proj") if family == "qwen3_moe" else ("block_sparse_moe", "w1", "w3", "w2")
+    )
     sparse = [layer for layer in range(2) if f"model.layers.{layer}.mlp.experts.down_proj" in state]
     assert sparse
     for layer in sparse:
@@ -229,7 +229,9 @@ def test_readers_agree_on_mixed_targets(layers: int) -> None:
 
 def test_routed_experts_come_before_shared_ones() -> None:
     """transformers takes the first group with a pattern that says experts for the routed ones."""
-    names = [f"model.layers.{i}.mlp.{place}.{p}" for i in range(3) for place in ("shared_experts", "experts.0", "experts.1") for p in BLOCKS[4:]]
+    names = [
+        f"model.layers.{i}.mlp.{place}.{p}" for i in range(3) for place in ("shared_experts", "experts.0", "experts.1") for p in BLOCKS[4:]
+    ]
     linears = [LinearLayout(name, (256, 256), "BF16") for name in names]
     schemes = {name: SCHEMES["W4A16" if ".experts." in name else "W8A8"] for name in names}
     config = quantization_config(linears, schemes)
@@ -240,7 +242,13 @@ def test_routed_experts_come_before_shared_ones() -> None:
 def test_tied_head_and_stacked_experts_are_ignored() -> None:
     linears = llama(2, tied=True)
     schemes = {x.name: SCHEMES["W8A8"] for x in linears if x.kind == "linear"}
-    others = ["vision_tower.blocks.0.attn", "vision_tower.patch", "model.layers.0.mlp.experts", "model.layers.1.mlp.experts", "model.layers.0"]
+    others = [
+        "vision_tower.blocks.0.attn",
+        "vision_tower.patch",
+        "model.layers.0.mlp.experts",
+        "model.layers.1.mlp.experts",
+        "model.layers.0",
+    ]
     config = quantization_config(linears, schemes, others)
     assert config["ignore"] == ["lm_head", r"re:(.*\.)?vision_tower(\..*)?$", r"re:(.*\.)?layers\.\d+\.mlp\.experts(\..*)?$"]
     for name in ("vision_tower.blocks.3.attn.q_proj", "model.vision_tower.x", "model.layers.0.mlp.experts.0.gate_proj", "lm_head"):
