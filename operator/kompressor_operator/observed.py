@@ -165,6 +165,8 @@ class ChildPod:
     disrupted: str = ""
     """Reason of a DisruptionTarget condition: eviction, preemption, taint."""
     reason: str = ""
+    silent: bool = False
+    """Its node does not answer: the node controller has taken Ready away, but not the kubelet's own ContainersReady."""
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> ChildPod:
@@ -175,6 +177,7 @@ class ChildPod:
         containers = status.get("containerStatuses") or ()
         state = next((c.get("state") or {} for c in containers if c["name"] == names.WORKER_CONTAINER), {})
         waiting, ended = state.get("waiting") or {}, state.get("terminated")
+        ready, inside = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
         stuck = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
         return cls(
             namespace=meta["namespace"],
@@ -193,6 +196,7 @@ class ChildPod:
             unschedulable=scheduled.get("message", "") if stuck else "",
             disrupted=disruption.get("reason", "") if disruption.get("status") == "True" else "",
             reason=status.get("reason", ""),
+            silent=ready.get("status") == "False" and inside.get("status") == "True",
         )
 
     @property

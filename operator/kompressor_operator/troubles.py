@@ -29,17 +29,17 @@ class Trouble:
 
 
 def lost(pod: ChildPod, now: datetime) -> Trouble | None:
-    """A pod that should be gone and is not: its node does not answer. Kompressor never force-deletes it, since its process may
+    """A pod whose node does not answer, or that should be gone and is not. Kompressor never force-deletes it, since its process may
     still be writing; whoever knows that the node is dead must say so."""
     if pod.ended or not pod.node:
         return None
     overdue = pod.deletion_due is not None and now > pod.deletion_due + LOST_AFTER
-    if not overdue and pod.reason != "NodeLost":
+    if not (overdue or pod.silent or pod.reason == "NodeLost"):
         return None
     return Trouble(
         Reason.NODE_LOST,
-        f"pod {pod.name} does not end, node {pod.node} does not answer: bring the node back, or if it is dead for good delete the "
-        f"Node or taint it with node.kubernetes.io/out-of-service=nodeshutdown:NoExecute; the job then goes on elsewhere",
+        f"pod {pod.name}: its node {pod.node} does not answer; bring the node back, or if it is dead for good delete the Node or taint "
+        "it with node.kubernetes.io/out-of-service=nodeshutdown:NoExecute, and the job goes on elsewhere",
     )
 
 

@@ -87,6 +87,13 @@ class Api:
             raise ApiRefusal(answer.status, told)
         return told
 
+    def watch(self, path: str) -> Iterator[Manifest]:
+        """Events as they come, until the server ends it."""
+        connection = http.client.HTTPSConnection(self._server.netloc, context=self._context)
+        connection.request("GET", path)
+        for line in connection.getresponse():
+            yield json.loads(line)
+
 
 @dataclass
 class Operator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -85,6 +86,28 @@ def test_the_api_server_goes_away_and_comes_back(stage: Stage, operator: Operato
     stage.play(SUCCEED, name="after")
     stage.until("Completed", "after", 60)
     assert operator.process.poll() is None and operator.probe("/readyz") == 200
+
+
+def test_a_node_that_is_lost_is_named_and_nothing_is_forced(stage: Stage, operator: Operator) -> None:
+    """The node's agent is frozen. It is the only node, so Kubernetes takes the fault for its own and evicts nothing; the truth is told."""
+    uid = stage.play(GO_ON)
+    pod = stage.acting(uid)
+    agent = stage.cluster.processes["node-1"].pid
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        stage.until("NodeLost", seconds=90)
+        assert "node-1" in stage.message() and "out-of-service" in stage.message()
+        assert [p["metadata"]["uid"] for p in stage.pods(uid)] == [pod["metadata"]["uid"]], "no second worker beside it"
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    stage.until("Compressing", seconds=60)
+    assert stage.status()["retries"] == 0, "a lost node is nobody's failure"
+
+
+def test_all_namespaces_is_the_default(stage: Stage) -> None:
+    with stage.operator(namespaces=""):
+        stage.play(SUCCEED)
+        stage.until("Completed")
 
 
 def test_a_name_that_is_taken_is_said_and_cured_by_itself(stage: Stage) -> None:

@@ -9,6 +9,7 @@ import pytest
 from kcj_builders import NOW, ago, child, condition, failed, judge, kcj, pod
 
 from kompressor_operator.decide import Involved
+from kompressor_operator.observed import ChildPod
 
 WAITING: list[tuple[dict[str, Any], str, str]] = [
     ({"waiting_reason": "ErrImagePull", "waiting_message": "pull access denied"}, "ImagePullFailed", "spec.worker.image"),
@@ -72,6 +73,22 @@ def test_a_lost_node_is_named_with_its_remedy_and_only_after_the_grace_period() 
     assert stopping.again_after == 20
     gone = judge(kcj(), child(), pod(deletion_due=ago(16)))
     assert gone.verdict and gone.verdict.reason == "NodeLost" and "out-of-service" in gone.verdict.message
+
+
+def test_a_node_that_falls_silent_is_named_before_anything_is_evicted() -> None:
+    """The node controller takes Ready from its pods; what the kubelet last said of the containers stays."""
+    body = {
+        "metadata": {"namespace": "team", "name": "llama-1-a", "uid": "p", "labels": {}},
+        "spec": {"nodeName": "node-1"},
+        "status": {
+            "phase": "Running",
+            "conditions": [{"type": "Ready", "status": "False"}, {"type": "ContainersReady", "status": "True"}],
+        },
+    }
+    assert ChildPod.parse(body).silent
+    decision = judge(kcj(), child(), pod(silent=True))
+    assert decision.verdict and decision.verdict.reason == "NodeLost" and "node-1" in decision.verdict.message
+    assert judge(kcj(), child(), pod(silent=True, exit=75)).verdict != decision.verdict
 
 
 def test_a_job_without_a_pod_is_looked_into_after_a_moment() -> None:
