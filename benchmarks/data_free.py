@@ -25,10 +25,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-import checkpoint  # noqa: E402
-from jobs import Bucket, manifest  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+
+import checkpoint  # noqa: E402
+from jobs import Bucket, manifest  # noqa: E402
 from s3 import S3Server  # noqa: E402
 from setup import cache_directory, other_python  # noqa: E402
 
@@ -47,8 +48,9 @@ def child(job_file: str) -> None:
     """One job in this process: seconds, and memory above that of the idle worker after its imports."""
     import threading
 
-    import kompressor_worker.stream
     import torch
+
+    import kompressor_worker.stream
     from kompressor_worker import kernels
     from kompressor_worker.job import load_job
     from kompressor_worker.progress import Progress
@@ -192,7 +194,8 @@ def throughput(bench: Bench, schemes: list[str], rounds: int, python: Path | Non
 
 def show(figures: dict[str, Any], size: int, block: int, depths: dict[int, int]) -> None:
     table = Table(title=f"{size / 1e9:.2f} GB of source, {os.cpu_count()} cores; seconds (medians), and speed as a ratio")
-    for column in ("scheme", "ours", "MB/s", "cp", "of cp", "llm-compressor", "times it", "S3 to S3", "boto3 down+up", "of boto3", "peak MB", "limit MB"):
+    columns = "scheme,ours,MB/s,cp,of cp,llm-compressor,times it,S3 to S3,boto3 down+up,of boto3,peak MB,limit MB"
+    for column in columns.split(","):
         table.add_column(column, justify="right")
     limit = 3 * block + 300e6
     for scheme, f in figures.items():

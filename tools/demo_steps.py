@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from cluster_access import Cluster
 from local_cluster import LocalCluster
 from s3 import S3Server

@@ -79,7 +79,7 @@ def other_python(name: str) -> Path:
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an older Python is told by
         sys.exit(f"Python {sys.version.split()[0]} is too old; Kompressor needs 3.11 or newer (make PYTHON=python3.12 ...)")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--with-binaries", action="store_true", help="find or build the control plane too, beside the packages")

@@ -80,7 +80,9 @@ def installed(cluster: Cluster, s3: S3Server) -> Iterator[Installed]:
 
 
 @pytest.fixture(scope="module")
-def published(installed: Installed, trained_llama: Path, trained_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def published(
+    installed: Installed, trained_llama: Path, trained_moe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """All schemes of both models, applied at once; each is waited for and downloaded when a test asks."""
     for kind, folder in (("llama", trained_llama), ("qwen3_moe", trained_moe)):
         installed.bucket.upload(folder, kind)

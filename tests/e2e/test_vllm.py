@@ -7,9 +7,10 @@ import os
 import subprocess
 from pathlib import Path
 
-import jobs
 import pytest
 import torch
+
+import jobs
 from kompressor_worker.cli import run_cli
 from setup import other_python
 
@@ -29,8 +30,9 @@ ROWS, LENGTH = 32, 128
 def test_vllm_agrees_with_transformers(scheme: str, trained_llama: Path, tmp_path: Path) -> None:
     if not RUNS_ON[scheme]():
         pytest.skip(f"vLLM has no {scheme} kernel for this CPU")
-    from models import held_out_tokens, perplexity
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    from models import held_out_tokens, perplexity
 
     out = tmp_path / "out"
     job = jobs.write(tmp_path / "j.json", jobs.manifest(trained_llama.as_uri(), out.as_uri(), [{"rtn": {"scheme": scheme}}]))

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jobs
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import jobs
 from jobs import Bucket
 from kompressor_worker.cli import run_cli
-from safetensors.torch import load_file, save_file
 
 Said = tuple[int, str]
 Run = Callable[..., Said]

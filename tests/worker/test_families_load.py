@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import families
-import jobs
 import pytest
 import torch
+
+import jobs
 from kompressor_worker.cli import run_cli
 
 LOADABLE = [

@@ -9,14 +9,15 @@ import signal
 import time
 from pathlib import Path
 
-import jobs
 import pytest
+
+import jobs
 from jobs import Bucket
 
 FINISHED = re.compile(r"finished unit (\d+)")
 
 
-def kill_after(process: "jobs.subprocess.Popen[str]", units: int, delay: float, how: signal.Signals) -> tuple[list[int], str]:
+def kill_after(process: jobs.subprocess.Popen[str], units: int, delay: float, how: signal.Signals) -> tuple[list[int], str]:
     """Lets a worker finish some units, waits a little more, then ends it; which units it had finished, and all it said."""
     assert process.stderr is not None
     said, finished = "", []
@@ -84,7 +85,7 @@ def test_sigterm_commits_and_exits_75(bucket: Bucket, deep_model: Path, tmp_path
         assert f"going on at unit {finished[-1] + 1} " in said, "what was finished before SIGTERM was not committed"
 
 
-def stop_at_start(process: "jobs.subprocess.Popen[str]") -> tuple[list[int], str]:
+def stop_at_start(process: jobs.subprocess.Popen[str]) -> tuple[list[int], str]:
     assert process.stderr is not None
     said = process.stderr.readline()  # the first progress line: the journal is claimed
     process.send_signal(signal.SIGTERM)

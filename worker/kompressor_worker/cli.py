@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from kompressor_api.names import ENV_MEMORY_PLAN, ExitCode, Reason
-
 from kompressor_worker.errors import KompressorError, OutOfMemory
 from kompressor_worker.job import Job, load_job
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kompressor_api.names import API_VERSION, ENV_POD_UID, KIND
-from kompressor_api.v1alpha1 import CompressionJobSpec
 from pydantic import BaseModel, ValidationError
 
+from kompressor_api.names import API_VERSION, ENV_POD_UID, KIND
+from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.errors import UserError
 
 
@@ -32,7 +32,8 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """Which job made a result, and what it was asked to do; goes into kompressor.json."""
         spec = self.spec.model_dump(by_alias=True, exclude_none=True, include={"passes"})
-        return {"name": self.name, "namespace": self.namespace, "uid": self.uid, "passes": spec["passes"], "format": self.spec.output.format}
+        who = {"name": self.name, "namespace": self.namespace, "uid": self.uid}
+        return {**who, "passes": spec["passes"], "format": self.spec.output.format}
 
 
 def load_job(path: Path, environ: Mapping[str, str]) -> Job:

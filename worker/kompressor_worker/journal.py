@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kompressor_api.names import Reason
-
 from kompressor_worker.errors import UserError
 from kompressor_worker.shards import OutputPlan, Position
 from kompressor_worker.storage import WORK, Output, Part

@@ -1,12 +1,11 @@
 """Bytes in and bytes out beside the compute: the next stages download while one is compressed and the last ones upload.
 
-Memory is bounded by bytes, not by blocks: the prefetcher keeps at most `lookahead` source bytes ahead of the consumer (but always one load),
-the uploader at most `pending` encoded bytes behind it.
+Memory is bounded by bytes, not by blocks: the prefetcher keeps at most `lookahead` source bytes ahead of the consumer (but
+always one load), the uploader at most `pending` encoded bytes behind it.
 """
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from kompressor_worker.layout import StoredTensor
+from kompressor_worker.memory import Buffers
 from kompressor_worker.storage import Output, Part, Source
 
 READ_BYTES = 8 << 20
@@ -64,16 +64,6 @@ class Loaded:
         return self
 
 
-def allocate(size: int) -> memoryview:
-    """Anonymous memory in huge pages where the kernel gives them: 512 times fewer page faults. Freed with its last view."""
-    if size == 0:
-        return memoryview(bytearray())
-    buffer = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE") and size >= 2 << 20:
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(buffer)
-
-
 class Prefetcher:
     """Reads `loads` in order, ahead of the consumer. Iterate it inside `with`."""
 
@@ -82,6 +72,7 @@ class Prefetcher:
         self._loads = iter(loads)
         self._limits = limits
         self._pool = ThreadPoolExecutor(limits.threads, "prefetch")
+        self._buffers = Buffers()
         self._ahead: deque[Loaded] = deque()
         self._next: Load | None = next(self._loads, None)
         self._bytes = 0
@@ -121,7 +112,7 @@ class Prefetcher:
                 runs.append([r])
         for run in runs:
             file, base = run[0][0].file, run[0][0].start + run[0][1]
-            buffer = allocate(_end(run[-1]) - base)
+            buffer = self._buffers.take(_end(run[-1]) - base)
             for tensor, start, stop in run:
                 offset = tensor.start + start - base
                 loaded.views[tensor.name] = buffer[offset : offset + stop - start]

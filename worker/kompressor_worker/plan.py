@@ -13,8 +13,8 @@ from kompressor_worker.job import Job
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.publish import already_published
-from kompressor_worker.run import assign, make_fingerprint
 from kompressor_worker.reading import read_layout
+from kompressor_worker.run import assign, make_fingerprint
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import OutputPlan, plan_output
 from kompressor_worker.storage.locations import open_output, open_source

@@ -56,11 +56,12 @@ class Progress:
         self._clock = clock
         self._layout: ModelLayout | None = None
         self._began = 0.0
-        self._skipped = 0
+        self._total = self._skipped = 0
 
     def start(self, layout: ModelLayout, first_unit: int) -> None:
         self._layout = layout
         self._began = self._clock()
+        self._total = layout.source_bytes  # a sum over all tensors: once, not at every stage
         self._skipped = sum(u.source_bytes for u in layout.units[:first_unit])
         if first_unit < len(layout.units):
             self.done(first_unit, self._skipped)
@@ -75,14 +76,14 @@ class Progress:
                 unit,
                 len(self._layout.units),
                 done,
-                self._layout.source_bytes,
+                self._total,
                 (done - self._skipped) / elapsed,
             )
         )
 
     def publishing(self) -> None:
         assert self._layout is not None
-        total, units = self._layout.source_bytes, len(self._layout.units)
+        total, units = self._total, len(self._layout.units)
         elapsed = max(1e-6, self._clock() - self._began)
         self._tell(Snapshot("publishing", units, units, total, total, (total - self._skipped) / elapsed, "Publishing"))
 

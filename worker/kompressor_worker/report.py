@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from kompressor_api.names import ENV_TERMINATION_LOG, GROUP, PLURAL, TERMINATION_LOG, VERSION, WORKER_FIELD_MANAGER
-
 from kompressor_worker.progress import Snapshot
 
 log = logging.getLogger(__name__)

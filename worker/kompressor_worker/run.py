@@ -13,7 +13,6 @@ from importlib.metadata import version
 from typing import Any
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
-
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.formats.readers import reader_warnings
 from kompressor_worker.job import Job

@@ -21,6 +21,7 @@ from kompressor_worker.block import Encoded, Stage
 from kompressor_worker.errors import BadNumerics, Terminated
 from kompressor_worker.journal import Journal, Upload
 from kompressor_worker.layout import LinearLayout, ModelLayout, StageLayout, StoredTensor
+from kompressor_worker.memory import keep_freed_memory
 from kompressor_worker.passes import Pass
 from kompressor_worker.pipeline import Limits, Load, Loaded, Prefetcher, Uploader, results
 from kompressor_worker.schemes import Scheme
@@ -47,6 +48,7 @@ class Work:
 
 def stream(work: Work, source: Source, output: Output, journal: Journal, report: Report, stop: threading.Event) -> None:
     """Runs every unit that the journal does not count yet. Raises Terminated once `stop` is set and what was finished is committed."""
+    keep_freed_memory()
     first = journal.state.unit
     units = work.layout.units[first:]
     done = sum(u.source_bytes for u in work.layout.units[:first])

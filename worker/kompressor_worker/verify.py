@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from kompressor_api.names import Reason
-from kompressor_api.v1alpha1 import SourceLocation
 from pydantic import ValidationError
 
+from kompressor_api.names import Reason
+from kompressor_api.v1alpha1 import SourceLocation
 from kompressor_worker import kernels
 from kompressor_worker.checkpoint import Checkpoint, read_checkpoint
 from kompressor_worker.errors import BadNumerics, CorruptSource, UserError

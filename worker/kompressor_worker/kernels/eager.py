@@ -31,17 +31,36 @@ class Quantized:
     """NaN and Inf in the weight. Unless it is 0, nothing else here means anything."""
 
 
+CHUNK = 1 << 20
+"""Elements worked on at once: fp32 and fp64 copies of them stay in the cache, and memory does not grow with the weight."""
+
+
 def quantize(weight: Tensor, scheme: Scheme, global_scale: Tensor | None = None) -> Quantized:
     """Round to nearest: the grid of each tile's own range, codes packed as `scheme.format` stores them.
 
     NVFP4 needs the fp32 [1] `global_scale` of all tensors that share it (`grid.global_scale`).
     """
+    rows, columns = weight.shape
+    whole = max(1, CHUNK // max(1, columns * 128)) * 128  # 128: whole blocks, and whole words of zero points
+    parts = [_quantize_rows(weight[start : start + whole], scheme, global_scale) for start in range(0, rows, whole)]
+    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+    return Quantized(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(zero_points) if zero_points else None,
+        sum(part.squared_error for part in parts),
+        sum(part.squared_norm for part in parts),
+        sum(part.nonfinite for part in parts),
+    )
+
+
+def _quantize_rows(weight: Tensor, scheme: Scheme, global_scale: Tensor | None) -> Quantized:
     bad = nonfinite(weight)
-    source = weight.float()
     if bad:
-        source, weight = torch.zeros_like(source), torch.zeros_like(weight)
+        weight = torch.zeros_like(weight)
     found = grid.grid_of(weight, scheme, global_scale)
     codes = grid.quantize(weight, found, scheme)
+    source = weight.float()
     error = (grid.dequantize(codes, found, scheme) - source).double().square().sum()
     packed, scale, zero_point = stored(codes, found, scheme, weight.dtype)
     return Quantized(packed, scale, zero_point, float(error), float(source.double().square().sum()), bad)
@@ -62,9 +81,13 @@ def stored(codes: Tensor, found: grid.Grid, scheme: Scheme, dtype: torch.dtype) 
 
 
 def amax(weight: Tensor) -> tuple[float, int]:
-    finite = weight.isfinite()
-    magnitudes = torch.where(finite, weight.float().abs(), 0.0)
-    return float(magnitudes.max()) if weight.numel() else 0.0, weight.numel() - int(finite.sum())
+    """Largest finite magnitude, and the number of NaN and Inf."""
+    most, bad = 0.0, 0
+    for part in weight.reshape(-1).split(CHUNK):
+        if part.numel():
+            magnitudes = torch.where(part.isfinite(), part.float().abs(), 0.0)
+            most, bad = max(most, float(magnitudes.max())), bad + nonfinite(part)
+    return most, bad
 
 
 def nonfinite(tensor: Tensor) -> int:
@@ -73,10 +96,18 @@ def nonfinite(tensor: Tensor) -> int:
 
 def decode_fp8_block(weight: Tensor, scale_inv: Tensor, block: Sequence[int], dtype: torch.dtype) -> Tensor:
     rows, columns = block
-    expanded = scale_inv.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-    return (weight.float() * expanded[: weight.shape[0], : weight.shape[1]]).to(dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for i in range(scale_inv.shape[0]):
+        part = slice(i * rows, (i + 1) * rows)
+        scale = scale_inv[i].float().repeat_interleave(columns)[: weight.shape[1]]
+        out[part] = (weight[part].float() * scale).to(dtype)
+    return out
 
 
 def decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    values = packing.unpack_fp4(blocks) * grid.mx_scale(scales)[..., None]
-    return values.flatten(-2).transpose(1, 2).to(dtype).contiguous()
+    experts, rows, groups, _ = blocks.shape
+    out = torch.empty((experts, groups * 32, rows), dtype=dtype, device=blocks.device)
+    for expert in range(experts):
+        values = packing.unpack_fp4(blocks[expert]) * grid.mx_scale(scales[expert])[..., None]
+        out[expert] = values.flatten(-2).t().to(dtype)
+    return out

@@ -144,11 +144,13 @@ def _encode(stage: Stage, linear: LinearLayout, scheme: Scheme, global_scale: to
 def _scales_usable(scale: torch.Tensor) -> bool:
     import torch
 
+    from kompressor_worker import kernels
+
     if scale.dtype == torch.uint8:
         return not bool((scale == 255).any())
     if scale.dtype == torch.float8_e4m3fn:
         return True
-    return bool(scale.isfinite().all())
+    return kernels.nonfinite(scale) == 0
 
 
 def _global_scales(stage: Stage, linears: list[LinearLayout]) -> dict[str, torch.Tensor]:

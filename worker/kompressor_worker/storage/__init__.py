@@ -89,7 +89,8 @@ class Output(Protocol):
         """Uploads one part, given in chunks; returns once it is stored."""
 
     def complete(self, name: str, upload: str, parts: Sequence[Part]) -> None:
-        """Makes the object whole. Done already (a resumed publish): returns. On S3 and pvc:// the bytes are durable after this; file:// promises what `cp` does."""
+        """Makes the object whole. Done already (a resumed publish): returns. On S3 and pvc:// the bytes are durable after this;
+        file:// promises what `cp` does."""
 
     def abort(self, name: str, upload: str) -> None:
         """Gives an upload up; absent ones are fine."""

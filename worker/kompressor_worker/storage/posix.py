@@ -43,8 +43,8 @@ def translate(error: OSError, what: str, missing: Reason = Reason.SOURCE_NOT_FOU
 
 @dataclass(frozen=True)
 class Disk:
-    """How writes reach the disk. `durable`: what has returned outlives the node (a volume, pvc://). Otherwise it is in the page cache, as after
-    `cp` (file://, on one machine): a killed process loses nothing either way."""
+    """How writes reach the disk. `durable`: what has returned outlives the node (a volume, pvc://). Otherwise it is in the page
+    cache, as after `cp` (file://, on one machine): a killed process loses nothing either way."""
 
     durable: bool
 
@@ -57,7 +57,7 @@ class Disk:
             _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
 
     def start_write_back(self, fd: int, offset: int, size: int) -> None:
-        """Lets the disk begin now with these bytes, so that the sync at the end has little left to wait for. A hint: failures do not matter."""
+        """Lets the disk begin now with these bytes, so that the sync at the end has little left to wait for. A hint: it may fail."""
         if self.durable:
             _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(size), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
