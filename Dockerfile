@@ -23,8 +23,7 @@ RUN mkdir /src/worker && touch /src/README.md \
  && /opt/kompressor/bin/pip uninstall --quiet --yes setuptools pip
 
 FROM ${BASE} AS operator
-LABEL org.opencontainers.image.title="kompressor operator" \
-      org.opencontainers.image.licenses="Apache-2.0"
+LABEL org.opencontainers.image.title="kompressor operator"
 COPY --from=operator-build /opt/kompressor /opt/kompressor
 RUN echo "kompressor:x:65532:65532:kompressor:/nonexistent:/usr/sbin/nologin" >> /etc/passwd
 ENV PATH=/opt/kompressor/bin:/usr/local/bin:/usr/bin:/bin \
@@ -38,8 +37,7 @@ FROM ${CUDA_BASE} AS worker
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_CERT
-LABEL org.opencontainers.image.title="kompressor worker" \
-      org.opencontainers.image.licenses="Apache-2.0"
+LABEL org.opencontainers.image.title="kompressor worker"
 # g++ and Python's headers compile kernels on the machine that runs them (C++, Triton, Inductor)
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
