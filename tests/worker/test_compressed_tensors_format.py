@@ -239,6 +239,12 @@ def test_routed_experts_come_before_shared_ones() -> None:
     assert all(library_target(name, config) == ("group_0" if ".experts." in name else "group_1") for name in names)
 
 
+def test_what_is_around_the_layers_is_no_pattern() -> None:
+    linears = llama(2)
+    schemes = {x.name: SCHEMES["W8A8"] for x in linears if x.kind == "linear"}
+    assert quantization_config(linears, schemes, ["", "model", "model.layers"])["ignore"] == ["lm_head"]
+
+
 def test_tied_head_and_stacked_experts_are_ignored() -> None:
     linears = llama(2, tied=True)
     schemes = {x.name: SCHEMES["W8A8"] for x in linears if x.kind == "linear"}

@@ -51,18 +51,18 @@ def subtree_patterns(modules: Iterable[str], names: Sequence[str], spared: Seque
     Outside the decoder's layers a whole branch (a vision tower) is one pattern, named after where it parts from them.
     """
     decoder = next((_prefix(name) for name in names if "#" in _family(name)), ())
-    patterns: dict[str, None] = {}
-    for module in modules:
-        parts = module.split(".")
-        if tuple(parts[: len(decoder)]) == decoder:
-            root = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts[max(len(decoder) - 1, 0) :])
-        else:
-            root = re.escape(next(part for i, part in enumerate(parts) if i >= len(decoder) or part != decoder[i]))
-        pattern = rf"re:(.*\.)?{root}(\..*)?$"
-        # a module that has quantised ones below it, such as a layer with a matrix of its own, is no Linear itself
-        if not any(matches(pattern, name) for name in spared):
-            patterns[pattern] = None
-    return list(patterns)
+    # a module that has quantised ones below it, such as a layer with a matrix of its own, is no Linear itself
+    found = dict.fromkeys(_subtree(module.split("."), decoder) for module in modules)
+    return [p for p in found if p is not None and not any(matches(p, name) for name in spared)]
+
+
+def _subtree(parts: Sequence[str], decoder: Sequence[str]) -> str | None:
+    shared = next((i for i, (part, other) in enumerate(zip(parts, decoder, strict=False)) if part != other), min(len(parts), len(decoder)))
+    if shared == len(parts) or not parts[shared]:
+        return None  # the decoder itself, or the model around it
+    inside = parts[shared - 1 :] if shared == len(decoder) and shared else [parts[shared]]
+    root = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in inside)
+    return rf"re:(.*\.)?{root}(\..*)?$"
 
 
 def _prefix(name: str) -> tuple[str, ...]:

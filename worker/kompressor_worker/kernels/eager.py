@@ -83,7 +83,7 @@ def stored(codes: Tensor, found: grid.Grid, scheme: Scheme, dtype: torch.dtype) 
 def amax(weight: Tensor) -> tuple[float, int]:
     """Largest finite magnitude, and the number of NaN and Inf."""
     most, bad = 0.0, 0
-    for part in torch.split(weight.reshape(-1), CHUNK):  # type: ignore[no-untyped-call]
+    for part in torch.split(weight.reshape(-1), CHUNK):
         if part.numel():
             magnitudes = torch.where(part.isfinite(), part.float().abs(), 0.0)
             most, bad = max(most, float(magnitudes.max())), bad + nonfinite(part)
