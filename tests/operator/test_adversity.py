@@ -100,6 +100,7 @@ def test_a_node_that_is_lost_is_named_and_nothing_is_forced(stage: Stage, operat
         assert [p["metadata"]["uid"] for p in stage.pods(uid)] == [pod["metadata"]["uid"]], "no second worker beside it"
     finally:
         os.kill(agent, signal.SIGCONT)
+        eventually(lambda: not stage.api.call("GET", "/api/v1/nodes/node-1")["spec"].get("taints"), 90)
     stage.until("Compressing", seconds=60)
     assert stage.status()["retries"] == 0, "a lost node is nobody's failure"
 
