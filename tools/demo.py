@@ -24,7 +24,9 @@ def main() -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"==> finding or building the control plane in the background ({log})", flush=True)
     with log.open("w") as output:
-        builder = subprocess.Popen([sys.executable, str(ROOT / "tools" / "binaries.py")], stdout=output, stderr=subprocess.STDOUT)
+        # Behind everything else, so that a newcomer sees a result soon.
+        command = ["nice", sys.executable, str(ROOT / "tools" / "binaries.py")]
+        builder = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
             make_environment(VENV, ROOT / "locks" / "dev.lock", project=True)
             if builder.poll() is None:

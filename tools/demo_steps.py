@@ -31,7 +31,7 @@ from transformers.utils import logging
 logging.set_verbosity_error(); logging.disable_progress_bar()
 for name in sys.argv[1:]:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    prompt = tokenizer("The", return_tensors="pt")
+    prompt = tokenizer("Yesterday Olga", return_tensors="pt")
     line = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)[0]
     print("   ", tokenizer.decode(line, skip_special_tokens=True).replace("\\n", " "))
 """
@@ -136,7 +136,7 @@ def example_endpoint() -> str:
 
 
 def run(command: list[str], environ: dict[str, str] | None = None) -> None:
-    subprocess.run(command, env={**os.environ, **(environ or {})}, check=True)
+    subprocess.run(command, env={**os.environ, "TQDM_DISABLE": "1", **(environ or {})}, check=True)
 
 
 def main() -> None:

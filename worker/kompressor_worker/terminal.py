@@ -71,7 +71,7 @@ def human(size: float) -> str:
 def table(title: str, rows: Mapping[str, Any]) -> Table:
     t = Table(title=title, show_header=False, title_justify="left", title_style="bold")
     t.add_column(style="dim")
-    t.add_column()
+    t.add_column(overflow="fold")  # a URI is never cut
     for key, value in rows.items():
         t.add_row(key, str(value))
     return t

@@ -1,0 +1,97 @@
+"""`kompressor plan` says what `run` will do; `kompressor verify` finds what is wrong with a result."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import jobs
+from kompressor_worker.cli import run_cli
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Path:
+    source = families.tiny_model("llama")
+    job = jobs.write(tmp_path / "job.json", jobs.manifest(source.as_uri(), (tmp_path / "out").as_uri(), [{"rtn": {"scheme": "NVFP4A16"}}]))
+    assert run_cli(["run", str(job)]) == 0
+    return tmp_path / "out"
+
+
+def test_plan_is_what_comes_and_needs_no_torch(tmp_path: Path) -> None:
+    source = families.tiny_model("qwen3_moe")
+    job = jobs.write(tmp_path / "job.json", jobs.manifest(source.as_uri(), (tmp_path / "out").as_uri(), [{"rtn": {"scheme": "W4A16"}}]))
+    code = (
+        "import sys; from kompressor_worker.cli import run_cli\n"
+        f"code = run_cli(['plan', {str(job)!r}, '--json'])\n"
+        "assert 'torch' not in sys.modules, 'plan imported torch'\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert run_cli(["run", str(job)]) == 0
+    report = json.loads((tmp_path / "out" / "kompressor.json").read_text())
+    assert plan["outputBytes"] == report["result"]["tensorBytes"]
+    assert plan["sourceBytes"] == report["source"]["tensorBytes"]
+    assert sum(plan["schemes"].values()) == report["result"]["quantizedLinears"]
+    assert not plan["alreadyCompressed"]
+    made = sum(t.nbytes for f in (tmp_path / "out").glob("*.safetensors") for t in load_file(f).values())
+    assert made == plan["outputBytes"]
+
+
+def test_a_good_result_is_whole(result: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["verify", str(result), "--json"]) == 0
+    checked = json.loads(capsys.readouterr().out)
+    assert checked["digests"] == checked["tensors"] > 0
+    assert checked["quantizedLinears"] == 14
+
+
+def flip_a_byte(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+Q = "model.layers.1.self_attn.q_proj"
+DAMAGE: dict[str, tuple[Callable[[Path], None], int, str]] = {
+    "a flipped bit": (flip_a_byte, 65, "is not what was written"),
+    "a truncated file": (cut_short, 65, "truncated"),
+    "a missing tensor": (lambda f: rewrite(f, lambda t: t.__delitem__(f"{Q}.weight_scale")), 65, f"{Q}.weight_scale"),
+    "a strange tensor": (lambda f: rewrite(f, lambda t: t.update(strange=torch.zeros(1))), 65, "strange"),
+    "another shape": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"].T.contiguous()})), 65, "weight_scale"),
+    "a scale of Inf": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.weight_global_scale": torch.tensor([torch.inf])})), 66, "NaN or Inf"),
+    "no config": (lambda f: (f / "config.json").unlink(), 64, "config.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found(damage: str, result: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    do, code, word = DAMAGE[damage]
+    do(result)
+    assert run_cli(["verify", str(result)]) == code
+    assert word in capfd.readouterr().err
+
+
+def test_verify_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["verify", str(tmp_path / "nowhere")]) == 64
+    assert "nowhere" in capfd.readouterr().err
