@@ -5,7 +5,9 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #ifdef __linux__
@@ -147,7 +149,11 @@ template <class Work> void parallel(int64_t count, int threads, Work work) {
         for (int64_t i = next++; i < count; i = next++) work(i);
     };
     std::vector<std::thread> helpers;
-    for (int64_t t = 1; t < std::min<int64_t>(threads, count); t++) helpers.emplace_back(loop);
+    try {
+        for (int64_t t = 1; t < std::min<int64_t>(threads, count); t++) helpers.emplace_back(loop);
+    } catch (const std::system_error&) {
+        // a container at its limit of threads: those that there are do the work
+    }
     loop();
     for (auto& helper : helpers) helper.join();
 }
