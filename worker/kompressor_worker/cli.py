@@ -100,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_command(args: argparse.Namespace) -> int:
+    stop = threading.Event()
+    for s in (signal.SIGTERM, signal.SIGINT):  # first of all: as a pod's first process we would not hear them otherwise
+        signal.signal(s, lambda *_: stop.set())
     from kompressor_worker.progress import Listener, Progress
     from kompressor_worker.report import Resource, write_termination_message
     from kompressor_worker.run import run
@@ -107,9 +110,6 @@ def run_command(args: argparse.Namespace) -> int:
 
     job = load_job(args.manifest, os.environ)
     refuse_file_uris(job, args.in_cluster)
-    stop = threading.Event()
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda *_: stop.set())
     with ExitStack() as stack:
         listeners: list[Listener] = [stack.enter_context(Bar()) if is_interactive() else Lines()]
         resource = Resource(job.namespace, job.name) if args.in_cluster else None

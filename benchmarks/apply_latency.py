@@ -1,4 +1,4 @@
-"""From apply to the first child Job, and API requests per job: `python tests/operator/measure_latency.py [jobs]`.
+"""From apply to the first child Job, and API requests per job: `python benchmarks/apply_latency.py [jobs]`.
 
 On a control plane and a node of its own, one job every 0.4 s, each with a worker that ends at once. The clock starts when the request is
 sent and stops when a watch of ours shows the Job. Exit code 1 above p50 0.3 s, p99 1 s or 12 requests a job.
@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from statistics import quantiles
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(Path(__file__).parent), str(ROOT / "crds"), str(ROOT / "operator")]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "operator"), str(ROOT / "crds"), str(ROOT / "operator")]
 
 from stage import SUCCEED, Api, Stage, eventually  # noqa: E402
 
