@@ -88,7 +88,9 @@ class Bench:
         self.out = work / "out"
 
     def fresh(self) -> Path:
+        """Nothing there, and nothing of an earlier run still on its way to the disk: the kernel would slow down whoever writes next."""
         shutil.rmtree(self.out, ignore_errors=True)
+        os.sync()
         return self.out
 
     def ours(self, scheme: str, source: Path | None = None) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class Bench:
 
     def ours_s3(self, scheme: str) -> dict[str, Any]:
         self._empty("out")
+        self.fresh()
         endpoint = self.bucket.server.endpoint
         passes = [{"rtn": {"scheme": scheme, **SCHEMES[scheme]}}]
         return self._run(manifest(self.bucket.uri("source"), self.bucket.uri("out"), passes, endpoint))

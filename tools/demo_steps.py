@@ -75,7 +75,7 @@ def cluster(keep: bool) -> None:
         demonstrate(machine, server, model, root)
     finally:
         if keep:
-            print(f"\nIt is still up:  eval \"$({sys.executable} tools/local_cluster.py env)\"; kubectl get kcj")
+            print(f'\nIt is still up:  eval "$({sys.executable} tools/local_cluster.py env)"; kubectl get kcj')
             print(f"End it with:     {sys.executable} tools/local_cluster.py down; rm -rf {root}")
         else:
             with step("taking everything down"):

@@ -64,9 +64,7 @@ def make_environment(venv: Path, lock: Path, project: bool) -> Path:
             subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(venv)], check=True)
         subprocess.run([uv, "pip", "sync", "--quiet", "--python", str(python), str(lock)], check=True)
         if project:
-            subprocess.run(
-                [uv, "pip", "install", "--quiet", "--python", str(python), "--no-deps", "--editable", str(ROOT)], check=True
-            )
+            subprocess.run([uv, "pip", "install", "--quiet", "--python", str(python), "--no-deps", "--editable", str(ROOT)], check=True)
     stamp.write_text(digest)
     return python
 

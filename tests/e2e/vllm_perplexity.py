@@ -1,6 +1,6 @@
 """Run by vLLM's own Python: perplexity of token rows under a checkpoint, as JSON on the last line.
 
-    python vllm_perplexity.py MODEL TOKENS.json
+python vllm_perplexity.py MODEL TOKENS.json
 """
 
 from __future__ import annotations

@@ -72,13 +72,14 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+SCALE = "model.layers.1.self_attn.q_proj.weight_scale"
 Q = "model.layers.1.self_attn.q_proj"
 DAMAGE: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "a flipped bit": (flip_a_byte, 65, "is not what was written"),
     "a truncated file": (cut_short, 65, "truncated"),
     "a missing tensor": (lambda f: rewrite(f, lambda t: t.__delitem__(f"{Q}.weight_scale")), 65, f"{Q}.weight_scale"),
     "a strange tensor": (lambda f: rewrite(f, lambda t: t.update(strange=torch.zeros(1))), 65, "strange"),
-    "another shape": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"].T.contiguous()})), 65, "weight_scale"),
+    "another shape": (lambda f: rewrite(f, lambda t: t.update({SCALE: t[SCALE].T.contiguous()})), 65, "weight_scale"),
     "a scale of Inf": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.weight_global_scale": torch.tensor([torch.inf])})), 66, "NaN or Inf"),
     "no config": (lambda f: (f / "config.json").unlink(), 64, "config.json"),
 }  # fmt: skip

@@ -44,9 +44,7 @@ def load_job(path: Path, environ: Mapping[str, str]) -> Job:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a CompressionJob manifest") from error
     manifest = parse(path, text)
     if manifest.get("kind") != KIND or manifest.get("apiVersion") != API_VERSION:
-        raise UserError(
-            f"{path}: is {manifest.get('apiVersion')} {manifest.get('kind')}; expected apiVersion: {API_VERSION}, kind: {KIND}"
-        )
+        raise UserError(f"{path}: is {manifest.get('apiVersion')} {manifest.get('kind')}; expected apiVersion: {API_VERSION}, kind: {KIND}")
     metadata = manifest.get("metadata") or {}
     unknown = sorted(set(manifest) - {"apiVersion", "kind", "metadata", "spec", "status"})
     if unknown:

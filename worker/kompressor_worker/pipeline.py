@@ -28,11 +28,13 @@ PART_BYTES = 16 << 20
 class Limits:
     """How much the worker holds besides the stage in work; the smaller plans are for a retry after an out-of-memory."""
 
-    lookahead: int = 128 << 20
+    lookahead: int = 32 << 20
+    """One load is always ahead, however large; more only within this. Little, so that buffers stay warm and few."""
     pending: int = 64 << 20
     slice: int = 32 << 20
     """Plain tensors pass through in slices of this many bytes."""
-    threads: int = 4
+    threads: int = 8
+    """Requests at a time in each direction: one connection to a cloud's store gives a tenth of what a node's network takes."""
 
     def smaller(self, times: int) -> Limits:
         return Limits(self.lookahead >> 2 * times, self.pending >> times, self.slice >> times, max(1, self.threads >> times))
@@ -190,9 +192,7 @@ class Uploader:
             self._in_flight += size
         chunks, self._pending, self._size = self._pending, [], 0
         self._number += 1
-        future = self._pool.submit(
-            self._output.write_part, self._name, self._upload, self._number, self._offset, chunks
-        )
+        future = self._pool.submit(self._output.write_part, self._name, self._upload, self._number, self._offset, chunks)
         future.add_done_callback(lambda _: self._freed(size))
         self._futures.append(future)
         self._offset += size

@@ -121,4 +121,3 @@ def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout) -> dict[str,
 
 def digest(value: Any) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-

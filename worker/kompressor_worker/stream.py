@@ -92,9 +92,7 @@ def compress(layout: StageLayout, placed: Sequence[PlacedTensor], loaded: Loaded
         writer.write(t, as_bytes(made[t.name], t))
 
 
-def copy(
-    layout: StageLayout, placed: Sequence[PlacedTensor], incoming: Iterator[Loaded], writer: Writer, work: Work
-) -> None:
+def copy(layout: StageLayout, placed: Sequence[PlacedTensor], incoming: Iterator[Loaded], writer: Writer, work: Work) -> None:
     """Plain tensors pass through in slices: never whole in memory."""
     by_name = {t.name: t for t in layout.tensors}
     for t in placed:
@@ -201,9 +199,7 @@ class Writer:
         if self._committing:
             self._committing.result()
         # The next unit may open another shard before this commit runs: it counts the uploads of now.
-        self._committing = self._commits.submit(
-            self._commit, unit, len(self._uploaded), parts, tail, digests, linears
-        )
+        self._committing = self._commits.submit(self._commit, unit, len(self._uploaded), parts, tail, digests, linears)
 
     def _open(self, shard: int) -> None:
         if self._shard >= 0:
