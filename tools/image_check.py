@@ -1,7 +1,7 @@
 """Builds the images with buildah, over a Debian made by debootstrap, and starts them: no container engine, no registry.
 
-    python tools/image_check.py              the operator's image
-    python tools/image_check.py --worker     the worker's too: its CUDA libraries take several GB and some minutes
+    python tools/image_check.py                     both images; the worker's CUDA libraries take several GB and some minutes
+    python tools/image_check.py --only operator     a minute
 
 Starts what is built as a kubelet would: the image's own user, environment and entry, a read-only root, a writable /tmp.
 Needs root; installs buildah and debootstrap with apt-get where they are missing. The base is kept in the cache folder.
@@ -82,14 +82,15 @@ class Image:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the images with buildah, start them, check what they are.")
-    parser.add_argument("--worker", action="store_true", help="the worker's image too (several GB)")
+    parser.add_argument("--only", choices=["operator", "worker"], help="one of the two; the worker's takes several GB and minutes")
     parser.add_argument("--keep", action="store_true", help="leave the images in the cache folder's store (buildah --root ...)")
     options = parser.parse_args()
     try:
         install_tools()
         make_base()
-        checks = {"operator": check_operator} | ({"worker": check_worker} if options.worker else {})
-        for target, check in checks.items():
+        for target, check in (("operator", check_operator), ("worker", check_worker)):
+            if options.only not in (None, target):
+                continue
             with step(f"building the {target}'s image"):
                 build(target)
             with unpacked(target) as image, scratch_folder() as scratch, step(f"starting the {target}"):

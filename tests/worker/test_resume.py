@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -157,3 +158,27 @@ def test_an_upload_that_the_store_took_away_is_made_again(bucket: Bucket, deep_m
     assert code == 0, said
     assert "no longer has the upload" in said
     assert bucket.files("out") == bucket.files("whole")
+
+
+def test_an_upload_lost_while_publishing_is_made_again(bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
+    """All units are committed, then the store forgets the upload before it is completed: one try fails, the next goes back."""
+    bucket.upload(deep_model, "source")
+    client = bucket.server.client()
+    for number in range(10):  # until a kill hits the moment between the last unit's record and the publish
+        out = f"out{number}"
+        job = jobs.write(tmp_path / "j.json", jobs.manifest(bucket.uri("source"), bucket.uri(out), endpoint=bucket.server.endpoint))
+        kill_after(jobs.worker(job, bucket.environ), 42, 0.002 * number, signal.SIGKILL)
+        names = bucket.names(out)
+        if ".kompressor/units/00041.json" in names and ".kompressor/journal.json" in names and bucket.uploads(out):
+            break
+    key = {"Bucket": bucket.name, "Key": f"{out}/.kompressor/journal.json"}
+    journal = json.loads(client.get_object(**key)["Body"].read())
+    client.put_object(**key, Body=json.dumps(journal | {"publishing": True, "unit": 42}).encode())
+    for upload in client.list_multipart_uploads(Bucket=bucket.name)["Uploads"]:
+        client.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
+    code, said = jobs.run(job, bucket.environ)
+    assert code == 74, said
+    assert "its upload is gone" in said
+    code, said = jobs.run(job, bucket.environ)
+    assert code == 0, said
+    assert "no longer has the upload" in said

@@ -10,7 +10,8 @@ KompressorError
 ├── GateFailed          67  the result is not good enough
 ├── OutOfMemory         71  an allocation failed
 ├── StorageError        74  storage did not answer; worth another try
-│   └── NoSpaceLeft         no room for the output
+│   ├── NoSpaceLeft         no room for the output
+│   └── UploadLost          the store has thrown an unfinished upload away
 └── Terminated          75  told to stop; the journal is committed
     └── ClaimLost           another worker owns the output now
 
@@ -34,6 +35,7 @@ __all__ = [
     "OutputOccupied",
     "StorageError",
     "Terminated",
+    "UploadLost",
     "UserError",
 ]
 
@@ -89,6 +91,10 @@ class StorageError(KompressorError):
 
 class NoSpaceLeft(StorageError):
     reason = Reason.NO_SPACE_LEFT
+
+
+class UploadLost(StorageError):
+    pass
 
 
 class Terminated(KompressorError):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from kompressor_worker.errors import OutputOccupied
+from kompressor_worker.errors import OutputOccupied, UploadLost
 from kompressor_worker.formats.compressed_tensors import other_modules, quantization_config
 from kompressor_worker.journal import Journal
 from kompressor_worker.storage import WORK, Output, Source
@@ -33,7 +33,11 @@ def publish(work: Work, source: Source, output: Output, journal: Journal, report
     if not journal.state.publishing:
         journal.commit(replace(journal.state, publishing=True))
     for upload in journal.state.uploads:
-        output.complete(upload.name, upload.id, upload.parts)
+        try:
+            output.complete(upload.name, upload.id, upload.parts)
+        except UploadLost:
+            journal.commit(replace(journal.state, publishing=False))  # the next worker goes back to what survives
+            raise
     for name in work.layout.other_files:
         carry_over(source, output, name)
     journal.commit(journal.state)  # the fence once more: what follows is seen by readers

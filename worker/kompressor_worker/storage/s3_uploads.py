@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kompressor_worker.errors import AccessDenied, ClaimLost, StorageError
+from kompressor_worker.errors import AccessDenied, ClaimLost, StorageError, UploadLost
 from kompressor_worker.storage import Part
 from kompressor_worker.storage.body import Chunks
 from kompressor_worker.storage.s3 import S3Store
@@ -90,7 +90,7 @@ class Uploads:
         """Ends an upload of at least one part. One that ended before is fine where the object has the size of the parts."""
         size = sum(part.size for part in parts)
         listed: Any = {"Parts": [_completed(part) for part in sorted(parts, key=lambda part: part.number)]}
-        gone = ""
+        gone = False
         try:
             self._store.call(
                 f"completing {self._store.key(name)}",
@@ -100,11 +100,14 @@ class Uploads:
                 _no_upload,
             )
         except _NoUpload:
-            gone = " and its upload is gone"
+            gone = True
         found = self._store.size(name)
         if found != size:
             holds = "is not there" if found is None else f"holds {found}"
-            raise StorageError(f"{self._store.place.uri}: {name} should hold {size} bytes after its upload, but {holds}{gone}; start again")
+            text = f"{self._store.place.uri}: {name} should hold {size} bytes after its upload, but {holds}"
+            if gone:
+                raise UploadLost(f"{text} and its upload is gone; the next worker makes it again")
+            raise StorageError(f"{text}; start again")
         self._begun.discard((name, upload))
 
     def abort(self, name: str, upload: str) -> None:
