@@ -19,6 +19,7 @@ demo: ## the main job on a real control plane on this machine: install, apply, w
 test: ## all tests that can run here; says what it left out and why (ARGS="-k resume" for some)
 	@$(PYTHON) tools/setup.py --with-binaries
 	@$(BIN)/python -m pytest $(ARGS)
+	@echo "left out: loading with vLLM (make test-vllm), building the images (make image-check)"
 
 test-vllm: ## load the results with vLLM on the CPU, in an environment of its own
 	@$(PYTHON) tools/setup.py --with-vllm
