@@ -31,7 +31,7 @@ from transformers.utils import logging
 logging.set_verbosity_error(); logging.disable_progress_bar()
 for name in sys.argv[1:]:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    prompt = tokenizer("Yesterday Olga", return_tensors="pt")
+    prompt = tokenizer("Every summer", return_tensors="pt")
     line = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)[0]
     print("   ", tokenizer.decode(line, skip_special_tokens=True).replace("\\n", " "))
 """
@@ -56,7 +56,7 @@ def local() -> None:
         with step("kompressor run examples/quickstart.yaml, from folder to folder"):
             run([str(VENV / "bin" / "kompressor"), "run", str(manifest)])
         with step("transformers loads it and writes a line"):
-            run([sys.executable, "-c", GENERATE, str(Path(folder, "out"))])
+            generate(Path(folder, "out"))
 
 
 def cluster(keep: bool) -> None:
@@ -111,7 +111,7 @@ def demonstrate(machine: Cluster, server: S3Server, model: Path, root: Path) -> 
     with step("kompressor verify, then transformers loads the result: a line of the original, a line of the compressed one"):
         out = load_example()["spec"]["output"]["uri"]
         run([str(VENV / "bin" / "kompressor"), "verify", out, "--endpoint", server.endpoint], server.environ)
-        run([sys.executable, "-c", GENERATE, str(model), str(download(server, out, root / "result"))])
+        generate(model, download(server, out, root / "result"))
     print(f"\n    before {result['sourceBytes']:>12,} bytes\n    after  {result['outputBytes']:>12,} bytes   {result['ratio']} smaller")
     print(f"    relative weight error {result['relativeError']}, {result['quantizedTensors']} linears quantised")
 
@@ -125,6 +125,14 @@ def download(server: S3Server, uri: str, folder: Path) -> Path:
     return folder
 
 
+def generate(*models: Path) -> None:
+    """A line from each; the libraries' own progress bars are shown only when something went wrong."""
+    done = subprocess.run([sys.executable, "-c", GENERATE, *map(str, models)], capture_output=True, text=True, check=False)
+    print(done.stdout, end="", flush=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+
+
 def load_example() -> dict[str, Any]:
     job: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
     return job
@@ -136,7 +144,7 @@ def example_endpoint() -> str:
 
 
 def run(command: list[str], environ: dict[str, str] | None = None) -> None:
-    subprocess.run(command, env={**os.environ, "TQDM_DISABLE": "1", **(environ or {})}, check=True)
+    subprocess.run(command, env={**os.environ, **(environ or {})}, check=True)
 
 
 def main() -> None:

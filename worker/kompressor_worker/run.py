@@ -80,7 +80,10 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     for warning in [*layout.warnings, *warnings]:
         log.warning("%s", warning)
 
-    from kompressor_worker.stream import Work, stream  # torch, only now that the job is known to make sense
+    from kompressor_worker.kernels import build  # torch, only now that the job is known to make sense
+    from kompressor_worker.stream import Work, stream
+
+    build.library()  # compiled before the clock of the progress starts
 
     work = Work(layout, passes, schemes, plan, limits or Limits())
     journal = open_journal(output, fingerprint, job.owner, plan)

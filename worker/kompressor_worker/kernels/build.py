@@ -88,6 +88,7 @@ def _compile(compiler: list[str], source: Path, path: Path) -> None:
     descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     os.close(descriptor)
     try:
+        log.info("compiling the kernels for this CPU with %s", compiler[0])
         command = [*compiler, *FLAGS, str(source), "-o", scratch]
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
         if done.returncode != 0:
