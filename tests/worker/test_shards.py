@@ -1,4 +1,4 @@
-"""The output's plan and the cuts of its uploads: whatever the model, every byte has one place, and a resume cuts where the first run did."""
+"""The plan of the output and the cuts of its uploads: every byte has one place, and a resume cuts where the first run did."""
 
 from __future__ import annotations
 
