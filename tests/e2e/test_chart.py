@@ -38,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(f"no control plane: {error}")
     if isinstance(wanted, LocalCluster):
         code = {"PYTHONPATH": f"{ROOT / 'crds'}:{ROOT / 'operator'}"}
-        image = {"path": [str(Path(sys.executable).parent)], "env": code, "user": 65532, "group": 65532}
+        image = {"path": [str(Path(sys.executable).parent)], "keep": [str(ROOT)], "env": code, "user": 65532, "group": 65532}
         wanted.add_images({"kompressor/operator:0.1.0": image})
     yield wanted
     wanted.stop()

@@ -67,7 +67,7 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed(cluster: Cluster, s3: S3Server) -> Iterator[Installed]:
-    image = {"path": [str(Path(sys.executable).parent)], "user": 65532, "group": 65532}
+    image = {"path": [str(Path(sys.executable).parent)], "keep": [str(ROOT)], "user": 65532, "group": 65532}
     cluster.add_images({"kompressor/operator:0.1.0": image, "kompressor/worker:0.1.0": image})
     cluster.helm("install", "kompressor", str(ROOT / "charts" / "kompressor"), "-n", "kompressor-system", "--create-namespace", "--wait")
     bucket = Bucket(s3, f"e2e-{uuid.uuid4().hex[:8]}")

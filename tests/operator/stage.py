@@ -141,7 +141,7 @@ class Stage:
     cluster: LocalCluster = field(init=False)
 
     def __post_init__(self) -> None:
-        image = {"path": [str(ACTOR), str(Path(sys.executable).parent)]}
+        image = {"path": [str(ACTOR), str(Path(sys.executable).parent)], "keep": [str(ROOT)]}
         self.cluster = LocalCluster(self.root / "cluster", nodes=1, images={"worker:1": image}, log=print)
 
     def install(self) -> None:

@@ -3,7 +3,8 @@
     {"kompressor/worker:dev": {"path": ["/venv/bin"], "env": {"HF_HUB_OFFLINE": "1"}, "user": 65532}}
 
 `path` goes before the standard PATH. Optional: `env`, `root` (a folder used as the root file system instead of this
-machine's), `user` and `group` (numbers), `workingDir`, `entrypoint`, `cmd`: as in an image's configuration.
+machine's), `keep` (folders of this machine that stay where they are even if a volume is mounted above them: a checkout
+under /tmp), `user` and `group` (numbers), `workingDir`, `entrypoint`, `cmd`: as in an image's configuration.
 """
 
 import json
@@ -22,6 +23,7 @@ class Image:
     path: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     root: str = "/"
+    keep: tuple[str, ...] = ()
     user: int = 0
     group: int = 0
     workingDir: str = "/"
@@ -66,6 +68,6 @@ def _image(name: str, entry: dict[str, Any]) -> Image:
     known = {each.name for each in fields(Image)} - {"name"}
     if unknown := sorted(set(entry) - known):
         raise ImageError("InvalidImage", f"image {name}: {unknown[0]} in the table is unknown; choose {sorted(known)}")
-    lists = ("path", "entrypoint", "cmd")
+    lists = ("path", "keep", "entrypoint", "cmd")
     values: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in entry.items()}
     return Image(name=name, **values)

@@ -1,6 +1,6 @@
 """Pure: a pod's container, made into what a shim runs. Nothing here touches the machine or the API server."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def process_spec(
         gid=gid,
         groups=groups(pod),
         lower=image.root,
-        mounts=sorted(mounts, key=lambda mount: mount.target.rstrip("/").count("/")),
+        mounts=sorted([*mounts, *kept(image, mounts)], key=lambda mount: mount.target.rstrip("/").count("/")),
         traversable=traversable,
         devices=_devices(gpus or []),
         read_only_root=bool(security.get("readOnlyRootFilesystem")),
@@ -66,6 +66,12 @@ def process_spec(
         leashed=node.leashed,
         memory=memory,
     )
+
+
+def kept(image: Image, mounts: Sequence[Mount]) -> list[Mount]:
+    """The image's own folders that a volume would hide."""
+    covered = [mount.target.rstrip("/") + "/" for mount in mounts]
+    return [Mount(folder, folder, read_only=True) for folder in image.keep if any(folder.startswith(above) for above in covered)]
 
 
 def service_environment(node: NodeFacts) -> dict[str, str]:
