@@ -16,6 +16,7 @@ import yaml
 
 from cluster_access import Cluster
 from local_cluster import LocalCluster
+from processes import free_port
 from s3 import S3Server
 from setup import ROOT, VENV, step
 
@@ -85,7 +86,9 @@ def cluster(keep: bool) -> None:
 
 def demonstrate(machine: Cluster, server: S3Server, model: Path, root: Path) -> None:
     with step("helm install kompressor charts/kompressor"):
-        machine.helm("install", "kompressor", str(ROOT / "charts" / "kompressor"), "-n", NAMESPACE, "--create-namespace", "--wait")
+        # Pods share this machine's ports here, and 8080 may be somebody's.
+        flags = ["-n", NAMESPACE, "--create-namespace", "--wait", "--set", f"healthPort={free_port()}"]
+        machine.helm("install", "kompressor", str(ROOT / "charts" / "kompressor"), *flags)
     with step("the model into the bucket s3://models"):
         client = server.client()
         client.create_bucket(Bucket="models")

@@ -19,6 +19,7 @@ from cluster_access import Cluster, CommandError
 from jobs import Bucket
 from kompressor_worker.formats.readers import EXPERTS
 from models import held_out_tokens, perplexity, trained_model
+from processes import free_port
 from s3 import S3Server
 
 pytestmark = pytest.mark.cluster
@@ -69,7 +70,8 @@ class Installed:
 def installed(cluster: Cluster, s3: S3Server) -> Iterator[Installed]:
     image = {"path": [str(Path(sys.executable).parent)], "keep": [str(ROOT)], "user": 65532, "group": 65532}
     cluster.add_images({"kompressor/operator:0.1.0": image, "kompressor/worker:0.1.0": image})
-    cluster.helm("install", "kompressor", str(ROOT / "charts" / "kompressor"), "-n", "kompressor-system", "--create-namespace", "--wait")
+    flags = ["-n", "kompressor-system", "--create-namespace", "--wait", "--set", f"healthPort={free_port()}"]
+    cluster.helm("install", "kompressor", str(ROOT / "charts" / "kompressor"), *flags)
     bucket = Bucket(s3, f"e2e-{uuid.uuid4().hex[:8]}")
     s3.client().create_bucket(Bucket=bucket.name)
     keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
