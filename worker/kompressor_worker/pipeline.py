@@ -28,13 +28,11 @@ PART_BYTES = 16 << 20
 class Limits:
     """How much the worker holds besides the stage in work; the smaller plans are for a retry after an out-of-memory."""
 
-    lookahead: int = 32 << 20
-    """One load is always ahead, however large; more only within this. Little, so that buffers stay warm and few."""
+    lookahead: int = 128 << 20
     pending: int = 64 << 20
     slice: int = 32 << 20
     """Plain tensors pass through in slices of this many bytes."""
-    threads: int = 8
-    """Requests at a time in each direction: one connection to a cloud's store gives a tenth of what a node's network takes."""
+    threads: int = 4
 
     def smaller(self, times: int) -> Limits:
         return Limits(self.lookahead >> 2 * times, self.pending >> times, self.slice >> times, max(1, self.threads >> times))
