@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kompressor_worker.layout import StageLayout
+from kompressor_worker.layout import LinearLayout, StageLayout
 from kompressor_worker.schemes import Scheme
 
 if TYPE_CHECKING:
     import torch
+
+    from kompressor_worker.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,61 @@ class Encoded:
     """Elements that met the end of the grid though a finer value existed; 0 where the scheme cannot clip."""
 
 
+@dataclass(frozen=True)
+class Fold:
+    """Where the inverse of an input scale goes, so that the function stays the same: the norm before, or the rows of the linear before."""
+
+    tensor: str
+    """Full name of the norm's weight [columns], or of the producing linear's weight [rows, ...]; that one's bias is scaled with it."""
+    offset: float = 0.0
+    """What the model adds to the norm's stored weight: 1 for Gemma, whose stored w means 1 + w."""
+    rows: tuple[int, ...] | None = None
+    """None: a norm. Else, for each input column, the producer's row that makes it. Columns with the same row (a KV channel shared by its
+    query heads) must get the same scale."""
+
+
+@dataclass
+class Site:
+    """An input that one or more linears share, and what was measured of it."""
+
+    name: str
+    linears: tuple[LinearLayout, ...]
+    """Those that may be quantised; none for a router."""
+    readers: tuple[str, ...]
+    """Full names of all weights whose columns are this input: `linears`, and for the norm before a mixture its router and every expert."""
+    statistics: Statistics
+    fold: Fold | None = None
+    children: tuple[Site, ...] = ()
+    """Sites with rows of this same input (the tokens routed to one expert): a scale on this one is a scale on them."""
+
+
+@dataclass
+class KvStatistics:
+    """Of the keys (after norm and rotary) and values that the cache would hold in one layer."""
+
+    largest: torch.Tensor
+    """fp32 [KV heads]: largest magnitude."""
+    histogram: torch.Tensor | None = None
+    """int64 [KV heads, 65536]: counts of bf16 bit patterns (statistics.bf16_histogram)."""
+
+
 @dataclass
 class Stage:
     layout: StageLayout
     weights: dict[str, torch.Tensor]
-    """Decoded source tensors by full name. A pass that encodes a linear leaves its weight here; the stream drops it
-    afterwards."""
+    """Decoded source tensors by full name; with calibration those of the whole block, so that a scale can be folded elsewhere. A pass
+    that encodes a linear leaves its weight here; the stream drops it afterwards."""
     schemes: dict[str, Scheme] = field(default_factory=dict)
     """Linear name to scheme, decided from headers before the stream began."""
     encoded: dict[str, Encoded] = field(default_factory=dict)
     """Linear name to its encoding."""
+    sites: tuple[Site, ...] = ()
+    """The inputs of this stage's linears with their statistics; empty without calibration."""
+    kv: dict[str, KvStatistics] = field(default_factory=dict)
+    """"k" and "v", in the stage of the attention's output projection."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What passes want said of this stage in the report, by pass name."""
+
+    def statistics_of(self, linear: str) -> Statistics:
+        """Of this linear's input; by full module name."""
+        return next(site.statistics for site in self.sites if any(x.name == linear for x in site.linears))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from kompressor_worker.kernels import compiled, eager, ops  # ops: registers the operations
 from kompressor_worker.kernels.eager import Quantized
+from kompressor_worker.kernels.gram import add_gram
 from kompressor_worker.schemes import Scheme
 
-__all__ = ["Quantized", "amax", "decode_fp8_block", "decode_mxfp4", "nonfinite", "ops", "quantize"]
+__all__ = ["Quantized", "add_gram", "amax", "decode_fp8_block", "decode_mxfp4", "nonfinite", "ops", "quantize"]
 
 FLOATS = tuple(compiled.DTYPES)
 """bf16, fp16 and fp32: what weights come in."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ValidationError
 
@@ -19,8 +19,11 @@ from kompressor_worker.errors import UserError
 from kompressor_worker.schemes import Scheme
 
 if TYPE_CHECKING:
+    import torch
+
     from kompressor_worker.block import Stage
-    from kompressor_worker.layout import ModelLayout
+    from kompressor_worker.layout import ModelLayout, UnitLayout
+    from kompressor_worker.statistics import Statistic
 
 REGISTRY: dict[str, str] = {
     "rtn": "kompressor_worker.passes.rtn:Rtn",
@@ -28,17 +31,41 @@ REGISTRY: dict[str, str] = {
 """Name in the spec to `module:class`, imported when asked for."""
 
 
-class Pass(Protocol):
+class Pass:
+    """One entry of `spec.passes`. First it speaks about headers (`prepare`, `assign`: every impossible request is refused there), then
+    the stream brings it what it declares here."""
+
     Params: ClassVar[type[Model]]
+    statistics: frozenset[Statistic] = frozenset()
+    """What it wants measured of every input; none: no forward is run for it."""
+    kv: bool = False
+    """Whether it wants keys and values measured."""
+    whole_block: bool = False
+    """Whether it needs the statistics of all stages of a block before the first weight changes, since it folds scales across stages."""
+    transforms: bool = False
+    """Whether it changes weights before anything is measured (`transform`, `transform_rows`)."""
 
     def __init__(self, params: Any) -> None: ...
 
+    def prepare(self, layout: ModelLayout) -> ModelLayout:
+        """The layout as this pass leaves it: tensors added, the config changed. Raises UserError."""
+        return layout
+
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
-        """Linear name to scheme for the linears that this pass quantises, those in `taken` (by earlier passes) left
-        out. Headers only. Raises UserError."""
+        """Linear name to scheme for the linears that this pass quantises, those in `taken` (by earlier passes) left out. Headers only.
+        Raises UserError."""
+        return {}
+
+    def transform(self, layout: UnitLayout, weights: dict[str, torch.Tensor]) -> None:
+        """Changes a block's weights in place (full names), before anything is measured."""
+
+    def transform_rows(self, name: str, rows: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        """The same for a slice of rows of the embeddings or the head. `norm`: the final norm's weight as stored, for the head."""
+        return rows
 
     def apply(self, stage: Stage) -> None:
-        """Encodes this stage's linears in `assign`'s answer: fills `stage.encoded`. Raises BadNumerics."""
+        """Works on one stage: fills `stage.encoded` for the linears in `assign`'s answer, or changes `stage.weights` and with them the
+        statistics. Raises BadNumerics."""
 
 
 def pass_class(name: str) -> type[Pass]:

@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, field_validator
 
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.errors import BadNumerics, UserError
+from kompressor_worker.passes import Pass
 from kompressor_worker.passes.selection import select
 from kompressor_worker.passes.shapes import check_shapes
 from kompressor_worker.schemes import SCHEMES, Scheme
@@ -85,7 +86,7 @@ class RtnParams(Model):
         return patterns
 
 
-class Rtn:
+class Rtn(Pass):
     """The pass `rtn`."""
 
     Params: ClassVar[type[Model]] = RtnParams
