@@ -256,6 +256,23 @@ class Stage:
         about = [e for e in self.list("events") if e["involvedObject"]["kind"] == names.KIND and e["involvedObject"]["name"] == name]
         return [e["reason"] for e in sorted(about, key=lambda e: int(e["metadata"]["resourceVersion"]))]
 
+    def version(self, plural: str) -> str:
+        """The collection's resource version: where a watch that sees everything from now on begins."""
+        return str(self.api.call("GET", self.path(plural))["metadata"]["resourceVersion"])
+
+    def changes(self, since: str) -> dict[str, list[str]]:
+        """Reasons of Ready that every CompressionJob has gone through since that version, by name: a watch tells each write of the status."""
+        reasons: dict[str, list[str]] = {}
+        before: dict[str, tuple[str, str]] = {}
+        query = f"?watch=1&resourceVersion={since}&timeoutSeconds=3"
+        for event in self.api.watch(self.path("compressionjobs") + query):
+            name, status = event["object"]["metadata"]["name"], event["object"].get("status", {})
+            ready = next((c["reason"] for c in status.get("conditions", []) if c["type"] == "Ready"), "")
+            if ready and before.get(name) != (ready, status["phase"]):
+                before[name] = (ready, status["phase"])
+                reasons.setdefault(name, []).append(ready)
+        return reasons
+
     def jobs(self, uid: str) -> list[Manifest]:
         return sorted(self.list("jobs", f"{names.LABEL_JOB_UID}={uid}"), key=lambda job: str(job["metadata"]["name"]))
 
