@@ -63,8 +63,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "olmo2": ("Olmo2Config", {}),
-}
-"""Name to config class and what it needs beyond BASE. olmo2 stands for a decoder that no data describes."""
+    "gpt_neox": ("GPTNeoXConfig", {"vocab_size": 131}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4, "moe_intermediate_size": 128, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+            "topk_group": 1, "kv_lora_rank": 128, "q_lora_rank": 128, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
+            "head_dim": 32, "first_k_dense_replace": 1, "n_shared_experts": 1,
+        },
+    ),
+}  # fmt: skip
+"""Name to config class and what it needs beyond BASE. olmo2, gpt_neox and deepseek_v3 stand for decoders that no data describes."""
 
 
 def tiny_model(family: str, *, dtype: str = "bfloat16", shard: str | None = None, **overrides: Any) -> Path:

@@ -261,3 +261,14 @@ def test_tied_head_and_stacked_experts_are_ignored() -> None:
         assert vllm_target(name, config) is None
         assert library_target(name, config) is None
     assert all(library_target(name, config) == "group_0" for name in schemes)
+
+
+@pytest.mark.parametrize("head", ["embed_out", "output"])
+def test_a_head_under_an_old_name_stays_exact_under_the_new_one(head: str) -> None:
+    """transformers renames GPT-NeoX's embed_out to lm_head: not ignored there, a reader makes a quantised head of it."""
+    linears = [LinearLayout(name, (128, 128), "BF16") for name in ("gpt_neox.layers.0.mlp.dense_h_to_4h",)]
+    linears.append(LinearLayout(head, (1000, 128), "BF16", "head"))
+    schemes = {linears[0].name: SCHEMES["W8A16"]}
+    assert quantization_config(linears, schemes)["ignore"] == ["lm_head", head]
+    asked_for = schemes | {head: SCHEMES["W8A16"]}
+    assert quantization_config(linears, asked_for)["ignore"] == []

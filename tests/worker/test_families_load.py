@@ -13,6 +13,7 @@ from kompressor_worker.cli import run_cli
 
 LOADABLE = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_vision", "phi3", "mixtral", "qwen3_moe", "gpt_oss", "olmo2",
+    "gpt_neox", "deepseek_v3",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from kompressor_worker.cli import run_cli
 
 @pytest.fixture
 def result(tmp_path: Path) -> Path:
-    source = families.tiny_model("llama")
+    source = shutil.copytree(families.tiny_model("llama"), tmp_path / "source")
+    (source / "tokenizer.json").write_text('{"version": "1.0"}')
     job = jobs.write(tmp_path / "job.json", jobs.manifest(source.as_uri(), (tmp_path / "out").as_uri(), [{"rtn": {"scheme": "NVFP4A16"}}]))
     assert run_cli(["run", str(job)]) == 0
     return tmp_path / "out"
@@ -54,11 +56,14 @@ def test_a_good_result_is_whole(result: Path, capsys: pytest.CaptureFixture[str]
     assert checked["quantizedLinears"] == 14
 
 
-def flip_a_byte(folder: Path) -> None:
-    file = folder / "model.safetensors"
+def flip_in(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def cut_short(folder: Path) -> None:
@@ -75,12 +80,18 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 SCALE = "model.layers.1.self_attn.q_proj.weight_scale"
 Q = "model.layers.1.self_attn.q_proj"
 DAMAGE: dict[str, tuple[Callable[[Path], None], int, str]] = {
-    "a flipped bit": (flip_a_byte, 65, "is not what was written"),
+    "a flipped bit": (lambda f: flip_in(f / "model.safetensors"), 65, "is not what was written"),
     "a truncated file": (cut_short, 65, "truncated"),
     "a missing tensor": (lambda f: rewrite(f, lambda t: t.__delitem__(f"{Q}.weight_scale")), 65, f"{Q}.weight_scale"),
     "a strange tensor": (lambda f: rewrite(f, lambda t: t.update(strange=torch.zeros(1))), 65, "strange"),
     "another shape": (lambda f: rewrite(f, lambda t: t.update({SCALE: t[SCALE].T.contiguous()})), 65, "weight_scale"),
     "a scale of Inf": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.weight_global_scale": torch.tensor([torch.inf])})), 66, "NaN or Inf"),
+    "a flipped bit in the tokenizer": (lambda f: flip_in(f / "tokenizer.json"), 65, "tokenizer.json is not what was written"),
+    "another config": (lambda f: edit(f / "config.json", hidden_act="gelu"), 65, "config.json is not what was written"),
+    "no quantization_config": (lambda f: edit(f / "config.json", quantization_config=None), 65, "config.json is not what was written"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), 65, "tokenizer.json is missing"),
+    "no report inside": (lambda f: (f / "kompressor.json").write_text("{}{"), 65, "kompressor.json"),
+    "a report of nothing": (lambda f: edit(f / "kompressor.json", tensors=None), 65, "kompressor.json lacks"),
     "no config": (lambda f: (f / "config.json").unlink(), 64, "config.json"),
 }  # fmt: skip
 

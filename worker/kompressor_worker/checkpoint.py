@@ -45,6 +45,8 @@ class Checkpoint:
     other_files: tuple[str, ...]
     digest: str
     warnings: tuple[str, ...]
+    file_sizes: Mapping[str, int]
+    """Of all files of the source, by name."""
 
 
 def read_checkpoint(source: Source) -> Checkpoint:
@@ -78,7 +80,8 @@ def read_checkpoint(source: Source) -> Checkpoint:
         digest.update(f"{name}\0{files[name].size}\0{files[name].etag}\n".encode())
     for content in (config, *(text for text, _ in headers)):
         digest.update(hashlib.sha256(content).digest())
-    return Checkpoint(parsed, tensors, carried, f"sha256:{digest.hexdigest()}", tuple(warnings))
+    sizes = {name: info.size for name, info in files.items()}
+    return Checkpoint(parsed, tensors, carried, f"sha256:{digest.hexdigest()}", tuple(warnings), sizes)
 
 
 def parse_index(text: bytes) -> dict[str, str]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kompressor_api.names import ENV_MEMORY_PLAN, ExitCode, Reason
-from kompressor_worker.errors import KompressorError, OutOfMemory
+from kompressor_api.names import ENV_MEMORY_PLAN, ExitCode, Reason, Role
+from kompressor_worker.errors import KompressorError, OutOfMemory, Terminated
 from kompressor_worker.job import Job, load_job
 
 RUN = """\
@@ -38,7 +39,10 @@ Says what a job would do, from headers alone, in a second or two: sizes, memory,
   kompressor plan job.yaml --json | jq .outputBytes
 """
 VERIFY = """\
-Reads a published result and checks it: every file and tensor there, shapes as config and index say, digests as recorded, scales finite.
+Reads a published result and checks it: every file and tensor there and as written (config.json and tokenizer too), shapes as the scheme
+has them, scales finite. Exit code 65: something is missing or damaged, 66: NaN or Inf, 64: no result there.
+
+Credentials come from OUTPUT_AWS_*, else SOURCE_AWS_*, else from the usual AWS chain.
 
   kompressor verify s3://models/llama-3-8b-w4a16 --endpoint http://127.0.0.1:7070
   kompressor verify ./out
@@ -65,10 +69,18 @@ def run_cli(argv: Sequence[str] | None = None) -> int:
         return failed(error, args.in_cluster)
     except MemoryError as error:
         return failed(OutOfMemory(f"the worker's memory is too small: {error or 'an allocation failed'}"), args.in_cluster)
-    except RuntimeError as error:
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+    except (RuntimeError, OSError) as error:
+        if lacks_memory(error):
             return failed(OutOfMemory(f"the worker's memory is too small: {str(error).splitlines()[0]}"), args.in_cluster)
         raise
+    except KeyboardInterrupt:
+        return failed(Terminated("interrupted"), args.in_cluster)
+
+
+def lacks_memory(error: RuntimeError | OSError) -> bool:
+    """torch says it in words, mmap in a number."""
+    said = str(error).lower()
+    return (isinstance(error, OSError) and error.errno == errno.ENOMEM) or "out of memory" in said or "can't allocate memory" in said
 
 
 def parser() -> argparse.ArgumentParser:
@@ -144,7 +156,7 @@ def plan_command(args: argparse.Namespace) -> int:
         "schemes": ", ".join(f"{k}: {n} linears" for k, n in plan["schemes"].items()) + f"; exact: {plan['exact']}",
         "size": f"{human(plan['sourceBytes'])} -> {human(plan['outputBytes'])} ({plan['ratio']}x smaller), {plan['shards']} shard(s)",
         "peak memory": human(plan["peakMemoryBytes"]),
-        "time": f"about {plan['estimatedSeconds']} s at 300 MB/s of source",
+        "time": "none" if plan["alreadyCompressed"] else f"about {plan['estimatedSeconds']} s: a few to start, then 300 MB/s of source",
         "output": "already holds this result" if plan["alreadyCompressed"] else "free",
     }
     out.print(table(f"plan of {job.name}", rows))
@@ -157,7 +169,7 @@ def verify_command(args: argparse.Namespace) -> int:
     from kompressor_worker.terminal import human, out, table
     from kompressor_worker.verify import verify
 
-    checked = verify(args.uri, args.endpoint, args.region, os.environ)
+    checked = verify(args.uri, args.endpoint, args.region, as_source(os.environ))
     if args.json:
         print(json.dumps(checked, indent=2))
     else:
@@ -169,6 +181,14 @@ def verify_command(args: argparse.Namespace) -> int:
         }
         out.print(table(f"{args.uri} is whole", rows))
     return 0
+
+
+def as_source(environ: Mapping[str, str]) -> dict[str, str]:
+    """A result is read with the keys that wrote it, where there are some."""
+    output, source = Role.OUTPUT.env_prefix, Role.SOURCE.env_prefix
+    written = {k.replace(output, source, 1): v for k, v in environ.items() if k.startswith(f"{output}AWS_") and v}
+    kept = {k: v for k, v in environ.items() if not (written and k.startswith(f"{source}AWS_"))}
+    return {**kept, **written}
 
 
 def show_result(result: dict[str, Any], already: bool, as_json: bool) -> None:

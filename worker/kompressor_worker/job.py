@@ -39,13 +39,17 @@ class Job:
 def load_job(path: Path, environ: Mapping[str, str]) -> Job:
     """Reads and validates a manifest, YAML or JSON. Raises UserError that names the field, the value and the nearest right name."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a CompressionJob manifest") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not text ({error}); give the path of a CompressionJob manifest") from error
     manifest = parse(path, text)
     if manifest.get("kind") != KIND or manifest.get("apiVersion") != API_VERSION:
         raise UserError(f"{path}: is {manifest.get('apiVersion')} {manifest.get('kind')}; expected apiVersion: {API_VERSION}, kind: {KIND}")
     metadata = manifest.get("metadata") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(metadata.get(k, ""), str) for k in ("name", "namespace", "uid")):
+        raise UserError(f"{path}: metadata must be a mapping whose name is a string (got {metadata!r})")
     unknown = sorted(set(manifest) - {"apiVersion", "kind", "metadata", "spec", "status"})
     if unknown:
         raise UserError(f"{path}: {unknown[0]!r} is not a field of {KIND}; fields of the job go under spec:")
@@ -61,7 +65,10 @@ def load_job(path: Path, environ: Mapping[str, str]) -> Job:
 
 def parse(path: Path, text: str) -> dict[str, Any]:
     if path.suffix == ".json":
-        loaded = json.loads(text)
+        try:
+            loaded = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: is not JSON: {error}; correct it, or name the file .yaml if it is YAML") from error
     else:
         import yaml
 

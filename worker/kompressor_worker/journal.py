@@ -70,8 +70,12 @@ class Journal:
 
     def read_record(self, unit: int) -> dict[str, Any]:
         found = self.output.read(_record_name(unit))
-        assert found is not None, f"the journal counts unit {unit}, its record is missing"
-        record: dict[str, Any] = json.loads(found[0])
+        if found is None:
+            raise self._incomplete(_record_name(unit))
+        try:
+            record: dict[str, Any] = json.loads(found[0])
+        except ValueError as error:
+            raise self._incomplete(_record_name(unit)) from error
         return record
 
     def write_tail(self, unit: int, tail: bytes) -> str | None:
@@ -85,8 +89,15 @@ class Journal:
         if self.state.tail is None:
             return b""
         found = self.output.read(self.state.tail)
-        assert found is not None, f"the journal names {self.state.tail}, which is missing"
+        if found is None:
+            raise self._incomplete(self.state.tail)
         return found[0]
+
+    def _incomplete(self, name: str) -> UserError:
+        return UserError(
+            f"{self.output.uri}: the journal counts on {name}, which is missing or damaged; {remedy(self.output.uri)}",
+            Reason.JOURNAL_MISMATCH,
+        )
 
 
 def open_journal(output: Output, fingerprint: Mapping[str, str], owner: str, plan: OutputPlan) -> Journal:
@@ -97,15 +108,8 @@ def open_journal(output: Output, fingerprint: Mapping[str, str], owner: str, pla
         journal = Journal(output, State(dict(fingerprint), owner), None)
         journal.commit(journal.state)
         return journal
-    state = decode(found[0])
-    for key in sorted({*state.fingerprint, *fingerprint}):
-        old, new = state.fingerprint.get(key), fingerprint.get(key)
-        if old != new:
-            raise UserError(
-                f"{output.uri}: an unfinished job is here whose {key} was {old}, this one's is {new}; "
-                f"choose another output, or delete {output.uri}/{WORK} to start afresh",
-                Reason.JOURNAL_MISMATCH,
-            )
+    state = decode(found[0], output.uri)
+    refuse_other_job(state, fingerprint, output.uri)
     journal = Journal(output, state, found[1])
     kept, lost = surviving(output, state, plan)
     if lost:
@@ -115,6 +119,29 @@ def open_journal(output: Output, fingerprint: Mapping[str, str], owner: str, pla
         journal.resumed_from = kept.unit
     journal.commit(replace(kept, owner=owner))
     return journal
+
+
+def refuse_unusable_journal(output: Output, fingerprint: Mapping[str, str]) -> None:
+    """What `open_journal` would refuse, without claiming anything. Raises UserError."""
+    if (found := output.read(JOURNAL)) is not None:
+        refuse_other_job(decode(found[0], output.uri), fingerprint, output.uri)
+
+
+def refuse_other_job(state: State, fingerprint: Mapping[str, str], uri: str) -> None:
+    for key in sorted({*state.fingerprint, *fingerprint}):
+        old, new = state.fingerprint.get(key), fingerprint.get(key)
+        if old != new:
+            raise UserError(
+                f"{uri}: an unfinished job is here whose {key} was {old}, this one's is {new}; {remedy(uri)}", Reason.JOURNAL_MISMATCH
+            )
+
+
+def remedy(uri: str) -> str:
+    scheme, _, path = uri.partition("://")
+    folder, _, name = path.rpartition("/")
+    # on file systems the working objects are in the staging folder beside the target
+    place = f"{uri}/{WORK}" if scheme == "s3" else f"{scheme}://{folder}/.{name}.kompressor"
+    return f"choose another output, or delete {place} to start afresh"
 
 
 def surviving(output: Output, state: State, plan: OutputPlan) -> tuple[State, list[str]]:
@@ -155,12 +182,23 @@ def encode(state: State) -> bytes:
     return json.dumps({"version": VERSION, **asdict(state)}, sort_keys=True, separators=(",", ":")).encode()
 
 
-def decode(data: bytes) -> State:
-    raw = json.loads(data)
-    if raw.pop("version") != VERSION:
-        raise UserError("the journal was written by another version of Kompressor; finish it there, or delete it", Reason.JOURNAL_MISMATCH)
-    uploads = tuple(Upload(u["name"], u["id"], tuple(Part(**p) for p in u["parts"])) for u in raw.pop("uploads"))
-    return State(uploads=uploads, **raw)
+def decode(data: bytes, uri: str) -> State:
+    """Raises UserError where the journal of the output at `uri` is of another version, or not readable at all."""
+    try:
+        raw = json.loads(data)
+        if (theirs := raw.pop("version")) != VERSION:
+            raise UserError(
+                f"{uri}: the journal has version {theirs!r}, this worker's is {VERSION}; finish the job with the release that began it, "
+                f"or {remedy(uri)}",
+                Reason.JOURNAL_MISMATCH,
+            )
+        uploads = tuple(Upload(u["name"], u["id"], tuple(Part(**p) for p in u["parts"])) for u in raw.pop("uploads"))
+        state = State(uploads=uploads, **raw)
+        if not (isinstance(state.fingerprint, dict) and type(state.unit) is int and state.unit >= 0):
+            raise TypeError(f"fingerprint {state.fingerprint!r}, unit {state.unit!r}")
+        return state
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{uri}: {JOURNAL} is damaged ({type(error).__name__}: {error}); {remedy(uri)}", Reason.JOURNAL_MISMATCH) from error
 
 
 def _record_name(unit: int) -> str:

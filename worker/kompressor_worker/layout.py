@@ -119,6 +119,8 @@ class ModelLayout:
     """sha256: and hex digits, over names, sizes and ETags of all files that are read, config.json and the headers."""
     tied_embeddings: bool = False
     warnings: tuple[str, ...] = field(default=())
+    file_sizes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of `other_files`, by name."""
 
     def stages(self) -> Iterator[StageLayout]:
         for unit in self.units:

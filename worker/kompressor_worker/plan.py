@@ -10,6 +10,7 @@ from typing import Any
 
 from kompressor_worker.formats.readers import reader_warnings
 from kompressor_worker.job import Job
+from kompressor_worker.journal import refuse_unusable_journal
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.publish import already_published
@@ -21,8 +22,12 @@ from kompressor_worker.storage.locations import open_output, open_source
 
 IDLE_BYTES = 560 << 20
 """A worker after its imports, torch's CPU build; measured by benchmarks/data_free.py."""
+SCRATCH_BYTES = 60 << 20
+"""What kernels, the allocator and connections hold beside what is counted; up to 41 MiB were seen."""
 BYTES_PER_SECOND = 300e6
 """Source bytes a second that the time estimate assumes: a gigabit and a half to and from object storage, two cores."""
+START_SECONDS = 3
+"""Until the stream begins: imports, headers, the claim."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Plan:
             "schemes": dict(Counter(s.name for s in self.schemes.values())),
             "exact": sum(1 for x in self.layout.linears() if x.name not in self.schemes),
             "peakMemoryBytes": self.peak_bytes,
-            "estimatedSeconds": round(self.layout.source_bytes / BYTES_PER_SECOND),
+            "estimatedSeconds": 0 if self.already else START_SECONDS + round(self.layout.source_bytes / BYTES_PER_SECOND),
             "alreadyCompressed": self.already,
             "warnings": [*self.layout.warnings, *reader_warnings(self.schemes)],
         }
@@ -58,7 +63,10 @@ def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None
     layout = read_layout(source)
     _, schemes = assign(job.spec, layout)
     planned = plan_output(layout, schemes)
-    already = already_published(output, make_fingerprint(job.spec, layout)) is not None
+    fingerprint = make_fingerprint(job.spec, layout)
+    already = already_published(output, fingerprint) is not None
+    if not already:
+        refuse_unusable_journal(output, fingerprint)
     return Plan(layout, schemes, planned, peak_memory(layout, planned, schemes, limits or Limits()), already)
 
 
@@ -72,4 +80,4 @@ def peak_memory(layout: ModelLayout, planned: OutputPlan, schemes: Mapping[str, 
                 decoded = sum(t.nbytes for t in stage.tensors if t.encoding != "plain")
                 largest = max(largest, stage.source_bytes + decoded + sum(t.stop - t.start for t in placed))
     ahead = max(limits.lookahead, max((s.source_bytes for s in layout.stages() if any(x.name in schemes for x in s.linears)), default=0))
-    return IDLE_BYTES + largest + ahead + limits.pending
+    return IDLE_BYTES + SCRATCH_BYTES + largest + ahead + limits.pending

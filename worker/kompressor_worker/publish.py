@@ -16,8 +16,8 @@ import xxhash
 
 from kompressor_worker.errors import OutputOccupied, UploadLost
 from kompressor_worker.formats.compressed_tensors import other_modules, quantization_config
-from kompressor_worker.journal import Journal
-from kompressor_worker.storage import WORK, Output, Source
+from kompressor_worker.journal import JOURNAL, Journal
+from kompressor_worker.storage import Output, Source
 
 if TYPE_CHECKING:
     from kompressor_worker.stream import Work
@@ -26,6 +26,9 @@ REPORT = "kompressor.json"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 CHUNK = 16 << 20
+"""Bytes of a part where a large file is copied."""
+QUANTIZATION = ("quantization_config", "compression_config")
+"""Where config.json says how a checkpoint is quantised; the second is an older name that loaders still read."""
 
 
 def publish(work: Work, source: Source, output: Output, journal: Journal, report: Mapping[str, Any]) -> None:
@@ -38,24 +41,42 @@ def publish(work: Work, source: Source, output: Output, journal: Journal, report
         except UploadLost:
             journal.commit(replace(journal.state, publishing=False))  # the next worker goes back to what survives
             raise
-    for name in work.layout.other_files:
-        carry_over(source, output, name)
+    copied = {name: carry_over(source, output, name, work.layout.file_sizes[name]) for name in work.layout.other_files}
     journal.commit(journal.state)  # the fence once more: what follows is seen by readers
+    config = dumps(published_config(work))
     if len(work.plan.shards) > 1:
         output.write(INDEX, dumps(work.plan.index()))
-    output.write(REPORT, dumps(report))
-    output.publish(CONFIG, dumps(published_config(work)))
+    output.write(REPORT, dumps({**report, "digests": {**copied, CONFIG: digest(config)}}))
+    output.publish(CONFIG, config)
     output.cleanup()
 
 
-def carry_over(source: Source, output: Output, name: str) -> None:
-    """Copies one of the source's other files: tokenizer, templates, licence."""
-    output.write(name, source.read(name))
+def carry_over(source: Source, output: Output, name: str, size: int) -> str:
+    """Copies one of the source's other files (tokenizer, templates, licence), a large one in pieces; returns its digest."""
+    if size <= CHUNK:
+        data = source.read(name)
+        output.write(name, data)
+        return digest(data)
+    hasher, parts = xxhash.xxh3_128(), []
+    upload = output.begin(name, size)
+    for number, offset in enumerate(range(0, size, CHUNK), 1):
+        piece = memoryview(bytearray(min(CHUNK, size - offset)))
+        source.read_into(name, offset, piece)
+        hasher.update(piece)
+        parts.append(output.write_part(name, upload, number, offset, [piece]))
+    output.complete(name, upload, parts)
+    return f"xxh3-128:{hasher.hexdigest()}"
+
+
+def digest(data: bytes) -> str:
+    return "xxh3-128:" + xxhash.xxh3_128(data).hexdigest()
 
 
 def published_config(work: Work) -> dict[str, Any]:
-    """config.json of the result: the source's, its own quantisation replaced by ours."""
-    config = {k: v for k, v in work.layout.config.items() if k != "quantization_config"}
+    """config.json of the result: the source's, its own quantisation replaced by ours, wherever it stood."""
+    config = {k: v for k, v in work.layout.config.items() if k not in QUANTIZATION}
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = {k: v for k, v in text.items() if k not in QUANTIZATION}
     if work.schemes:
         config["quantization_config"] = quantization_config(list(work.layout.linears()), work.schemes, other_modules(work.layout))
     return config
@@ -83,7 +104,7 @@ def build_report(work: Work, fingerprint: Mapping[str, str], job: Mapping[str, A
         "source": {"uri": source_uri, "digest": work.layout.source_digest, "tensorBytes": work.layout.source_bytes},
         "result": {
             "tensorBytes": work.plan.tensor_bytes,
-            "digest": "xxh3-128:" + xxhash.xxh3_128("".join(f"{k}={digests[k]}\n" for k in sorted(digests))).hexdigest(),
+            "digest": digest("".join(f"{k}={digests[k]}\n" for k in sorted(digests)).encode()),
             "relativeError": relative(sum(errors), sum(norms)),
             "quantizedLinears": len(linears),
         },
@@ -107,23 +128,34 @@ def already_published(output: Output, fingerprint: Mapping[str, str]) -> dict[st
 
     Raises OutputOccupied when it holds anything else."""
     existing = output.existing()
+    if existing and CONFIG not in existing and output.read(JOURNAL) is None:
+        existing = output.existing()  # a worker may have published, and cleaned up, between the two looks
     if CONFIG in existing:
-        report: dict[str, Any] = json.loads(output.read_published(REPORT)) if REPORT in existing else {}
+        report = parse_report(output.read_published(REPORT)) if REPORT in existing else {}
         theirs = report.get("fingerprint")
         if theirs == dict(fingerprint):
             return report
         what = "another model"
-        if theirs:
+        if isinstance(theirs, dict) and theirs:
             field = next(k for k in sorted({*theirs, *fingerprint}) if theirs.get(k) != fingerprint.get(k))
             what = f"a result whose {field} is {theirs.get(field)}, this job's is {fingerprint.get(field)}"
         raise OutputOccupied(f"{output.uri}: already holds {what}; choose another output.uri, or remove what is there")
-    if existing and output.read(f"{WORK}journal.json") is None:
+    if existing and output.read(JOURNAL) is None:
         names = sorted(existing)
         raise OutputOccupied(
             f"{output.uri}: already holds {len(names)} objects that are not ours ({', '.join(names[:3])}"
             f"{' ...' if len(names) > 3 else ''}); choose an empty output.uri"
         )
     return None
+
+
+def parse_report(data: bytes) -> dict[str, Any]:
+    """kompressor.json as read; empty where it is none of ours: another tool's, or damaged."""
+    try:
+        report = json.loads(data)
+    except ValueError:
+        return {}
+    return report if isinstance(report, dict) else {}
 
 
 def dumps(value: Any) -> bytes:

@@ -50,6 +50,7 @@ def read_layout(source: Source) -> ModelLayout:
         source_digest=checkpoint.digest,
         tied_embeddings=tied,
         warnings=tuple(warnings),
+        file_sizes={name: checkpoint.file_sizes[name] for name in checkpoint.other_files},
     )
 
 

@@ -110,7 +110,7 @@ def copy(layout: StageLayout, placed: Sequence[PlacedTensor], incoming: Iterator
 
 def refuse_nonfinite(name: str, count: int) -> None:
     if count:
-        raise BadNumerics(f"{name}: {count} values are NaN or Inf; the checkpoint is damaged or was saved after a diverged step")
+        raise BadNumerics(f"{name}: {count} values are NaN or Inf; the checkpoint is damaged or its training diverged, fetch it again")
 
 
 def is_plain(stage: StageLayout, schemes: Mapping[str, Scheme]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,9 +16,10 @@ from kompressor_worker import kernels
 from kompressor_worker.checkpoint import Checkpoint, read_checkpoint
 from kompressor_worker.errors import BadNumerics, CorruptSource, UserError
 from kompressor_worker.formats.compressed_tensors import planned_tensors
+from kompressor_worker.headers import load_json
 from kompressor_worker.layout import StoredTensor
 from kompressor_worker.pipeline import Limits, Load, Prefetcher
-from kompressor_worker.publish import REPORT
+from kompressor_worker.publish import CHUNK, CONFIG, REPORT
 from kompressor_worker.schemes import SCHEMES
 from kompressor_worker.storage import Source
 from kompressor_worker.storage.locations import open_source
@@ -40,7 +40,13 @@ def verify(uri: str, endpoint: str | None, region: str | None, environ: Mapping[
     source = open_source(location, environ, threading.Event())
     checkpoint = read_checkpoint(source)
     report = read_report(source, checkpoint)
-    check_names(checkpoint, report)
+    try:
+        check_files(source, checkpoint, report)
+        check_names(checkpoint, report)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptSource(
+            f"{source.uri}: {REPORT} lacks what Kompressor writes ({type(error).__name__}: {error}); upload the result again"
+        ) from error
     seen = {"tensors": 0, "bytes": 0, "digests": 0, "scales": 0}
     for tensor, digest, bad in read_all(source, checkpoint):
         seen["tensors"] += 1
@@ -61,8 +67,26 @@ def read_report(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
         if "quantization_config" not in checkpoint.config:
             raise UserError(f"{source.uri}: no {REPORT} and no quantization_config: this is not a result", Reason.SOURCE_NOT_FOUND)
         return {}
-    report: dict[str, Any] = json.loads(source.read(REPORT))
-    return report
+    return load_json(REPORT, source.read(REPORT))
+
+
+def check_files(source: Source, checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
+    """Every file that the report names is there, and those that are not weights are byte for byte what was written, config.json first."""
+    if not report:
+        return
+    if missing := sorted(set(report["files"]) - set(checkpoint.file_sizes)):
+        raise CorruptSource(f"{source.uri}: {missing[0]} is missing; upload the result again")
+    for name, recorded in sorted(report.get("digests", {}).items(), key=lambda item: item[0] != CONFIG):
+        found = digest_of(source, name, checkpoint.file_sizes[name])
+        if found != recorded:
+            raise CorruptSource(f"{source.uri}: {name} is not what was written ({recorded}); upload it again")
+
+
+def digest_of(source: Source, name: str, size: int) -> str:
+    hasher = xxhash.xxh3_128()
+    for offset in range(0, size, CHUNK):
+        hasher.update(source.read(name, offset, min(offset + CHUNK, size)))
+    return f"xxh3-128:{hasher.hexdigest()}"
 
 
 def check_names(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:

@@ -86,8 +86,9 @@ def quantization_config(linears: Sequence[LinearLayout], schemes: Mapping[str, S
     names = [linear.name for linear in linears]
     exact = [linear.name for linear in linears if linear.name not in schemes and linear.kind != "embedding"]
     ignore = [*patterns_for(exact, names), *subtree_patterns(others, names, list(schemes))]
-    if not any(linear.kind == "head" for linear in linears):
-        ignore.insert(0, "lm_head")  # tied to the embeddings: not in the file, but a Linear in the loaded model
+    heads = [linear.name for linear in linears if linear.kind == "head"]
+    if not any(name.rpartition(".")[2] == "lm_head" or name in schemes for name in heads):
+        ignore.insert(0, "lm_head")  # tied to the embeddings, or under an old name in the file: a Linear of this name when loaded
     # transformers takes the first group that speaks of experts for the routed ones; shared experts have the word in their name too
     ordered = sorted(groups.items(), key=lambda group: not any(".experts." in name for name in group[1]))
     targets = [["Linear"]] if len(ordered) == 1 else [patterns_for(members, names) for _, members in ordered]
