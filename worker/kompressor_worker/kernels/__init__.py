@@ -11,12 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kompressor_worker.grid import Grid
 from kompressor_worker.kernels import compiled, eager, ops  # ops: registers the operations
 from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.kernels.gram import add_gram
 from kompressor_worker.schemes import Scheme
 
-__all__ = ["Quantized", "add_gram", "amax", "decode_fp8_block", "decode_mxfp4", "nonfinite", "ops", "quantize"]
+__all__ = [
+    "Quantized", "add_gram", "amax", "decode_fp8_block", "decode_mxfp4", "gptq", "gptq_groups", "nonfinite", "ops", "quantize",
+]  # fmt: skip
 
 FLOATS = tuple(compiled.DTYPES)
 """bf16, fp16 and fp32: what weights come in."""
@@ -66,3 +69,48 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """
     decoded: Tensor = torch.ops.kompressor.decode_mxfp4(blocks.contiguous(), scales.contiguous(), dtype)
     return decoded
+
+
+def gptq(
+    weight: Tensor, inverse_factor: Tensor, grid: Grid, scheme: Scheme, columns: Tensor | None = None, block: int = 128
+) -> tuple[Tensor, float]:
+    """Codes [out, in] by GPTQ (Frantar et al. 2022, arXiv 2210.17323) on a given grid, and the loss it propagated.
+
+    weight fp32 [out, in] in the order of processing; inverse_factor fp32 [in, in]: U, upper triangular, H^-1 = U^T U. `columns` int32
+    [in]: the tile of `grid` that each column belongs to (activation order with static groups); None: as they lie. Codes are in the order
+    of processing: int8, or float8_e4m3fn for FP8 and for FP4, whose values it holds exactly. The loss is the sum of (w - q)^2 / U_jj^2
+    over all elements: by how much ||(W - Q) X||^2 has grown if H is X^T X.
+    """
+    assert weight.dtype == inverse_factor.dtype == torch.float32, (weight.dtype, inverse_factor.dtype)
+    height, width = scheme.tile((weight.shape[0], weight.shape[1]))
+    if columns is None:
+        columns = torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device) // width
+    step, zero_point = (None if x is None else x.repeat_interleave(height, 0)[: len(weight)] for x in (grid.step, grid.zero_point))
+    codes, loss = torch.ops.kompressor.gptq(
+        weight.contiguous(),
+        inverse_factor.contiguous(),
+        step,
+        zero_point,
+        columns.to(torch.int32),
+        scheme.type == "float",
+        scheme.bits,
+        block,
+    )
+    return codes, float(loss)
+
+
+def gptq_groups(weight: Tensor, inverse_factor: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Grid, float]:
+    """The same without a grid: each group gets that of its weights as they are when its first column is reached. Integers only.
+
+    `dtype` is what scales are stored in. Returns codes, the grid and the loss. For columns in their own order.
+    """
+    assert scheme.type == "int", scheme.name
+    codes, scale, zero_point, loss = torch.ops.kompressor.gptq_groups(
+        weight.contiguous(),
+        inverse_factor.contiguous(),
+        scheme.tile((weight.shape[0], weight.shape[1]))[1],
+        scheme.bits,
+        scheme.symmetric,
+        dtype,
+    )
+    return codes, Grid(scale, None if scheme.symmetric else zero_point), float(loss)
