@@ -53,6 +53,14 @@ class Family:
     attention: tuple[Group, ...]
     feed_forward: tuple[Group, ...] = ()
     experts: Experts | None = None
+    norm_offset: float = 0.0
+    """What the model adds to a norm's stored weight."""
+    post_norms: bool = False
+    """Whether attention and feed-forward have a norm behind them too; the one before the feed-forward is then pre_feedforward_layernorm."""
+    scaled_embeddings: bool = False
+    """Whether embeddings are multiplied by the root of the hidden size."""
+    forward: bool = True
+    """Whether decoder.py knows its function, so that it can be calibrated and evaluated."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What config.json may leave out because transformers' config class has another default than most."""
 
@@ -90,11 +98,14 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(("mistral",), ATTENTION, gated("mlp.")),
     "qwen2": Family(("qwen2",), ATTENTION, gated("mlp.")),
     "qwen3": Family(("qwen3",), ATTENTION, gated("mlp.")),
-    "gemma2": Family(("gemma2",), ATTENTION, gated("mlp."), defaults=GEMMA),
+    "gemma2": Family(("gemma2",), ATTENTION, gated("mlp."), norm_offset=1.0, post_norms=True, scaled_embeddings=True, defaults=GEMMA),
     "gemma3": Family(
         ("gemma3_text",),
         ATTENTION,
         gated("mlp."),
+        norm_offset=1.0,
+        post_norms=True,
+        scaled_embeddings=True,
         defaults={**GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
     ),
     "phi3": Family(
@@ -126,6 +137,7 @@ FAMILIES: dict[str, Family] = {
                 ("mlp.experts.down_proj", ("experts", "ffn", "hidden")),
             ),
         ),
+        forward=False,  # attention sinks, and experts that stay stacked
     ),
 }
 

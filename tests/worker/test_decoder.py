@@ -1,0 +1,118 @@
+"""Our steps of every family's decoder block against transformers' own modules: fp32, padded rows, windows, scaled rotary embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import BASE
+from safetensors.torch import load_file
+from torch.nn.functional import linear
+
+from kompressor_api.v1alpha1 import SourceLocation
+from kompressor_worker.decoder import Batch, Decoder
+from kompressor_worker.decoder_block import Block
+from kompressor_worker.errors import UserError
+from kompressor_worker.reading import read_layout
+from kompressor_worker.sites import sites_of
+from kompressor_worker.storage.locations import open_source
+
+SMALL = {**BASE, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_hidden_layers": 3}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"attention_bias": True}),
+    "llama3 rotary": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": 7}),
+    "qwen2": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 7, "query_pre_attn_scalar": 48, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "phi3": ("Phi3Config", {"partial_rotary_factor": 0.5, "sliding_window": None}),
+    "mixtral": ("MixtralConfig", {**MOE, "num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 4, "norm_topk_prob": False, "mlp_only_layers": [1]}),
+}
+LENGTHS = (24, 17)
+
+
+def saved(case: str, folder: Path) -> transformers.PreTrainedModel:
+    name, extra = CASES[case]
+    torch.manual_seed(3)
+    config = getattr(transformers, name)(**{**SMALL, **extra}, initializer_range=0.2)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=0.6, std=0.3)  # norms and biases that matter
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def layout_of(folder: Path) -> Any:
+    return read_layout(open_source(SourceLocation(uri=f"file://{folder}"), {}))
+
+
+def ours(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Final hidden states [rows, length, hidden] before the final norm."""
+    layout = layout_of(folder)
+    weights = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    decoder = Decoder(layout, torch.device("cpu"))
+
+    def project(name: str, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    batch = Batch(LENGTHS, {"hidden": decoder.embed(weights["model.embed_tokens.weight"][tokens])})
+    for number, unit in enumerate(u for u in layout.units if ".layers." in u.name):
+        block = Block(decoder, number, unit)
+        for step in block.steps:
+            given = block.inputs(step, batch, weights)
+            for site in sites_of(block, step, ("range",)):
+                if site.name in given:
+                    site.statistics.add(given[site.name])
+            block.advance(step, batch, weights, project)
+    return batch.state["hidden"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_steps_are_the_models_function(case: str, tmp_path: Path) -> None:
+    model = saved(case, tmp_path)
+    tokens = torch.randint(3, 120, (2, max(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+        got = ours(tmp_path, tokens)
+        normed = Decoder(layout_of(tmp_path), torch.device("cpu")).norm(got, model.get_decoder().norm.weight)
+    torch.testing.assert_close(normed[0], expected.hidden_states[-1][0], rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(normed[1, : LENGTHS[1]], expected.hidden_states[-1][1, : LENGTHS[1]], rtol=2e-4, atol=2e-4)
+
+
+def test_padding_and_excluded_rows_count_in_no_statistic(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    layout = layout_of(tmp_path)
+    decoder = Decoder(layout, torch.device("cpu"))
+    block = Block(decoder, 0, layout.units[1])
+    weights = load_file(next(tmp_path.glob("*.safetensors")))
+    batch = Batch((5, 3, 4), {"hidden": torch.randn(3, 5, 64)}, excluded=(False, False, True))
+    (x,) = block.inputs(block.steps[0], batch, weights).values()
+    assert len(x) == 5 + 3
+    assert len(block.inputs(block.steps[0], Batch((5, 5, 5), batch.state), weights)[block.steps[0].layout.name]) == 15
+
+
+def test_a_decoder_whose_function_is_unknown_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.StableLmConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model_type 'stablelm' cannot be run .* use passes without calibration"):
+        Decoder(layout_of(tmp_path), torch.device("cpu"))

@@ -1,0 +1,133 @@
+"""What all blocks of a decoder share: sizes, norms, rotary embeddings, embeddings; and the rows on their way through them.
+
+The families differ in data (architectures.py); rotary embeddings and activations are transformers' own. State is in the model's dtype,
+arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kompressor_api.names import Reason
+from kompressor_worker.architectures import FAMILIES, Family
+from kompressor_worker.errors import UserError
+from kompressor_worker.layout import ModelLayout
+from kompressor_worker.tensors import DTYPES
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Batch:
+    """Rows of tokens on their way through the blocks, padded on the right to the same length."""
+
+    lengths: tuple[int, ...]
+    state: State = field(default_factory=dict)
+    excluded: tuple[bool, ...] = ()
+    """Rows whose activations became NaN or Inf: they count in no statistic."""
+
+    def valid(self, length: int, device: torch.device) -> Tensor | None:
+        """bool [rows, length]: positions that count; None: all of them."""
+        if all(n == length for n in self.lengths) and not any(self.excluded):
+            return None
+        lengths = torch.tensor(
+            [0 if out else n for n, out in zip(self.lengths, self.excluded or (False,) * len(self.lengths), strict=True)]
+        )
+        return (torch.arange(length)[None, :] < lengths[:, None]).to(device)
+
+
+class Decoder:
+    """What all blocks of a model share."""
+
+    def __init__(self, layout: ModelLayout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        self.family = supported_family(layout)
+        self.config = transformers_config(layout.config)
+        self.dtype = DTYPES[layout.dtype]
+        self.eps = float(self.config.rms_norm_eps)
+        self.heads = int(self.config.num_attention_heads)
+        self.kv_heads = int(self.config.num_key_value_heads or self.heads)
+        self.head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads)
+        self.scale = float(getattr(self.config, "query_pre_attn_scalar", None) or self.head_dim) ** -0.5
+        self.softcap: float | None = getattr(self.config, "attn_logit_softcapping", None)
+        self.final_softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self._rotary = rotary_embedding(self.config).to(device)
+        self._activation = activation(self.config)
+
+    def embed(self, rows: Tensor) -> Tensor:
+        """Hidden states of embedding rows [..., hidden], scaled where the family does, in the model's dtype."""
+        if not self.family.scaled_embeddings:
+            return rows.to(self.dtype)
+        scale = torch.tensor(float(self.config.hidden_size) ** 0.5).to(rows.dtype)
+        return (rows * scale).to(self.dtype)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm in fp32 of x [..., n]."""
+        x = x.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return x * (weight.float() + self.family.norm_offset)
+
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self._activation(gate).mul_(up)
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of this layer's attention; None: it sees everything before."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is not None and kinds[layer] != "sliding_attention":
+            return None
+        return int(window) if window else None
+
+    def positions(self, length: int, layer: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, length, rotary_dim], fp32."""
+        like, at = torch.empty(0, device=self.device), torch.arange(length, device=self.device)[None]
+        if hasattr(self._rotary, "layer_types"):
+            cos, sin = self._rotary(like, at, layer_type=self.config.layer_types[layer])
+        else:
+            cos, sin = self._rotary(like, at)
+        return cos, sin
+
+
+def supported_family(layout: ModelLayout) -> Family:
+    """Raises UserError for decoders whose forward is not known here."""
+    family = FAMILIES.get(layout.family or "")
+    if family is None or not family.forward:
+        known = ", ".join(name for name, f in FAMILIES.items() if f.forward)
+        raise UserError(
+            f"config.json: model_type {layout.config.get('model_type')!r} cannot be run for calibration or evaluation (known: {known}); "
+            "use passes without calibration (rtn) and leave evaluation out",
+            Reason.UNSUPPORTED_MODEL,
+        )
+    return family
+
+
+def transformers_config(config: Mapping[str, Any]) -> Any:
+    """transformers' config object of the decoder, with its defaults filled in."""
+    from transformers import CONFIG_MAPPING
+
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    assert text is not None
+    plain = {k: v for k, v in text.items() if k not in ("quantization_config", "architectures")}
+    return CONFIG_MAPPING[text["model_type"]].from_dict(plain)
+
+
+def rotary_embedding(config: Any) -> torch.nn.Module:
+    """transformers' module for this config: positions to cos and sin, with the config's own kind of scaling."""
+    modeling = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    found = next(c for name, c in vars(modeling).items() if name.endswith("RotaryEmbedding") and "Vision" not in name)
+    module: torch.nn.Module = found(config=config)
+    return module
+
+
+def activation(config: Any) -> Callable[[Tensor], Tensor]:
+    from transformers.activations import ACT2FN
+
+    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    found: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return found
