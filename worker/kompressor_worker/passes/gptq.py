@@ -1,0 +1,137 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns rounded one after the other, each error made good by the columns still to come.
+
+What counts is the layer's output on the calibration rows, so all that is needed of them is H = X^T X. Linears that share an input share one
+H, one factorisation and one order of columns. "static" order takes the columns of the largest activations first, while they can still be
+made good, on scales found beforehand from the weights as they lie: a reader sees groups of neighbouring columns as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from kompressor_api.v1alpha1 import Model
+from kompressor_worker.passes import Pass
+from kompressor_worker.passes.linear_params import LinearParams, scheme_in_groups
+from kompressor_worker.passes.selection import select
+from kompressor_worker.passes.shapes import check_shapes
+from kompressor_worker.schemes import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from kompressor_worker.block import Encoded, Site, Stage
+    from kompressor_worker.layout import LinearLayout, ModelLayout
+    from kompressor_worker.passes.hessian import Factor
+    from kompressor_worker.statistics import Statistic
+
+SchemeName = Literal["W4A16", "W4A16_ASYM", "W3A16", "W8A16", "W8A8", "FP8_DYNAMIC"]
+
+
+class GptqParams(LinearParams):
+    """GPTQ: rounds weights so that the layer's output on the calibration data changes least."""
+
+    scheme: SchemeName = Field(
+        description=(
+            "W4A16, W4A16_ASYM, W3A16 and W8A16 (packed integers, weights only), W8A8 (INT8, activations per token at run time) or "
+            "FP8_DYNAMIC (per channel, activations per token)."
+        )
+    )
+    act_order: Literal["static", "none"] = Field(
+        default="static",
+        description=(
+            "static: columns of large activations first, group scales from the original weights; loaders need no g_idx. none: columns as "
+            "they lie, group scales from the weights as they are when a group is reached."
+        ),
+    )
+    dampening: float = Field(
+        default=0.01,
+        gt=0.0,
+        le=1.0,
+        description="Share of the Hessian's mean diagonal that is added to it; ten times more where a factorisation fails.",
+    )
+    observer: Literal["minmax", "mse"] = Field(
+        default="minmax",
+        description=(
+            "What a grid spans: minmax, the range of the weights; mse, the part of it with the least squared rounding error, searched on "
+            "the original weights."
+        ),
+    )
+
+
+class Gptq(Pass):
+    """The pass `gptq`."""
+
+    Params: ClassVar[type[Model]] = GptqParams
+    statistics: frozenset[Statistic] = frozenset({"hessian"})
+
+    def __init__(self, params: GptqParams) -> None:
+        self.params = params
+        self._assigned: dict[str, Scheme] = {}
+
+    def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
+        """Raises UserError that names the tensor, the value and the remedy."""
+        scheme = scheme_in_groups(self.params.scheme, self.params.group_size, "gptq")
+        chosen = select(layout, taken, self.params.targets, self.params.ignore)
+        check_shapes(layout, chosen, scheme)
+        self._assigned = {linear.name: scheme for linear in chosen}
+        return dict(self._assigned)
+
+    def apply(self, stage: Stage) -> None:
+        """Encodes this stage's linears in `assign`'s answer. Raises BadNumerics.
+
+        `stage.notes["gptq"]`: `dampening`, the most that a factorisation needed; `deadColumns` by site, columns that no activation reached,
+        and `roundedToNearest` by linear, with the reason, where there was nothing to go by.
+        """
+        notes: dict[str, Any] = {"dampening": self.params.dampening}
+        left = {linear.name: linear for linear in stage.layout.linears if linear.name in self._assigned}
+        for site in stage.sites:
+            linears = [left.pop(linear.name) for linear in site.linears if linear.name in left]
+            if linears:
+                self._site(stage, site, linears, notes)
+        for linear in left.values():
+            self._round(stage, linear, "its input is not measured", notes)
+        stage.notes["gptq"] = notes
+
+    def _site(self, stage: Stage, site: Site, linears: list[LinearLayout], notes: dict[str, Any]) -> None:
+        from kompressor_worker.passes.encoding import finite
+        from kompressor_worker.passes.hessian import Factor
+
+        hessian = site.statistics.hessian
+        if hessian is None or not bool(hessian.any()):
+            for linear in linears:
+                self._round(stage, linear, f"none of {site.statistics.rows} rows of its input is other than zero", notes)
+            return
+        finite(hessian, site.name)
+        factor = Factor.of(hessian, self.params.dampening, ordered=self.params.act_order == "static", name=site.name)
+        notes["dampening"] = max(notes["dampening"], factor.dampening)
+        if factor.dead:
+            notes.setdefault("deadColumns", {})[site.name] = factor.dead
+        for linear in linears:
+            stage.encoded[linear.name] = self._linear(linear, stage.weights[linear.weight], factor)
+
+    def _round(self, stage: Stage, linear: LinearLayout, reason: str, notes: dict[str, Any]) -> None:
+        from kompressor_worker.passes.encoding import round_to_nearest
+
+        stage.encoded[linear.name] = round_to_nearest(linear, stage.weights[linear.weight], self._assigned[linear.name])
+        notes.setdefault("roundedToNearest", {})[linear.name] = reason
+
+    def _linear(self, linear: LinearLayout, weight: torch.Tensor, factor: Factor) -> Encoded:
+        from kompressor_worker import grid, kernels
+        from kompressor_worker.passes.clipping import best_grid
+        from kompressor_worker.passes.encoding import encode, refuse_nonfinite
+
+        refuse_nonfinite(linear, weight)
+        scheme, source = self._assigned[linear.name], weight.float()
+        if self.params.observer == "mse":
+            found = best_grid(source, scheme, weight.dtype)
+        elif factor.order is not None or scheme.strategy != "group":
+            found = grid.grid_of(weight, scheme)
+        else:
+            codes, found, _ = kernels.gptq_groups(source, factor.inverse, scheme, weight.dtype)
+            return encode(linear, weight, codes, found, scheme)
+        tiles = factor.columns // scheme.tile(linear.shape)[1]
+        ordered, _ = kernels.gptq(factor.ordered(source), factor.inverse, found, scheme, tiles)
+        return encode(linear, weight, factor.as_they_lay(ordered), found, scheme)

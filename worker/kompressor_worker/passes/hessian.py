@@ -1,0 +1,76 @@
+"""The Hessian of a layer's squared output error, made ready for GPTQ: dampened, ordered, inverted and factorised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kompressor_worker.errors import BadNumerics
+
+ATTEMPTS = 4
+"""Ten times the dampening each time; after these the Hessian is no sum of squares any more."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H^-1 = U^T U for one order of columns."""
+
+    inverse: Tensor
+    """fp32 [columns, columns]: U, upper triangular."""
+    order: Tensor | None
+    """int64 [columns]: the column that is processed first, second ...; None: as they lie."""
+    dampening: float
+    """Share of the mean diagonal that was added for the factorisation to work."""
+    dead: int
+    """Columns that no activation reached: they are rounded to nearest and touch no other."""
+
+    @classmethod
+    def of(cls, hessian: Tensor, dampening: float, ordered: bool, name: str) -> Factor:
+        """Of hessian [columns, columns] fp32, a sum over any number of rows, which is left as it is. `ordered`: largest diagonal first.
+
+        Raises BadNumerics that names the site if no dampening up to 1000 times `dampening` makes it positive definite."""
+        diagonal = hessian.diagonal()
+        dead = diagonal <= 0
+        order = torch.argsort(diagonal, descending=True, stable=True) if ordered else None
+        work = hessian.clone() if order is None else hessian[order][:, order]
+        mean = float(diagonal.sum() / (~dead).sum().clamp(min=1))
+        work.diagonal()[dead if order is None else dead[order]] = mean
+        added = 0.0
+        for attempt in range(ATTEMPTS):
+            share = dampening * 10**attempt
+            work.diagonal().add_((share - added) * mean)
+            added = share
+            inverse = inverse_factor(work)
+            if inverse is not None:
+                return cls(inverse, order, share, int(dead.sum()))
+        raise BadNumerics(
+            f"{name}: the Hessian of its input is not positive definite even with dampening {added:g}; "
+            "use more calibration samples, or look for NaN in the blocks before it"
+        )
+
+    @property
+    def columns(self) -> Tensor:
+        """int64 [columns], in the order of processing."""
+        return torch.arange(len(self.inverse), device=self.inverse.device) if self.order is None else self.order
+
+    def ordered(self, weight: Tensor) -> Tensor:
+        return weight if self.order is None else weight[:, self.order]
+
+    def as_they_lay(self, codes: Tensor) -> Tensor:
+        """The inverse of `ordered`."""
+        return codes if self.order is None else codes[:, torch.argsort(self.order)]
+
+
+def inverse_factor(hessian: Tensor) -> Tensor | None:
+    """U upper triangular with H^-1 = U^T U, for H fp32 [n, n]; None if H is not positive definite.
+
+    From H read backwards, L L^T, comes H = V V^T with V upper triangular, and U = V^-1: no inverse of H is formed."""
+    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if int(failed):
+        return None
+    upper = lower.flip(0, 1)
+    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
+    return inverse if bool(torch.isfinite(inverse).all()) else None
