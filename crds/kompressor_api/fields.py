@@ -50,5 +50,13 @@ class Model(BaseModel):
 
     @classmethod
     def model_validate(cls, obj: Any, *, by_name: bool | None = False, **options: Any) -> Self:
-        """As pydantic's, but with camelCase names only: `path_style` is unknown here, as it is to the API server."""
-        return super().model_validate(obj, by_name=by_name, **options)
+        """As pydantic's, but as the API server reads: `path_style` is unknown, only camelCase names are known; 4.0 is an integer."""
+        return super().model_validate(_whole(obj), by_name=by_name, **options)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _whole(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_whole(child) for child in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

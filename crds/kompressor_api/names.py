@@ -10,6 +10,8 @@ API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "CompressionJob"
 PLURAL = "compressionjobs"
 SHORT_NAME = "kcj"
+TOP_LEVEL = ("apiVersion", "kind", "metadata", "spec", "status")
+"""All that a manifest may have at its top."""
 
 LABEL_JOB_UID = f"{GROUP}/job-uid"
 """On every child: the CompressionJob's uid; also the watch selector of child Jobs and Pods."""

@@ -1,6 +1,6 @@
 """From the pydantic models to the CustomResourceDefinition: a structural OpenAPI v3 schema with CEL rules.
 
-Every object under `spec` keeps unknown names (`x-kubernetes-preserve-unknown-fields` beside typed properties): a
+The root and every object under `spec` keep unknown names (`x-kubernetes-preserve-unknown-fields` beside typed properties): a
 misspelt name that the API server prunes would silently mean the default, one that it keeps can be refused, by the
 admission policy of the chart and by the operator.
 """
@@ -94,6 +94,7 @@ def crd(passes: Mapping[str, type[BaseModel]]) -> Schema:
 def _version(spec: Schema, status: Schema) -> Schema:
     root = {
         "type": "object",
+        PRESERVE: True,  # `suspend: true` beside `spec:` is a misspelt name too
         "description": "Compresses one model: reads it from spec.model, applies spec.passes, writes spec.output.",
         "required": ["spec"],
         "properties": {
@@ -155,9 +156,7 @@ def _add_rules(spec: Schema) -> None:
         if name not in MUTABLE
     ]
     source, output = "self.model.source.uri", "self.output.uri"
-    other_endpoint = (
-        "(has(self.model.source.endpoint) ? self.model.source.endpoint : '') != (has(self.output.endpoint) ? self.output.endpoint : '')"
-    )
+    other_endpoint = f"{_server('self.model.source')} != {_server('self.output')}"
     for rule, message, path in (
         (f"{_canonical(source)} != {_canonical(output)}", "is the source itself; choose another prefix", ".output.uri"),
         (f"!{output}.startsWith({_folder(source)})", "lies inside the source; choose a prefix beside it", ".output.uri"),
@@ -174,8 +173,18 @@ def _add_rules(spec: Schema) -> None:
         "message": "a hub is read-only here; use s3:// or pvc://",
         "fieldPath": ".uri",
     }
-    spec["properties"]["model"]["properties"]["source"][RULES] = [in_cluster]
-    spec["properties"]["output"][RULES] = [in_cluster, writable]
+    one_name = {
+        "rule": "!self.uri.split('/').exists(p, p == '..')",
+        "message": "'..' gives one place two names; write the place that it leads to",
+        "fieldPath": ".uri",
+    }
+    spec["properties"]["model"]["properties"]["source"][RULES] = [in_cluster, one_name]
+    spec["properties"]["output"][RULES] = [in_cluster, writable, one_name]
+
+
+def _server(location: str) -> str:
+    """As `canonical_endpoint` of the models, which alone also know default ports."""
+    return f"(has({location}.endpoint) ? {location}.endpoint.lowerAscii().split('/').filter(p, p != '') : [])"
 
 
 def _canonical(uri: str) -> str:

@@ -9,7 +9,7 @@ object.
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -34,6 +34,7 @@ __all__ = [
     "StatusCondition",
     "Uri",
     "WorkerSpec",
+    "canonical_endpoint",
     "canonical_uri",
 ]
 
@@ -65,6 +66,13 @@ class Location(Model):
             "or HF_TOKEN. Default: the identity of the worker's pod."
         ),
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _leads_nowhere_else(cls, uri: str) -> str:
+        if ".." in canonical_uri(uri).split("/"):
+            raise ValueError(f"{uri}: '..' gives one place two names; write the place that it leads to")
+        return uri
 
 
 class SourceLocation(Location):
@@ -153,9 +161,9 @@ class CompressionJobSpec(Model):
 
     @model_validator(mode="after")
     def _source_and_output_are_apart(self) -> CompressionJobSpec:
-        if self.model.source.endpoint != self.output.endpoint:
+        if canonical_endpoint(self.model.source.endpoint) != canonical_endpoint(self.output.endpoint):
             return self
-        source, output = canonical_uri(self.model.source.uri).rstrip("/") + "/", canonical_uri(self.output.uri).rstrip("/") + "/"
+        source, output = canonical_uri(self.model.source.uri) + "/", canonical_uri(self.output.uri) + "/"
         if source == output:
             raise ValueError(f"output.uri {self.output.uri} is the source itself; choose another prefix")
         if output.startswith(source):  # it would become part of the source
@@ -233,7 +241,17 @@ class CompressionJobStatus(BaseModel):
 
 
 def canonical_uri(uri: str) -> str:
-    """The same place has one spelling: no trailing or doubled slashes after the authority."""
-    parts = urlsplit(uri)
-    path = "/".join(p for p in parts.path.split("/") if p not in ("", "."))
-    return f"{parts.scheme}://{parts.netloc}/{path}"
+    """The same place has one spelling: no trailing, doubled or dotted slashes; on volumes, where a path is a URL's, no percent signs."""
+    scheme, _, rest = uri.partition("://")
+    authority, _, path = rest.partition("/")
+    if scheme in ("pvc", "file"):
+        path = unquote(path)
+    return "/".join([f"{scheme}://{authority}", *(part for part in path.split("/") if part not in ("", "."))])
+
+
+def canonical_endpoint(endpoint: str | None) -> str:
+    """The same server has one spelling: small letters, no default port, no slash at its end."""
+    parts = urlsplit((endpoint or "").lower())
+    default = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
+    path = "/".join(part for part in parts.path.split("/") if part)
+    return f"{parts.scheme}://{parts.netloc.removesuffix(default)}/{path}"

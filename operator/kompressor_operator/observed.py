@@ -33,6 +33,8 @@ class CompressionJob:
     deleting: bool
     spec: Manifest
     status: Manifest
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    """What stands beside `spec` and should not: a misspelt name, or one that was indented too little."""
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> CompressionJob:
@@ -46,6 +48,7 @@ class CompressionJob:
             deleting="deletionTimestamp" in meta,
             spec=body.get("spec") or {},
             status=body.get("status") or {},
+            beside={name: value for name, value in body.items() if name not in names.TOP_LEVEL},
         )
 
     @property
@@ -63,7 +66,8 @@ class CompressionJob:
 
     @property
     def ttl(self) -> int | None:
-        return self.spec.get("ttlSecondsAfterFinished")
+        seconds = self.spec.get("ttlSecondsAfterFinished")
+        return None if seconds is None else int(seconds)
 
     @property
     def finished(self) -> bool:

@@ -46,7 +46,7 @@ def refused(view: View) -> Decision | None:
     """A spec that cannot work never gets a Job. One that has a Job was accepted, perhaps by an older operator."""
     if view.observed.jobs or view.job.status.get("jobName"):
         return None
-    problem = invalid(view.job.spec, view.passes)
+    problem = invalid(view.job.spec, view.passes, view.job.beside)
     return Decision(verdict=invalid_spec(view, problem)) if problem else None
 
 

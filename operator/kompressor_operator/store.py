@@ -42,13 +42,15 @@ class Packed:
     def pack(cls, body: Mapping[str, Any]) -> Packed:
         meta = body["metadata"]
         kept = {k: meta[k] for k in _KEPT if k in meta}
-        text = json.dumps({"metadata": kept, "spec": body.get("spec") or {}, "status": body.get("status") or {}})
+        rest = {name: value for name, value in body.items() if name not in _LEFT_OUT}
+        text = json.dumps({**rest, "metadata": kept, "spec": body.get("spec") or {}, "status": body.get("status") or {}})
         return cls(meta["namespace"], meta["name"], meta["uid"], meta.get("resourceVersion", ""), text)
 
     def unpack(self) -> CompressionJob:
         return CompressionJob.parse(json.loads(self.text))
 
 
+_LEFT_OUT = ("apiVersion", "kind", "metadata")
 _KEPT = ("namespace", "name", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
 
 

@@ -1,6 +1,6 @@
 """Is the spec usable? The models of the API say so, plus what only a cluster cares about. Pure; messages say where, what and how else.
 
-The API server keeps misspelt names inside a pass (it would otherwise drop them silently), so they are refused here.
+The API server keeps misspelt names (it would otherwise drop them silently), so they are refused here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from kompressor_api import names
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_operator.observed import Manifest
 
@@ -45,9 +46,9 @@ def known_passes() -> PassParameters:
     return json.loads(table.read_text()) if table.is_file() else {}
 
 
-def invalid(spec: Manifest, passes: PassParameters) -> str:
-    """All that is wrong with the spec, in one message; empty if nothing is."""
-    problems = [*_model_problems(spec), *_pass_problems(spec, passes), *_cluster_problems(spec)]
+def invalid(spec: Manifest, passes: PassParameters, beside: Mapping[str, Any] | None = None) -> str:
+    """All that is wrong with the spec, and with what stands `beside` it, in one message; empty if nothing is."""
+    problems = [*_stray_problems(beside or {}), *_model_problems(spec), *_pass_problems(spec, passes), *_cluster_problems(spec)]
     if not problems:
         return ""
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -63,6 +64,12 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean {folded[near[0]]}?"
     return f"known are {', '.join(choices)}" if choices else "nothing is known here"
+
+
+def _stray_problems(beside: Mapping[str, Any]) -> Iterable[Problem]:
+    for name, value in sorted(beside.items()):
+        hint = "it belongs under spec" if name in field_names(()) else did_you_mean(name, [*names.TOP_LEVEL, *field_names(())])
+        yield Problem(name, f"unknown field beside spec (value {_short(value)}); {hint}")
 
 
 def _model_problems(spec: Manifest) -> list[Problem]:

@@ -68,13 +68,13 @@ class Server:
         self.api.delete_namespaced_custom_object(*_place(job), _name(job))
 
     def as_account(self, namespace: str, account: str, *, pod: str) -> Server:
-        """The same API server, as a service account whose token is bound to `pod`."""
+        """The same API server, as a service account whose token is bound to `pod`, or with an empty one to none."""
         headers = {
             "Impersonate-User": f"system:serviceaccount:{namespace}:{account}",
             "Impersonate-Group": f"system:serviceaccounts:{namespace}",
-            "Impersonate-Extra-authentication.kubernetes.io%2fpod-name": pod,
         }
-        return Server(self.cluster, headers)
+        bound = {"Impersonate-Extra-authentication.kubernetes.io%2fpod-name": pod} if pod else {}
+        return Server(self.cluster, headers | bound)
 
     def grant(self, namespace: str, account: str, verbs: str, resources: str) -> None:
         """Lets a service account do `verbs` to `resources`, both with commas."""

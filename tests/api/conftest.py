@@ -48,7 +48,7 @@ def _prepare(cluster: local_cluster.Cluster) -> Server:
     return server
 
 
-def _wait(true: Callable[[], bool], otherwise: str, seconds: float = 30) -> None:
+def _wait(true: Callable[[], bool], otherwise: str, seconds: float = 120) -> None:
     """Both follow a moment after their objects; `kubectl wait` fails on a CRD that has no status yet."""
     deadline = time.monotonic() + seconds
     while not true():

@@ -23,6 +23,7 @@ GOOD: dict[str, Spec] = {
     "every scheme mixes": {
         "passes": [{"rtn": {"scheme": "FP8_DYNAMIC", "targets": ["re:.*attn.*"]}}, {"rtn": {"scheme": "W8A8", "ignore": ["lm_head"]}}]
     },
+    "a whole number with a point": {"retry": {"limit": 4.0}, "ttlSecondsAfterFinished": 60.0},
     "per channel": {"passes": [{"rtn": {"scheme": "W4A16", "groupSize": -1}}]},
     "from a hub": {"model": {"source": {"uri": "hf://org/name", "revision": "main", "credentialsSecret": "hub"}}},
     "volumes": {"model": {"source": {"uri": "pvc://models/a"}}, "output": {"uri": "pvc://models/b"}},
@@ -76,6 +77,16 @@ WRONG_VALUES: dict[str, tuple[Spec, str]] = {
     "into itself": ({"output": {"uri": "s3://models/llama/w4"}}, "lies inside the source"),
     "around itself": ({"output": {"uri": "s3://models"}}, "lies inside the output"),
     "onto itself, spelt oddly": ({"output": {"uri": "s3://models//./llama//"}}, "is the source itself"),
+    "onto itself, by the server's other spelling": (
+        {
+            "model": {"source": {"uri": "s3://models/llama", "endpoint": "https://S3.example.org/"}},
+            "output": {"uri": "s3://models/llama", "endpoint": "https://s3.example.org"},
+        },
+        "is the source itself",
+    ),
+    "onto itself, by a detour": ({"output": {"uri": "s3://models/x/../llama"}}, "gives one place two names"),
+    "out of a volume": ({"output": {"uri": "pvc://models/.."}}, "gives one place two names"),
+    "from a detour": ({"model": {"source": {"uri": "pvc://models/a/../b"}}}, "gives one place two names"),
     "unknown format": ({"output": {"uri": "s3://models/out", "format": "onnx"}}, "compressed-tensors"),
     "endpoint without scheme": ({"output": {"uri": "s3://models/out", "endpoint": "s3:9000"}}, "spec.output.endpoint"),
     "a bundle without a map": ({"output": {"uri": "s3://models/out", "caBundle": {"key": "a"}}}, "caBundle.configMap"),
@@ -102,7 +113,7 @@ MISSPELT: dict[str, tuple[Spec, str, str]] = {
         "spec.model.source.caBundle: no such name: Key; known are configMap, key",
     ),
     "in the output": ({"output": {"uri": "s3://a/c", "secret": "x"}}, "secret", "credentialsSecret"),
-    "of a pass": ({"passes": [{"rtm": {"scheme": "W8A8"}}]}, "rtm", "spec.passes[]: no such name: rtm; known are rtn"),
+    "of a pass": ({"passes": [{"rtm": {"scheme": "W8A8"}}]}, "rtm", "spec.passes[]: no such name: rtm; known are "),
     "in a pass": (
         {"passes": [{"rtn": {"scheme": "W8A8"}}, {"rtn": {"scheme": "W4A16", "groupsize": 64}}]},
         "groupsize",
@@ -199,3 +210,46 @@ def test_examples_are_taken(server: Server, example: Path) -> None:
     server.cluster.kubectl("apply", "--dry-run=server", "-n", "guarded", "-f", example)
     (job,) = [one for one in yaml.safe_load_all(example.read_text()) if one["kind"] == "CompressionJob"]
     assert model_refusal(job["spec"]) == ""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("stray", ["suspend", "Spec", "retries"])
+def test_a_name_beside_spec_is_refused_and_never_dropped(server: Server, stray: str) -> None:
+    """What was indented too little would otherwise silently mean the default."""
+    guarded, free = manifest("guarded") | {stray: True}, manifest("open") | {stray: True}
+    for answer in (server.create(guarded), server.create(guarded, validation="Ignore"), server.apply(guarded)):
+        assert f"no such name: {stray}; fields of the job go under spec" in answer.refusal
+    for answer in (server.create(free), server.create(free, validation="Ignore"), server.apply(free)):
+        assert answer.refusal == "" and answer.object[stray] is True
+    for flags in ([], ["--validate=false"], ["--server-side"]):
+        with pytest.raises(CommandError, match=f"no such name: {stray}"):
+            server.cluster.kubectl("apply", *flags, "-f", "-", stdin=json.dumps(guarded))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"uri": "pvc://models/a%62"}, {"uri": "pvc://models/ab"}),
+        ({"uri": "pvc://models/%2e/ab"}, {"uri": "pvc://models/ab/"}),
+        ({"uri": "s3://b/x", "endpoint": "http://store:80"}, {"uri": "s3://b/x/", "endpoint": "http://STORE/"}),
+        ({"uri": "s3://b/x", "endpoint": "https://store"}, {"uri": "s3://b//x", "endpoint": "https://store:443"}),
+    ],
+)
+def test_two_spellings_of_one_place(one: Spec, other: Spec) -> None:
+    """More than the rules of the CRD can tell; the operator and `kompressor run` refuse these."""
+    assert "is the source itself" in model_refusal(manifest("a", model={"source": one}, output=other)["spec"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"uri": "s3://b/x#1"}, {"uri": "s3://b/x#2"}),
+        ({"uri": "s3://b/a%62"}, {"uri": "s3://b/ab"}),
+        ({"uri": "s3://b/x"}, {"uri": "s3://B/x"}),
+        ({"uri": "s3://b/x"}, {"uri": "s3://b/x..y"}),
+        ({"uri": "s3://b/x", "endpoint": "http://store:8080"}, {"uri": "s3://b/x", "endpoint": "http://store"}),
+        ({"uri": "pvc://models/x"}, {"uri": "pvc://models/xy"}),
+    ],
+)
+def test_two_places_that_look_alike(one: Spec, other: Spec) -> None:
+    assert model_refusal(manifest("a", model={"source": one}, output=other)["spec"]) == ""

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field
 
 from generate_crds import generate, passes_of_worker, stale
+from kompressor_api import names
 from kompressor_api.schema import MUTABLE, SIZE_LIMIT, SchemaError, crd, structural
 from kompressor_api.v1alpha1 import CompressionJobSpec, Model, Progress, Result, StatusCondition
 
@@ -56,6 +57,12 @@ def test_every_object_of_the_spec_keeps_unknown_names() -> None:
     objects = [(path, node) for path, node in ALL if path.startswith("spec") and "properties" in node]
     assert len(objects) > 10
     assert [path for path, node in objects if node.get("x-kubernetes-preserve-unknown-fields") is not True] == []
+
+
+def test_so_does_what_stands_beside_it() -> None:
+    root = VERSION["schema"]["openAPIV3Schema"]
+    assert root["x-kubernetes-preserve-unknown-fields"] is True
+    assert set(root["properties"]) == set(names.TOP_LEVEL)
 
 
 def test_only_structural_keywords_are_left() -> None:

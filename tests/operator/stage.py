@@ -91,8 +91,11 @@ class Api:
         """Events as they come, until the server ends it."""
         connection = http.client.HTTPSConnection(self._server.netloc, context=self._context)
         connection.request("GET", path)
-        for line in connection.getresponse():
-            yield json.loads(line)
+        try:
+            for line in connection.getresponse():
+                yield json.loads(line)
+        finally:
+            connection.close()
 
 
 @dataclass
@@ -171,8 +174,8 @@ class Stage:
     # ---- the operator
 
     @contextmanager
-    def operator(self, **settings: str) -> Iterator[Operator]:
-        """Starts one and waits until it is ready; ends it with SIGTERM."""
+    def operator(self, *, ready: bool = True, **settings: str) -> Iterator[Operator]:
+        """Starts one and waits until it is ready, unless told not to; ends it with SIGTERM."""
         log = self.root / f"operator-{uuid.uuid4().hex[:6]}.log"
         environ = {
             "PATH": os.environ["PATH"],
@@ -190,7 +193,7 @@ class Stage:
             process = subprocess.Popen([sys.executable, "-m", "kompressor_operator"], env=environ, stderr=file)
         running = Operator(process, log)
         try:
-            eventually(running.ready)
+            eventually(running.ready if ready else running.port)
             yield running
         finally:
             if process.poll() is None:
@@ -220,14 +223,14 @@ class Stage:
     def delete(self, plural: str, name: str, **options: Any) -> None:
         self.api.call("DELETE", self.path(plural, name), {"kind": "DeleteOptions", "apiVersion": "v1", **options})
 
-    def play(self, *script: str, name: str = "play", **spec: Any) -> str:
-        """Applies a CompressionJob whose worker does this. Returns its uid."""
+    def play(self, *script: str, name: str = "play", beside: Manifest | None = None, **spec: Any) -> str:
+        """Applies a CompressionJob whose worker does this; `beside` stands beside its spec. Returns its uid."""
         full = {
             "model": {"source": {"uri": "s3://models/one"}},
             "output": {"uri": "s3://models/two"},
             "passes": [{"rtn": {"scheme": "W8A8", "ignore": list(script)}}],
         } | spec
-        body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": full}
+        body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": full} | (beside or {})
         return str(self.create("compressionjobs", body)["metadata"]["uid"])
 
     def status(self, name: str = "play") -> Manifest:
@@ -261,17 +264,20 @@ class Stage:
         return str(self.api.call("GET", self.path(plural))["metadata"]["resourceVersion"])
 
     def changes(self, since: str) -> dict[str, list[str]]:
-        """Reasons of Ready that every CompressionJob has gone through since that version, by name: a watch tells each write of the status."""
+        """Reasons of Ready that every CompressionJob has gone through since that version, by name: a watch tells each write."""
         reasons: dict[str, list[str]] = {}
         before: dict[str, tuple[str, str]] = {}
-        query = f"?watch=1&resourceVersion={since}&timeoutSeconds=3"
-        for event in self.api.watch(self.path("compressionjobs") + query):
-            name, status = event["object"]["metadata"]["name"], event["object"].get("status", {})
+        last = {(job["metadata"]["name"], job["metadata"]["resourceVersion"]) for job in self.list("compressionjobs")}
+        for event in self.api.watch(self.path("compressionjobs") + f"?watch=1&resourceVersion={since}&timeoutSeconds=60"):
+            meta, status = event["object"]["metadata"], event["object"].get("status", {})
             ready = next((c["reason"] for c in status.get("conditions", []) if c["type"] == "Ready"), "")
-            if ready and before.get(name) != (ready, status["phase"]):
-                before[name] = (ready, status["phase"])
-                reasons.setdefault(name, []).append(ready)
-        return reasons
+            if ready and before.get(meta["name"]) != (ready, status["phase"]):
+                before[meta["name"]] = (ready, status["phase"])
+                reasons.setdefault(meta["name"], []).append(ready)
+            last.discard((meta["name"], meta["resourceVersion"]))
+            if not last:
+                return reasons
+        raise AssertionError(f"the watch did not tell {sorted(last)}")
 
     def jobs(self, uid: str) -> list[Manifest]:
         return sorted(self.list("jobs", f"{names.LABEL_JOB_UID}={uid}"), key=lambda job: str(job["metadata"]["name"]))

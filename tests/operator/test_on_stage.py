@@ -260,6 +260,13 @@ def test_a_misspelt_parameter_that_the_api_server_keeps_is_refused_by_the_operat
     assert stage.children(uid) == [] and eventually(lambda: stage.events() == ["InvalidSpec"])
 
 
+def test_a_name_beside_the_spec_is_refused_by_the_operator(stage: Stage, operator: Operator) -> None:
+    uid = stage.play(SUCCEED, beside={"suspend": True})
+    stage.until("InvalidSpec")
+    assert "suspend: unknown field beside spec (value true); it belongs under spec" in stage.message()
+    assert stage.children(uid) == []
+
+
 def test_what_only_the_pod_validation_knows_is_told_as_an_invalid_spec(stage: Stage, operator: Operator) -> None:
     stage.play(SUCCEED, worker={"resources": {"requests": {"cpu": 2}, "limits": {"cpu": 1}}})
     stage.until("InvalidSpec")

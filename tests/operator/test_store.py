@@ -24,6 +24,13 @@ def test_packing_keeps_what_decides() -> None:
     assert "managedFields" not in store.resources.records[KEY].text
 
 
+def test_packing_keeps_what_stands_beside_the_spec() -> None:
+    store = Store()
+    store.tell_resource(job_body() | {"apiVersion": "kompressor.io/v1alpha1", "kind": "CompressionJob", "suspend": True})
+    job = store.job(KEY)
+    assert job and job.beside == {"suspend": True}
+
+
 def test_an_older_event_changes_nothing() -> None:
     store = Store()
     store.put_resource(job_body(version=9))

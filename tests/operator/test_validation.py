@@ -54,6 +54,17 @@ def test_nonsense_is_refused_and_never_a_crash(spec: dict[str, Any]) -> None:
     assert invalid(spec, PASSES)
 
 
+@pytest.mark.parametrize(
+    ("stray", "expected"),
+    [
+        ({"suspend": True}, "suspend: unknown field beside spec (value true); it belongs under spec"),
+        ({"Spec": {}}, "Spec: unknown field beside spec (value {}); did you mean spec?"),
+    ],
+)
+def test_what_stands_beside_the_spec_is_refused(stray: dict[str, Any], expected: str) -> None:
+    assert invalid(copy.deepcopy(SPEC), PASSES, stray).startswith(expected)
+
+
 def test_one_complaint_a_place_and_not_too_many() -> None:
     assert problems(worker={"resources": {"limits": {"cpu": "much"}}}).count("spec.worker") == 1
     assert "and 2 more" in problems(**{f"wrong{n}": n for n in range(7)})
