@@ -150,7 +150,7 @@ class Reconciler:
         try:
             body = await self.cluster.create(child, strict=is_job)
         except ApiError as error:
-            if error.status != 409:
+            if error.status != 409 or error.reason == "Conflict":  # a quota that is being counted is a conflict too, but not of names
                 refused = refusal(kind, name, error.status, error.message)
                 if refused is None:
                     raise

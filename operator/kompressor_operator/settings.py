@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
+from kompressor_api.pod import Quantity, Resources
+
 T = TypeVar("T")
 
 PREFIX = "KOMPRESSOR_"
@@ -120,6 +124,37 @@ def _mapping(name: str, text: str) -> dict[str, Any]:
     return value
 
 
+def _environment(name: str, text: str) -> dict[str, str]:
+    value = _mapping(name, text)
+    if wrong := sorted(key for key, content in value.items() if not isinstance(content, str)):
+        raise SettingError(f"{PREFIX}{name.upper()}={text!r}: the value of {wrong[0]} is not a string; put it into quotes")
+    return value
+
+
+def _resources(name: str, text: str) -> dict[str, Any]:
+    """Checked here: later it would be the spec of every job that is called invalid."""
+    try:
+        return Resources.model_validate(_mapping(name, text)).model_dump(by_alias=True, exclude_unset=True)
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors()[0]["loc"])
+        remedy = 'give resources as in a container, such as {"limits": {"memory": "24Gi"}}'
+        raise SettingError(f"{PREFIX}{name.upper()}={text!r}: {place} is not usable; {remedy}") from error
+
+
+def _quantity(name: str, text: str) -> str:
+    try:
+        TypeAdapter(Quantity).validate_python(text)
+    except ValidationError as error:
+        raise SettingError(f"{PREFIX}{name.upper()}={text!r} is not an amount: give one such as 20Gi") from error
+    return text
+
+
+def _pull_policy(name: str, text: str) -> str:
+    if text in ("Always", "IfNotPresent", "Never"):
+        return text
+    raise SettingError(f"{PREFIX}{name.upper()}={text!r} is no pull policy: choose Always, IfNotPresent or Never")
+
+
 def _level(name: str, text: str) -> str:
     if text.upper() in ("DEBUG", "INFO", "WARNING", "ERROR"):
         return text.upper()
@@ -128,7 +163,10 @@ def _level(name: str, text: str) -> str:
 
 _READERS: dict[tuple[str, ...], Callable[[str, str], Any]] = {
     ("worker_image_pull_secrets", "namespaces"): _names,
-    ("worker_env", "worker_resources"): _mapping,
+    ("worker_env",): _environment,
+    ("worker_resources",): _resources,
+    ("worker_scratch_size",): _quantity,
+    ("worker_image_pull_policy",): _pull_policy,
     ("log_level",): _level,
     ("worker_grace_seconds", "watch_seconds", "concurrency"): _number(int, 1),
     ("health_port",): _number(int, 0),

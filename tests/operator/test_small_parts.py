@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -15,9 +16,11 @@ import pytest
 from kcj_builders import NOW
 
 import kompressor_operator
+from kompressor_api import names
 from kompressor_operator.cluster import ROUTES
 from kompressor_operator.health import Health, Watchdog, serve_probes
 from kompressor_operator.logs import JsonFormatter
+from kompressor_operator.main import kopf_settings
 from kompressor_operator.observed import stamp
 from kompressor_operator.refusals import conflict, refusal
 from kompressor_operator.settings import SettingError, Settings
@@ -52,6 +55,11 @@ def test_settings_come_from_the_environment() -> None:
         {"KOMPRESSOR_RELIST_SECONDS": "-1"},
         {"KOMPRESSOR_WORKER_ENV": "A=b"},
         {"KOMPRESSOR_WORKER_ENV": "[]"},
+        {"KOMPRESSOR_WORKER_ENV": '{"A": 1}'},
+        {"KOMPRESSOR_WORKER_RESOURCES": '{"limit": {"cpu": 1}}'},
+        {"KOMPRESSOR_WORKER_RESOURCES": '{"limits": {"memory": "24GB"}}'},
+        {"KOMPRESSOR_WORKER_SCRATCH_SIZE": "20K"},
+        {"KOMPRESSOR_WORKER_IMAGE_PULL_POLICY": "Sometimes"},
         {"KOMPRESSOR_LOG_LEVEL": "chatty"},
         {"KOMPRESSOR_WORKER_IMAGE": ""},
     ],
@@ -161,6 +169,18 @@ def test_the_operator_has_no_route_to_secrets_and_only_one_file_imports_the_clie
     folder = Path(kompressor_operator.__file__).parent
     importing = [p.name for p in folder.glob("*.py") if "\nfrom kubernetes" in p.read_text() or "\nimport kubernetes" in p.read_text()]
     assert importing == ["cluster.py"]
+
+
+def test_kopf_watches_only_what_is_ours_writes_nothing_and_cannot_stay_dead() -> None:
+    settings = Settings(worker_image="worker:1")
+    wanted = kopf_settings(settings)
+    selectors = wanted.watching.label_selectors
+    assert selectors["batch", "v1", "jobs"] == selectors["", "v1", "pods"] == names.LABEL_JOB_UID, "filtered by the server"
+    assert not wanted.posting.enabled and wanted.peering.standalone and wanted.scanning.disabled
+    assert wanted.watching.server_timeout == settings.watch_seconds < (wanted.watching.client_timeout or 0)
+    assert wanted.networking.request_timeout == settings.request_seconds
+    pauses = list(itertools.islice(iter(wanted.networking.error_backoffs), 1000))  # type: ignore[arg-type]
+    assert len(pauses) == 1000 and max(pauses) <= 5, "an API server that is away is waited for, and found soon after its return"
 
 
 def test_kopf_is_only_wired_in_main() -> None:
