@@ -64,6 +64,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "olmo2": ("Olmo2Config", {}),
     "gpt_neox": ("GPTNeoXConfig", {"vocab_size": 131}),
+    "falcon": ("FalconConfig", {"head_dim": None}),
     "deepseek_v3": (
         "DeepseekV3Config",
         {
@@ -73,7 +74,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-"""Name to config class and what it needs beyond BASE. olmo2, gpt_neox and deepseek_v3 stand for decoders that no data describes."""
+"""Name to config class and what it needs beyond BASE (None: what it cannot take). From olmo2 on: decoders that no data describes."""
 
 
 def tiny_model(family: str, *, dtype: str = "bfloat16", shard: str | None = None, **overrides: Any) -> Path:
@@ -103,7 +104,7 @@ def _save(folder: Path, family: str, dtype: str, shard: str | None, overrides: M
         config = config_class(text_config={**BASE, **overrides}, vision_config=VISION, **extra)
         model_class: Any = transformers.AutoModelForImageTextToText
     else:
-        config = config_class(**{**BASE, **extra, **overrides})
+        config = config_class(**{k: v for k, v in {**BASE, **extra, **overrides}.items() if v is not None})
         model_class = transformers.AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import families
@@ -40,6 +41,41 @@ def test_loads_in_transformers(family: str, tmp_path: Path) -> None:
     assert torch.isfinite(after).all()
     error = (after - before).norm() / before.norm()
     assert 0 < error < 0.03, f"{family}: relative error of the logits {error:.4f}"
+
+
+def warnings_of(folder: Path) -> str:
+    return "\n".join(json.loads((folder / "kompressor.json").read_text())["warnings"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4A16"])
+def test_floats_of_four_bits_are_read_as_the_warning_says(scheme: str, dtype: str, tmp_path: Path) -> None:
+    """They are expanded to bfloat16: beside other weights in another type the model must be loaded in it too, and we say so."""
+    from transformers import AutoModelForCausalLM
+
+    compress(families.tiny_model("llama", dtype=dtype), tmp_path / "out", scheme)
+    assert ("dtype=torch.bfloat16" in warnings_of(tmp_path / "out")) == (dtype != "bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert torch.isfinite(model(input_ids=torch.arange(3, 99).view(2, 48)).logits).all()
+
+
+def test_a_module_that_multiplies_by_itself_is_read_as_the_warning_says(tmp_path: Path) -> None:
+    """Falcon's linears take `weight`, which a packed one lacks until it is expanded."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    source = families.tiny_model("falcon")
+    compress(source, tmp_path / "out", "W8A16")
+    assert "dequantize=True" in warnings_of(tmp_path / "out")
+    expanding = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, quantization_config=expanding)
+    with torch.inference_mode():
+        after = model(input_ids=torch.arange(3, 99).remainder(100).add(3).view(2, 48)).logits.float()
+    before = logits(source)
+    assert 0 < (after - before).norm() / before.norm() < 0.03
+    compress(source, tmp_path / "fp8", "FP8_DYNAMIC")
+    assert "dequantize" not in warnings_of(tmp_path / "fp8"), "there is a weight in that"
+    assert torch.isfinite(logits(tmp_path / "fp8")).all()
 
 
 def test_from_fp8_blocks(tmp_path: Path) -> None:

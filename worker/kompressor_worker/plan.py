@@ -51,7 +51,7 @@ class Plan:
             "peakMemoryBytes": self.peak_bytes,
             "estimatedSeconds": 0 if self.already else START_SECONDS + round(self.layout.source_bytes / BYTES_PER_SECOND),
             "alreadyCompressed": self.already,
-            "warnings": [*self.layout.warnings, *reader_warnings(self.schemes)],
+            "warnings": [*self.layout.warnings, *reader_warnings(self.layout, self.schemes)],
         }
 
 

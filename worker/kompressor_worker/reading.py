@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kompressor_worker.architectures import FAMILIES, Dimensions, Experts, Family, Group, family_of, text_config
@@ -39,6 +39,7 @@ def read_layout(source: Source) -> ModelLayout:
         units = arrange_by_shape(config, tensors, warnings)
         headless = not any(x.kind == "head" for unit in units for stage in unit.stages for x in stage.linears)
         tied = tied_embeddings(config, {"tie_word_embeddings": headless})
+    warnings += stacked_warning(units)
     placed = [tensor.name for unit in units for stage in unit.stages for tensor in stage.tensors]
     assert sorted(placed) == sorted(tensors), "every tensor is in exactly one stage"
     return ModelLayout(
@@ -52,6 +53,17 @@ def read_layout(source: Source) -> ModelLayout:
         warnings=tuple(warnings),
         file_sizes={name: checkpoint.file_sizes[name] for name in checkpoint.other_files},
     )
+
+
+def stacked_warning(units: Sequence[UnitLayout]) -> list[str]:
+    """Says so where much of the model is in stacked matrices (experts in one tensor), which no pass takes."""
+    tensors = [tensor for unit in units for stage in unit.stages for tensor in stage.tensors]
+    stacked = [tensor for tensor in tensors if len(tensor.shape) == 3]
+    share = sum(t.nbytes for t in stacked) / max(1, sum(t.nbytes for t in tensors))
+    if share < 0.1:
+        return []
+    more = f" and {len(stacked) - 1} more" if len(stacked) > 1 else ""
+    return [f"{stacked[0].name}{more}, stacked matrices with {share:.0%} of all weights, stay exact"]
 
 
 def tied_embeddings(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:

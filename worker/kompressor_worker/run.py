@@ -69,7 +69,7 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
 
     layout = read_layout(source)
     passes, schemes = assign(job.spec, layout)
-    layout = replace(layout, warnings=(*layout.warnings, *reader_warnings(schemes)))
+    layout = replace(layout, warnings=(*layout.warnings, *reader_warnings(layout, schemes)))
     plan = plan_output(layout, schemes)
     fingerprint = make_fingerprint(job.spec, layout)
     if (report := already_published(output, fingerprint)) is not None:

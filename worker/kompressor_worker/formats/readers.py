@@ -1,9 +1,11 @@
-"""What released loaders cannot read of what we write; said before a weight is read, and in the report."""
+"""What released loaders cannot read of what we write, or only in a certain way; said before a weight is read, and in the report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from kompressor_worker.architectures import text_config
+from kompressor_worker.layout import ModelLayout
 from kompressor_worker.schemes import Scheme
 
 EXPERTS = {
@@ -13,9 +15,24 @@ EXPERTS = {
     "NVFP4A16": "loads them without their global scales, silently wrong",
 }
 """Schemes of routed experts that transformers 5.23 does not read, and what it does instead; seen by tests/e2e/test_compress.py."""
+OWN_MULTIPLICATION = ("falcon", "gpt_bigcode")
+"""Families whose modules in transformers take `weight` itself, which is not there until a packed one has been expanded."""
 
 
-def reader_warnings(schemes: Mapping[str, Scheme]) -> list[str]:
-    """One line a scheme, for linears by name."""
+def reader_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list[str]:
+    """One line for each thing that a reader stumbles over. `schemes`: for linears by name."""
     found = sorted({scheme.name for name, scheme in schemes.items() if ".experts." in name and scheme.name in EXPERTS})
-    return [f"experts in {name}: transformers {EXPERTS[name]}; serve this result with vLLM" for name in found]
+    lines = [f"experts in {name}: transformers {EXPERTS[name]}; serve this result with vLLM" for name in found]
+    formats = {scheme.format for scheme in schemes.values()}
+    model_type = text_config(layout.config).get("model_type")
+    if model_type in OWN_MULTIPLICATION and any("pack-quantized" in name for name in formats):
+        lines.append(
+            f"transformers loads a packed {model_type} only when it expands it at once: "
+            "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))"
+        )
+    if layout.dtype != "BF16" and any("fp4-pack-quantized" in name for name in formats):
+        lines.append(
+            f"transformers expands 4-bit floats to bfloat16, which do not multiply with the {layout.dtype} of this model: "
+            "load it with dtype=torch.bfloat16"
+        )
+    return lines
