@@ -32,7 +32,7 @@ JOB_DIRECTORY = "/etc/kompressor/job"
 JOB_FILE = "job.json"
 """The job's immutable ConfigMap: one key `job.json`, mounted at JOB_DIRECTORY; {apiVersion, kind, metadata, spec}."""
 CA_DIRECTORY = "/etc/kompressor/ca"
-"""A location's caBundle is mounted at CA_DIRECTORY/<source|output>/<key>."""
+"""A location's caBundle is mounted at CA_DIRECTORY/<role>/<key>."""
 CLAIM_DIRECTORY = "/var/run/kompressor/claims"
 """pvc://CLAIM/path is CLAIM_DIRECTORY/CLAIM/path in the worker's pod; the operator mounts the claim there."""
 SCRATCH_DIRECTORY = "/var/cache/kompressor"
@@ -54,6 +54,10 @@ class Role(StrEnum):
 
     SOURCE = "source"
     OUTPUT = "output"
+    DATA = "data"
+    """What passes are calibrated with."""
+    EVALUATION = "evaluation"
+    DRIFT = "drift"
 
     @property
     def env_prefix(self) -> str:
@@ -128,6 +132,9 @@ class Reason(StrEnum):
     INVALID_SPEC = "InvalidSpec"
     ACCESS_DENIED = "AccessDenied"
     SOURCE_NOT_FOUND = "SourceNotFound"
+    DATA_NOT_FOUND = "DataNotFound"
+    BAD_DATA = "BadData"
+    """A dataset that is too small, or cannot be read as it is described."""
     OUTPUT_OCCUPIED = "OutputOccupied"
     OUTPUT_NOT_FOUND = "OutputNotFound"
     JOURNAL_MISMATCH = "JournalMismatch"

@@ -180,6 +180,37 @@ def _add_rules(spec: Schema) -> None:
     }
     spec["properties"]["model"]["properties"]["source"][RULES] = [in_cluster, one_name]
     spec["properties"]["output"][RULES] = [in_cluster, writable, one_name]
+    _add_data_rules(spec, [in_cluster, one_name])
+
+
+def _add_data_rules(spec: Schema, of_sources: list[Schema]) -> None:
+    """Calibration, evaluation and drift: where their data may be, one column each, and the limit that belongs to a gate's metric."""
+    columns = "(has(self.field) ? 1 : 0) + (has(self.messages) ? 1 : 0) + (has(self.tokens) ? 1 : 0)"
+    one_column = {"rule": f"{columns} <= 1", "message": "field, messages and tokens exclude each other; keep the one to be read"}
+    plain = {
+        "rule": f"!has(self.format) || self.format != 'text' || {columns} == 0",
+        "message": "plain text has no columns; leave field, messages and tokens out, or correct format",
+    }
+    for section in ("calibration", "evaluation", "drift"):
+        spec["properties"][section]["properties"]["dataset"][RULES] = [*of_sources, one_column, plain]
+    gates = spec["properties"]["evaluation"]["properties"]["gates"]
+    gates[RULES] = [
+        {"rule": "self.all(g, self.exists_one(h, h.metric == g.metric))", "message": "a metric has one gate; keep the stricter one"}
+    ]
+    gates["items"][RULES] = [
+        {
+            "rule": f"self.metric != '{metric}' || (has(self.{right}) && !has(self.{wrong}))",
+            "message": f"a gate on {metric} has {right} and not {wrong}",
+        }
+        for metric, right, wrong in (("perplexity", "maxIncrease", "maxKL"), ("kl", "maxKL", "maxIncrease"))
+    ]
+    spec[RULES].append(
+        {
+            "rule": "!has(self.drift) || has(self.calibration)",
+            "message": "is measured from calibration, which is missing; add it",
+            "fieldPath": ".drift",
+        }
+    )
 
 
 def _server(location: str) -> str:

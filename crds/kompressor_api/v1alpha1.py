@@ -9,17 +9,19 @@ object.
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from kompressor_api.datasets import CalibrationSpec, DriftSpec, EvaluationSpec
 from kompressor_api.fields import Count, Flag, Message, Model, Name, Short, Text, Time, Uri, Warnings
+from kompressor_api.locations import CaBundle, Location, SourceLocation, canonical_endpoint, canonical_uri
 from kompressor_api.pod import PlainDict, Resources, Toleration
 
 __all__ = [
     "CaBundle",
     "CompressionJobSpec",
     "CompressionJobStatus",
+    "Drift",
     "Location",
     "Model",
     "ModelSpec",
@@ -37,51 +39,6 @@ __all__ = [
     "canonical_endpoint",
     "canonical_uri",
 ]
-
-
-class CaBundle(Model):
-    """A certificate authority for a private endpoint."""
-
-    config_map: Name = Field(description="ConfigMap in the job's namespace that holds the PEM bundle.")
-    key: Short = Field(default="ca.crt", description="Key of the bundle in the ConfigMap.")
-
-
-class Location(Model):
-    """A place in object storage, on a hub or on a volume, and how to reach it."""
-
-    uri: Uri = Field(description="s3://bucket/prefix, hf://owner/name, pvc://claim/path; file:///path outside a cluster only.")
-    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://.+$", max_length=512)] | None = Field(
-        default=None, description="URL of an S3-compatible server, or of a hub mirror. Default: AWS, or the public hub."
-    )
-    region: Short | None = Field(default=None, description="Region of the bucket. Default: what the environment says, else us-east-1.")
-    path_style: Flag | None = Field(
-        default=None,
-        description="Address buckets as endpoint/bucket rather than bucket.endpoint. Default: true with an endpoint.",
-    )
-    ca_bundle: CaBundle | None = Field(default=None, description="Certificate authority of the endpoint, if it is a private one.")
-    credentials_secret: Name | None = Field(
-        default=None,
-        description=(
-            "Secret in the job's namespace with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN), "
-            "or HF_TOKEN. Default: the identity of the worker's pod."
-        ),
-    )
-
-    @field_validator("uri")
-    @classmethod
-    def _leads_nowhere_else(cls, uri: str) -> str:
-        if ".." in canonical_uri(uri).split("/"):
-            raise ValueError(f"{uri}: '..' gives one place two names; write the place that it leads to")
-        return uri
-
-
-class SourceLocation(Location):
-    """Where the checkpoint is read from."""
-
-    revision: Short | None = Field(
-        default=None,
-        description="Branch, tag or commit on a hub; pinned to a commit when the job starts. Default: main.",
-    )
 
 
 class ModelSpec(Model):
@@ -149,6 +106,15 @@ class CompressionJobSpec(Model):
         max_length=16,
         description="What to do, in this order; each entry has exactly one key, the name of a pass.",
     )
+    calibration: CalibrationSpec | None = Field(
+        default=None, description="Data that passes measure activations with. Passes that read weights alone need none."
+    )
+    evaluation: EvaluationSpec | None = Field(
+        default=None, description="Held-out data that the original and the result are compared on, and what the result must keep."
+    )
+    drift: DriftSpec | None = Field(
+        default=None, description="Data as the model will meet it in use, whose activations are compared with those of calibration."
+    )
     worker: WorkerSpec = Field(default_factory=WorkerSpec, description="The pod that does the work.")
     suspend: Flag = Field(default=False, description="Stop the worker at its last committed block; false goes on from there.")
     retry: RetrySpec = Field(default_factory=RetrySpec, description="How failures that may pass are retried.")
@@ -158,6 +124,12 @@ class CompressionJobSpec(Model):
         le=31536000,
         description="Seconds from the end until the child Job is removed; the CompressionJob stays. Default: never.",
     )
+
+    @model_validator(mode="after")
+    def _drift_from_something(self) -> CompressionJobSpec:
+        if self.drift is not None and self.calibration is None:
+            raise ValueError("drift is measured from calibration, which is missing; add it")
+        return self
 
     @model_validator(mode="after")
     def _source_and_output_are_apart(self) -> CompressionJobSpec:
@@ -200,6 +172,18 @@ class Progress(BaseModel):
     updatedAt: Time | None = Field(default=None, description="When the worker last said so.")
 
 
+class Drift(BaseModel):
+    """How far activations in use are from those of calibration; written by the worker."""
+
+    model_config = ConfigDict(extra="allow")
+    distance: Text | None = Field(default=None, description="Largest distance of a layer, from 0 (the same distribution) to 1.")
+    layer: Short | None = Field(default=None, description="The layer that is farthest off.")
+    outside: Text | None = Field(
+        default=None, description="Largest share of a layer's values outside of the calibrated range, such as 0.2%."
+    )
+    layersAbove: int | None = Field(default=None, description="Layers above the threshold; warnings name them.")
+
+
 class Result(BaseModel):
     """What came out; written by the worker when the output is published."""
 
@@ -212,6 +196,15 @@ class Result(BaseModel):
     relativeError: Text | None = Field(
         default=None, description="Root of squared weight error over squared weights, all quantised layers together."
     )
+    perplexityBefore: Text | None = Field(default=None, description="Perplexity of the original on the evaluation data.")
+    perplexityAfter: Text | None = Field(default=None, description="Perplexity of the result on the same tokens.")
+    kl: Text | None = Field(default=None, description="Mean KL divergence of the result's logits from the original's, in nats a token.")
+    topOneAgreement: Text | None = Field(
+        default=None, description="Share of tokens at which both models find the same next token likeliest, such as 98.5%."
+    )
+    evaluatedTokens: int | None = Field(default=None, description="Tokens of the evaluation data that were scored.")
+    drift: Drift | None = Field(default=None, description="How far activations in use are from those of calibration.")
+    calibrationDigest: Text | None = Field(default=None, description="Digest of the exact token ids that passes were calibrated with.")
     sourceDigest: Text | None = Field(default=None, description="Digest of the source's files and headers.")
     resultDigest: Text | None = Field(default=None, description="Digest over the digests of all published tensors.")
     resumedFromUnit: int | None = Field(default=None, description="The unit at which the last worker went on; absent if undisturbed.")
@@ -238,20 +231,3 @@ class CompressionJobStatus(BaseModel):
     specDigest: Text | None = Field(default=None, description="Digest of the spec that the worker was given.")
     progress: Progress | None = Field(default=None, description="How far the worker is; written by the worker.")
     result: Result | None = Field(default=None, description="What came out; written by the worker.")
-
-
-def canonical_uri(uri: str) -> str:
-    """The same place has one spelling: no trailing, doubled or dotted slashes; on volumes, where a path is a URL's, no percent signs."""
-    scheme, _, rest = uri.partition("://")
-    authority, _, path = rest.partition("/")
-    if scheme in ("pvc", "file"):
-        path = unquote(path)
-    return "/".join([f"{scheme}://{authority}", *(part for part in path.split("/") if part not in ("", "."))])
-
-
-def canonical_endpoint(endpoint: str | None) -> str:
-    """The same server has one spelling: small letters, no default port, no slash at its end."""
-    parts = urlsplit((endpoint or "").lower())
-    default = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
-    path = "/".join(part for part in parts.path.split("/") if part)
-    return f"{parts.scheme}://{parts.netloc.removesuffix(default)}/{path}"

@@ -112,12 +112,15 @@ def _pass_problems(spec: Manifest, known: PassParameters) -> Iterable[Problem]:
 
 def _cluster_problems(spec: Manifest) -> Iterable[Problem]:
     """file:// is a path on a laptop; in a cluster it would be one inside a pod, and lost with it."""
-    model, output = spec.get("model"), spec.get("output")
-    source = model.get("source") if isinstance(model, dict) else None
-    for path, location in (("spec.model.source.uri", source), ("spec.output.uri", output)):
-        uri = location.get("uri") if isinstance(location, dict) else None
+    places = [("model", "source"), ("output",), *((section, "dataset") for section in ("calibration", "evaluation", "drift"))]
+    for place in places:
+        uri: Any = spec
+        for name in (*place, "uri"):
+            uri = uri.get(name) if isinstance(uri, dict) else None
         if isinstance(uri, str) and uri.startswith("file://"):
-            yield Problem(path, f"{uri} cannot be used in a cluster; use s3:// or pvc://, or run `kompressor run` locally")
+            yield Problem(
+                f"spec.{'.'.join(place)}.uri", f"{uri} cannot be used in a cluster; use s3:// or pvc://, or run `kompressor run` locally"
+            )
 
 
 def dotted(root: str, location: Sequence[str | int]) -> str:

@@ -17,6 +17,8 @@ USER = 65532
 COMMAND = ["kompressor", "run", f"{names.JOB_DIRECTORY}/{names.JOB_FILE}", "--in-cluster"]
 PROBED_KEY = {"s3": "AWS_ACCESS_KEY_ID", "hf": "HF_TOKEN"}
 """The key that a Secret must hold for a scheme; named one by one, so that a missing one shows as CreateContainerConfigError."""
+DATASETS = {Role.DATA: "calibration", Role.EVALUATION: "evaluation", Role.DRIFT: "drift"}
+"""Sections of a spec that name a dataset."""
 
 _JOB, _SCRATCH, _TMP = "job", "scratch", "tmp"
 
@@ -101,7 +103,7 @@ def _environment(job: CompressionJob, settings: Settings, memory_plan: int) -> l
 
 
 def _env_from(job: CompressionJob) -> list[Manifest]:
-    """All keys of each location's Secret under the location's prefix: source and output may differ in account."""
+    """All keys of each location's Secret under the location's prefix: they may differ in account."""
     return [
         {"prefix": role.env_prefix, "secretRef": {"name": secret}}
         for role, location in locations(job)
@@ -141,7 +143,8 @@ def _mounts(job: CompressionJob) -> list[Manifest]:
 
 def locations(job: CompressionJob) -> list[tuple[Role, Manifest]]:
     """Every place that the worker reads or writes, with what it is for."""
-    return [(Role.SOURCE, job.spec["model"]["source"]), (Role.OUTPUT, job.spec["output"])]
+    found = [(Role.SOURCE, job.spec["model"]["source"]), (Role.OUTPUT, job.spec["output"])]
+    return found + [(role, job.spec[section]["dataset"]) for role, section in DATASETS.items() if job.spec.get(section)]
 
 
 def claims(job: CompressionJob) -> dict[str, bool]:

@@ -49,6 +49,25 @@ GOOD: dict[str, Spec] = {
             "serviceAccountName": "trusted",
         }
     },
+    "calibrated, judged and compared": {
+        "calibration": {
+            "dataset": {"uri": "hf://datasets/org/name", "revision": "main", "format": "parquet", "messages": "conversation"},
+            "samples": 128,
+            "sequenceLength": 512,
+            "packing": True,
+            "seed": 4294967295,
+        },
+        "evaluation": {
+            "dataset": {"uri": "s3://data/held-out.jsonl", "field": "text", "credentialsSecret": "data"},
+            "gates": [{"metric": "perplexity", "maxIncrease": "2.5%"}, {"metric": "kl", "maxKL": 0.05}],
+        },
+        "drift": {"dataset": {"uri": "pvc://logs/today", "tokens": "input_ids"}, "threshold": 0.25},
+    },
+    "plain text, whole numbers": {
+        "calibration": {"dataset": {"uri": "s3://data/a.txt", "format": "text"}},
+        "evaluation": {"dataset": {"uri": "s3://data/b.txt"}, "gates": [{"metric": "kl", "maxKL": 1}]},
+        "drift": {"dataset": {"uri": "s3://data/c.txt"}, "threshold": 0},
+    },
     "life": {"suspend": True, "retry": {"limit": 0}, "ttlSecondsAfterFinished": 0},
 }
 
@@ -102,6 +121,45 @@ WRONG_VALUES: dict[str, tuple[Spec, str]] = {
     "selector of numbers": ({"worker": {"nodeSelector": {"zone": 1}}}, "nodeSelector"),
 }
 
+DATA = {"uri": "s3://data/a.jsonl"}
+
+
+def gated(**gate: Any) -> Spec:
+    return {"evaluation": {"dataset": DATA, "gates": [gate]}}
+
+
+WRONG_VALUES |= {
+    "no dataset": ({"calibration": {"samples": 4}}, "spec.calibration.dataset: Required value"),
+    "a dataset nowhere": ({"calibration": {"dataset": {}}}, "spec.calibration.dataset.uri: Required value"),
+    "two columns": (
+        {"calibration": {"dataset": {**DATA, "field": "a", "tokens": "b"}}},
+        "field, messages and tokens exclude each other; keep the one to be read",
+    ),
+    "a column of plain text": ({"drift": {"dataset": {**DATA, "format": "text", "messages": "b"}}}, "plain text has no columns"),
+    "a column without a name": ({"calibration": {"dataset": {**DATA, "field": ""}}}, "spec.calibration.dataset.field"),
+    "data of an unknown format": ({"calibration": {"dataset": {**DATA, "format": "csv"}}}, "spec.calibration.dataset.format"),
+    "data with a detour": ({"calibration": {"dataset": {"uri": "s3://data/../a"}}}, "write the place that it leads to"),
+    "no samples": ({"calibration": {"dataset": DATA, "samples": 0}}, "spec.calibration.samples"),
+    "rows of one token": ({"calibration": {"dataset": DATA, "sequenceLength": 1}}, "spec.calibration.sequenceLength"),
+    "a seed below zero": ({"calibration": {"dataset": DATA, "seed": -1}}, "spec.calibration.seed"),
+    "packing in words": ({"calibration": {"dataset": DATA, "packing": "yes"}}, "spec.calibration.packing"),
+    "drift from nothing": ({"drift": {"dataset": DATA}}, "is measured from calibration, which is missing"),
+    "drift beyond all": ({"calibration": {"dataset": DATA}, "drift": {"dataset": DATA, "threshold": 1.5}}, "spec.drift.threshold"),
+    "a gate on nothing": (gated(maxKL=0.1), "spec.evaluation.gates[0].metric: Required value"),
+    "a gate on accuracy": (gated(metric="accuracy", maxKL=0.1), "spec.evaluation.gates[0].metric"),
+    "a gate without a limit": (gated(metric="kl"), "a gate on kl has maxKL and not maxIncrease"),
+    "a gate with the other's limit": (gated(metric="perplexity", maxKL=0.1), "a gate on perplexity has maxIncrease and not maxKL"),
+    "a gate with both limits": (gated(metric="kl", maxKL=0.1, maxIncrease="3%"), "a gate on kl has maxKL and not maxIncrease"),
+    "an increase without percent": (gated(metric="perplexity", maxIncrease="3"), "spec.evaluation.gates[0].maxIncrease"),
+    "an increase of a number": (gated(metric="perplexity", maxIncrease=3), "spec.evaluation.gates[0].maxIncrease"),
+    "a limit in words": (gated(metric="kl", maxKL="0.1"), "spec.evaluation.gates[0].maxKL"),
+    "a limit of nothing": (gated(metric="kl", maxKL=0), "spec.evaluation.gates[0].maxKL"),
+    "two gates of a metric": (
+        {"evaluation": {"dataset": DATA, "gates": [{"metric": "kl", "maxKL": 1}, {"metric": "kl", "maxKL": 2}]}},
+        "a metric has one gate; keep the stricter one",
+    ),
+}
+
 # misspelt names: refused by the policy for every client, kept (never dropped) where there is none
 MISSPELT: dict[str, tuple[Spec, str, str]] = {
     "in the spec": ({"supend": True}, "supend", "spec: no such name: supend; known are model,"),
@@ -118,6 +176,22 @@ MISSPELT: dict[str, tuple[Spec, str, str]] = {
         {"passes": [{"rtn": {"scheme": "W8A8"}}, {"rtn": {"scheme": "W4A16", "groupsize": 64}}]},
         "groupsize",
         "spec.passes[].rtn: no such name: groupsize; known are scheme, groupSize, targets, ignore",
+    ),
+    "in calibration": (
+        {"calibration": {"dataset": {"uri": "s3://a/d"}, "sequencelength": 9}},
+        "sequencelength",
+        "spec.calibration: no such name: sequencelength; known are dataset, samples, sequenceLength, packing, seed",
+    ),
+    "in a dataset": ({"evaluation": {"dataset": {"uri": "s3://a/d", "column": "x"}}}, "column", "field, messages, tokens"),
+    "in a gate": (
+        {"evaluation": {"dataset": {"uri": "s3://a/d"}, "gates": [{"metric": "kl", "maxKL": 1, "maxKl": 1}]}},
+        "maxKl",
+        "spec.evaluation.gates[]: no such name: maxKl; known are metric, maxIncrease, maxKL",
+    ),
+    "in drift": (
+        {"calibration": {"dataset": {"uri": "s3://a/d"}}, "drift": {"dataset": {"uri": "s3://a/e"}, "treshold": 1}},
+        "treshold",
+        "spec.drift: no such name: treshold",
     ),
     "in the worker": ({"worker": {"imagee": "x"}}, "imagee", "spec.worker: no such name: imagee"),
     "in resources": ({"worker": {"resources": {"limit": {"cpu": 1}}}}, "limit", "known are requests, limits, claims"),

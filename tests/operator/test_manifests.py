@@ -146,6 +146,37 @@ def test_a_hub_token_and_no_secret_at_all() -> None:
     assert "envFrom" not in bare and not any(name.startswith(("SOURCE_", "OUTPUT_")) for name in env_of(bare))
 
 
+PRIVATE_CA = {"configMap": "data-ca", "key": "root.pem"}
+DATASETS = {
+    "calibration": {"dataset": {"uri": "s3://data/a.jsonl", "credentialsSecret": "data", "caBundle": PRIVATE_CA}, "samples": 8},
+    "evaluation": {"dataset": {"uri": "hf://datasets/org/name", "credentialsSecret": "hub"}},
+    "drift": {"dataset": {"uri": "pvc://logs/today"}},
+}
+
+
+def test_datasets_come_with_their_own_credentials_certificates_and_claims() -> None:
+    job = kcj(**DATASETS)
+    worker = worker_of(job)
+    assert worker["envFrom"][2:] == [
+        {"prefix": "DATA_", "secretRef": {"name": "data"}},
+        {"prefix": "EVALUATION_", "secretRef": {"name": "hub"}},
+    ]
+    env = env_of(worker)
+    assert env["DATA_AWS_ACCESS_KEY_ID"] == {"secretKeyRef": {"name": "data", "key": "AWS_ACCESS_KEY_ID"}}
+    assert env["EVALUATION_HF_TOKEN"] == {"secretKeyRef": {"name": "hub", "key": "HF_TOKEN"}}
+    assert not any(name.startswith("DRIFT_") for name in env)
+    found = mounts_of(job)
+    assert found["/etc/kompressor/ca/data"]["readOnly"] is True
+    volume = next(v for v in pod_of(job)["volumes"] if v["name"] == found["/etc/kompressor/ca/data"]["name"])
+    assert volume["configMap"] == {"name": "data-ca", "items": [{"key": "root.pem", "path": "root.pem"}]}
+    assert found[f"{names.CLAIM_DIRECTORY}/logs"]["readOnly"] is True
+
+
+def test_data_on_the_outputs_claim_does_not_make_it_read_only() -> None:
+    job = kcj(output={"uri": "pvc://both/out"}, calibration={"dataset": {"uri": "pvc://both/data"}})
+    assert "readOnly" not in mounts_of(job)[f"{names.CLAIM_DIRECTORY}/both"]
+
+
 def mounts_of(job: CompressionJob) -> dict[str, Manifest]:
     return {mount["mountPath"]: mount for mount in worker_of(job)["volumeMounts"]}
 

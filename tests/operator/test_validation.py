@@ -41,6 +41,11 @@ def test_a_good_spec_has_no_problem() -> None:
         ({"passes": [{"awq": {}}]}, "spec.passes[0].awq: unknown pass; known are rtn"),
         ({"output": {"uri": "file:///tmp/out"}}, "file:///tmp/out cannot be used in a cluster; use s3:// or pvc://"),
         ({"model": {"source": {"uri": "file:///tmp/in"}}}, "spec.model.source.uri: file:///tmp/in"),
+        ({"calibration": {"dataset": {"uri": "file:///tmp/d"}}}, "spec.calibration.dataset.uri: file:///tmp/d"),
+        (
+            {"calibration": {"dataset": {"uri": "s3://a/d"}, "sample": 3}},
+            "spec.calibration.sample: unknown field (value 3); did you mean samples?",
+        ),
     ],
 )
 def test_it_says_where_what_and_how_else(changed: dict[str, Any], expected: str) -> None:

@@ -61,6 +61,9 @@ class Output(Protocol):
         """What a reader of the output URI can see now, WORK left out; empty if the place does not exist yet.
         Raises NotFound when the bucket (or the claim) is missing, AccessDenied."""
 
+    def room(self) -> int | None:
+        """Bytes that can still be written here; None where nobody can tell."""
+
     def read_published(self, name: str) -> bytes:
         """A published object's content."""
 

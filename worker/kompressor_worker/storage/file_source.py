@@ -1,4 +1,4 @@
-"""Reading a checkpoint from a folder: `file://` and `pvc://`."""
+"""Reading a checkpoint or a dataset from a folder: `file://` and `pvc://`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import stat
 import threading
 from pathlib import Path
 
+from kompressor_api.names import Reason
 from kompressor_worker.errors import AccessDenied, CorruptSource, NotFound, StorageError
 from kompressor_worker.storage import WORK, ObjectInfo
 from kompressor_worker.storage.posix import explained
@@ -16,11 +17,22 @@ _LARGEST_READ = 1 << 30
 
 
 class FileSource:
-    """A folder, read by ranges. `confine` is the folder that symbolic links may not leave (a claim's root)."""
+    """A folder, read by ranges. `confine` is the folder that symbolic links may not leave (a claim's root); `only` one file of it."""
 
-    def __init__(self, uri: str, root: Path, confine: Path | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        root: Path,
+        confine: Path | None = None,
+        only: str | None = None,
+        holds: str = "config.json",
+        missing: Reason = Reason.SOURCE_NOT_FOUND,
+    ) -> None:
         self.uri = uri
         self.root = root
+        self._only = only
+        self._holds = holds
+        self._missing = missing
         self._confine = confine.resolve() if confine is not None else None
         self._listed: dict[str, ObjectInfo] = {}
         self._open: dict[str, int] = {}
@@ -28,11 +40,11 @@ class FileSource:
 
     def list(self) -> dict[str, ObjectInfo]:
         if not self.root.is_dir():
-            raise NotFound(f"{self.uri}: {self.root} is not a folder; give the folder that holds config.json")
-        with explained(f"{self.uri}: listing"):
-            self._listed = list_files(self.root)
+            raise NotFound(f"{self.uri}: {self.root} is not a folder; give the folder that holds {self._holds}", self._missing)
+        with explained(f"{self.uri}: listing", self._missing):
+            self._listed = list_files(self.root) if self._only is None else list_one(self.root, self._only)
         if not self._listed:
-            raise NotFound(f"{self.uri}: {self.root} holds no files; give the folder that holds config.json")
+            raise NotFound(f"{self.uri}: {self.root} holds no files; give the folder that holds {self._holds}", self._missing)
         return dict(self._listed)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -83,7 +95,7 @@ class FileSource:
             raise NotFound(f"{self.uri}: {name!r} leads out of the location; name a file inside it")
         if self._confine is not None and not path.resolve().is_relative_to(self._confine):
             raise AccessDenied(f"{self.uri}: {name} is a link to {path.resolve()}, outside the claim; copy the file into the claim")
-        with explained(f"{self.uri}: opening {name}"):
+        with explained(f"{self.uri}: opening {name}", self._missing):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -110,6 +122,11 @@ def list_files(root: Path) -> dict[str, ObjectInfo]:
             if stat.S_ISREG(info.st_mode) and not name.startswith(WORK):
                 found[name] = ObjectInfo(name, info.st_size, _etag(info))
     return dict(sorted(found.items()))
+
+
+def list_one(root: Path, name: str) -> dict[str, ObjectInfo]:
+    info = (root / name).stat()
+    return {name: ObjectInfo(name, info.st_size, _etag(info))}
 
 
 def _etag(info: os.stat_result) -> str:

@@ -60,6 +60,12 @@ class FileOutput:
                 raise OutputOccupied(f"{self.uri}: {self.target} is a file; choose another output")
         return {}
 
+    def room(self) -> int | None:
+        place = next((p for p in self.target.parents if p.is_dir()), Path("/"))
+        with self._reading("asking for free space"):
+            disk = os.statvfs(place)
+        return disk.f_bavail * disk.f_frsize if disk.f_blocks else None  # some network volumes say nothing
+
     def read_published(self, name: str) -> bytes:
         with self._reading(f"reading {name}"):
             return (self.target / name).read_bytes()

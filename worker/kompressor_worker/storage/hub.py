@@ -1,4 +1,4 @@
-"""Reading a checkpoint from a hub: `hf://owner/name[/folder]`, pinned to one commit.
+"""Reading from a hub: `hf://owner/name[/folder]` is a model, `hf://datasets/owner/name[/folder or file]` a dataset, pinned to one commit.
 
 Headers and addresses are huggingface_hub's. The requests are made here, because a range has to be received in place, resumed
 where it broke off, and stopped on SIGTERM, with the certificates of its own location.
@@ -31,13 +31,15 @@ _REDIRECTS = 5
 
 
 class HubSource:
-    """A repository (or a folder of one) at one commit, found out here. Raises UserError, NotFound, AccessDenied, StorageError."""
+    """A repository (or a folder or one file of it) at one commit, found out here. Raises UserError, NotFound, AccessDenied, StorageError."""
 
     def __init__(self, place: Place, revision: str | None, environ: Mapping[str, str], patience: Patience) -> None:
         self.uri = place.uri
-        name, _, folder = place.path.partition("/")
-        self.repository = f"{place.authority}/{name}" if name else place.authority
-        self._folder = f"{folder}/" if folder else ""
+        parts = [part for part in (place.authority, *place.path.split("/")) if part]
+        self._type = "dataset" if parts[0] == "datasets" else "model"
+        if self._type == "dataset":
+            parts = parts[1:]
+        self.repository, self._folder = "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
         self._place = place
         self._patience = patience
         self._endpoint = (place.endpoint or environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
@@ -48,7 +50,7 @@ class HubSource:
         """Where a file was last redirected to; such addresses are signed and run out."""
         self._lock = threading.Lock()
         wanted = revision or "main"
-        address = f"{self._endpoint}/api/models/{self.repository}/revision/{quote(wanted, safe='')}?blobs=true"
+        address = f"{self._endpoint}/api/{self._type}s/{self.repository}/revision/{quote(wanted, safe='')}?blobs=true"
         self._info = self._ask(address, wanted)
         self.revision: str = self._info["sha"]
         """The commit; everything is read from it, whatever happens to the branch."""
@@ -56,7 +58,9 @@ class HubSource:
 
     def list(self) -> dict[str, ObjectInfo]:
         if not self._listed:
-            raise NotFound(f"{self.uri}: no files at commit {self.revision}; give the folder that holds config.json")
+            raise NotFound(
+                f"{self.uri}: no files at commit {self.revision}; give the folder that holds {self._place.holds}", self._place.missing
+            )
         return dict(self._listed)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -83,13 +87,16 @@ class HubSource:
     def _entry(self, name: str) -> ObjectInfo:
         info = self._listed.get(name)
         if info is None:
-            raise NotFound(f"{self.uri}: no file {name} at commit {self.revision}; check model.source")
+            raise NotFound(f"{self.uri}: no file {name} at commit {self.revision}; check {self._place.field}", self._place.missing)
         return info
 
     def _files(self) -> dict[str, ObjectInfo]:
+        entries = {str(entry["rfilename"]): entry for entry in self._info.get("siblings", ())}
+        if (file := self._folder.removesuffix("/")) in entries:  # the address is that of one file
+            self._folder = file[: file.rfind("/") + 1]
+            entries = {file: entries[file]}
         found: dict[str, ObjectInfo] = {}
-        for entry in self._info.get("siblings", ()):
-            name = str(entry["rfilename"])
+        for name, entry in entries.items():
             inside = name.removeprefix(self._folder)
             if name.startswith(self._folder) and not inside.startswith(WORK):
                 lfs = entry.get("lfs") or {}
@@ -111,7 +118,8 @@ class HubSource:
 
     def _open(self, name: str, start: int, stop: int) -> Any:
         """A response whose body is the bytes [start, stop)."""
-        url = hf_hub_url(self.repository, self._folder + name, revision=self.revision, endpoint=self._endpoint)
+        file, kind = self._folder + name, self._type
+        url = hf_hub_url(self.repository, file, repo_type=kind, revision=self.revision, endpoint=self._endpoint)
         raw = self._request(url, {"range": f"bytes={start}-{stop - 1}"}, f"reading {name}")
         sent = int(raw.headers.get("content-length", stop - start))
         if (raw.status != 206 and start) or sent < stop - start:
@@ -168,9 +176,10 @@ class HubSource:
         if raw.status == 401:  # also the answer for a repository that does not exist
             return AccessDenied(f"{where} was denied ({said}); check the name, and HF_TOKEN in {self._place.credentials_source}")
         if code == "RevisionNotFound":
-            return NotFound(f"{where}: no such revision ({said}); correct model.source.revision")
+            return NotFound(f"{where}: no such revision ({said}); correct {self._place.field}.revision", self._place.missing)
         if raw.status in (404, 410):
-            return NotFound(f"{where}: not found ({said}); check the name, and HF_TOKEN if the repository is private")
+            remedy = "check the name (a dataset's begins with hf://datasets/), and HF_TOKEN if the repository is private"
+            return NotFound(f"{where}: not found ({said}); {remedy}", self._place.missing)
         if raw.status == 416:
             return CorruptSource(f"{where}: shorter than the hub lists ({said}); start again")
         return StorageError(f"{where} failed ({said})")
@@ -178,7 +187,7 @@ class HubSource:
     def _failed(self, what: str, cause: BaseException, attempts: int) -> KompressorError:
         if _untrusted(cause):
             return UserError(
-                f"{self.uri}: the certificate of {self._endpoint} is not trusted ({cause}); give its authority as source.caBundle"
+                f"{self.uri}: the certificate of {self._endpoint} is not trusted ({cause}); give its authority as {self._place.field}.caBundle"
             )
         return StorageError(
             f"{self.uri}: {what} at {self._endpoint} failed after {attempts} attempts: {type(cause).__name__}: {cause}; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,12 +16,19 @@ from kompressor_api.names import (
     Reason,
     Role,
 )
+from kompressor_api.datasets import Sample
 from kompressor_api.v1alpha1 import Location, OutputSpec, SourceLocation
 from kompressor_worker.errors import AccessDenied, NotFound, UserError
 from kompressor_worker.storage import Output, Source, s3_environment
 from kompressor_worker.storage.patience import Patience
 
-_NOT_FOUND = {Role.SOURCE: Reason.SOURCE_NOT_FOUND, Role.OUTPUT: Reason.OUTPUT_NOT_FOUND}
+_FIELDS = {
+    Role.SOURCE: "model.source",
+    Role.OUTPUT: "output",
+    Role.DATA: "calibration.dataset",
+    Role.EVALUATION: "evaluation.dataset",
+    Role.DRIFT: "drift.dataset",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,17 @@ class Place:
 
     @property
     def missing(self) -> Reason:
-        return _NOT_FOUND[self.role]
+        return _missing(self.role)
+
+    @property
+    def field(self) -> str:
+        """Where it stands in the spec."""
+        return _FIELDS[self.role]
+
+    @property
+    def holds(self) -> str:
+        """What is looked for there, for error messages."""
+        return "config.json" if self.role is Role.SOURCE else "the data"
 
     @property
     def credentials_source(self) -> str:
@@ -77,6 +94,31 @@ def open_source(location: SourceLocation, environ: Mapping[str, str], stop: thre
 
     root, confine = _folder(place, environ)
     return FileSource(place.uri, root, confine)
+
+
+def open_data(sample: Sample, environ: Mapping[str, str], stop: threading.Event | None = None) -> Source:
+    """The store of a dataset: that of one file, if the uri is a file's, or of a folder. On S3 it takes a request to find out which.
+
+    Arguments and errors as for open_source.
+    """
+    place = locate(sample.dataset, sample.ROLE, environ)
+    patience = Patience.from_environ(environ, stop)
+    folder, _, name = place.path.rpartition("/")
+    if place.scheme == "s3":
+        from kompressor_worker.storage.s3 import S3Source, S3Store
+
+        one = S3Source(S3Store(replace(place, path=folder), environ, patience), only=name)
+        return one if name and one.exists() else S3Source(S3Store(place, environ, patience))
+    if place.scheme == "hf":
+        from kompressor_worker.storage.hub import HubSource
+
+        return HubSource(place, sample.dataset.revision, environ, patience)
+    from kompressor_worker.storage.file_source import FileSource
+
+    root, confine = _folder(place, environ)
+    if root.is_file():
+        return FileSource(place.uri, root.parent, confine, root.name, place.holds, place.missing)
+    return FileSource(place.uri, root, confine, holds=place.holds, missing=place.missing)
 
 
 def open_output(location: OutputSpec, environ: Mapping[str, str], stop: threading.Event | None = None) -> Output:
@@ -115,7 +157,7 @@ def locate(location: Location, role: Role, environ: Mapping[str, str]) -> Place:
             raise NotFound(
                 f"{role} {location.uri}: no CA bundle at {bundle}; ConfigMap {location.ca_bundle.config_map} needs the key "
                 f"{location.ca_bundle.key}",
-                reason=_NOT_FOUND[role],
+                reason=_missing(role),
             )
     credentials = s3_environment(role.env_prefix, environ)
     if ("AWS_ACCESS_KEY_ID" in credentials) != ("AWS_SECRET_ACCESS_KEY" in credentials):
@@ -137,6 +179,12 @@ def locate(location: Location, role: Role, environ: Mapping[str, str]) -> Place:
         credentials=credentials,
         secret=location.credentials_secret,
     )
+
+
+def _missing(role: Role) -> Reason:
+    if role is Role.OUTPUT:
+        return Reason.OUTPUT_NOT_FOUND
+    return Reason.SOURCE_NOT_FOUND if role is Role.SOURCE else Reason.DATA_NOT_FOUND
 
 
 def _folder(place: Place, environ: Mapping[str, str]) -> tuple[Path, Path | None]:

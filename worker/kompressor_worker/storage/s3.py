@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
@@ -157,18 +158,28 @@ class _Absent(Exception):
 
 
 class S3Source:
-    """A prefix, read by ranges; each object must stay the one that was listed."""
+    """A prefix, or `only` one object of it, read by ranges; each object must stay the one that was listed."""
 
-    def __init__(self, store: S3Store) -> None:
+    def __init__(self, store: S3Store, only: str | None = None) -> None:
         self.uri = store.place.uri
         self._store = store
+        self._only = only
         self._listed: dict[str, ObjectInfo] = {}
 
     def list(self) -> dict[str, ObjectInfo]:
-        self._listed = {info.name: info for info in self._store.list() if not info.name.startswith(WORK)}
+        found = self._store.list() if self._only is None else self._one(self._only)
+        self._listed = {info.name: info for info in found if not info.name.startswith(WORK)}
         if not self._listed:
-            raise NotFound(f"{self.uri}: nothing there; give the prefix that holds config.json", reason=self._store.place.missing)
+            place = self._store.place
+            raise NotFound(f"{self.uri}: nothing there; give the prefix that holds {place.holds}", reason=place.missing)
         return dict(self._listed)
+
+    def exists(self) -> bool:
+        """Whether the `only` object is there."""
+        return self._only is not None and any(self._one(self._only))
+
+    def _one(self, name: str) -> Iterator[ObjectInfo]:
+        return (info for info in islice(self._store.list(name), 1) if info.name == name)  # it is the first of all keys that begin so
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         listed = self._listed.get(name)

@@ -71,7 +71,7 @@ def translate(error: BaseException, place: Place, what: str, attempts: int) -> K
     code, said = code_of(error), explain(error)
     at = place.endpoint or "AWS S3"
     if code == "NoSuchBucket":
-        return NotFound(f"{place.uri}: no bucket {place.authority} at {at}; create it or correct {place.role}.uri", reason=place.missing)
+        return NotFound(f"{place.uri}: no bucket {place.authority} at {at}; create it or correct {place.field}.uri", reason=place.missing)
     if code in _DENIED or (isinstance(error, ClientError) and status_of(error) in (401, 403) and code != "RequestTimeTooSkewed"):
         return AccessDenied(f"{place.uri}: {what} at {at} was denied ({said}); check {place.credentials_source} and the bucket's policy")
     if isinstance(error, (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)):
@@ -81,13 +81,13 @@ def translate(error: BaseException, place: Place, what: str, attempts: int) -> K
             f"{place.uri}: {what} at {at}: no room ({said}); raise the quota or free space, the next worker goes on from here"
         )
     if code in ABSENT:
-        return NotFound(f"{place.uri}: {what} at {at}: no such object; check {place.role}.uri", reason=place.missing)
+        return NotFound(f"{place.uri}: {what} at {at}: no such object; check {place.field}.uri", reason=place.missing)
     if isinstance(error, SSLError) and not is_transient(error):
-        return UserError(f"{place.uri}: the certificate of {at} is not trusted ({said}); give its authority as {place.role}.caBundle")
+        return UserError(f"{place.uri}: the certificate of {at} is not trusted ({said}); give its authority as {place.field}.caBundle")
     if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"):
-        return UserError(f"{place.uri}: the bucket is in another region ({said}); set {place.role}.region")
+        return UserError(f"{place.uri}: the bucket is in another region ({said}); set {place.field}.region")
     if isinstance(error, ParamValidationError) or code == "InvalidBucketName":
-        return UserError(f"{place.uri}: {said}; correct {place.role}.uri")
+        return UserError(f"{place.uri}: {said}; correct {place.field}.uri")
     tries = f"after {attempts} attempts" if attempts > 1 else "at once"
     return StorageError(f"{place.uri}: {what} at {at} failed {tries}: {said}; check that the endpoint is up and reachable from the worker")
 

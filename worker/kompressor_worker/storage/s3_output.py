@@ -63,6 +63,9 @@ class S3Output:
     def existing(self) -> dict[str, ObjectInfo]:
         return {info.name: info for info in self._store.list() if not info.name.startswith(WORK)}
 
+    def room(self) -> int | None:
+        return None
+
     def read_published(self, name: str) -> bytes:
         return self._store.get(name)[0]
 

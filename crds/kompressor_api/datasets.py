@@ -1,0 +1,151 @@
+"""The data that a job is calibrated with, judged by and compared to: `spec.calibration`, `spec.evaluation`, `spec.drift`."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, Strict, StringConstraints, model_validator
+
+from kompressor_api.fields import Count, Flag, Model
+from kompressor_api.locations import SourceLocation
+from kompressor_api.names import Role
+
+__all__ = ["CalibrationSpec", "Dataset", "DriftSpec", "EvaluationSpec", "Gate", "Sample"]
+
+Column = Annotated[str, StringConstraints(min_length=1, max_length=253)]
+Percent = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,3})(\.[0-9]{1,6})?%$", max_length=12)]
+Number = Annotated[float, Strict()]
+"""A YAML number; the API server does not take "0.1" for one either."""
+
+MAX_SAMPLES = 1_000_000
+MAX_SEQUENCE_LENGTH = 1_048_576
+
+
+class Dataset(SourceLocation):
+    """Text, chats or token ids: one file, or all files of a folder in the order of their names."""
+
+    format: Literal["jsonl", "parquet", "text"] | None = Field(
+        default=None,
+        description=(
+            "jsonl: a JSON object a line; parquet; text: documents with blank lines between them. "
+            "Default: by the files' names (.jsonl and .ndjson, .parquet, .txt)."
+        ),
+    )
+    field: Column | None = Field(
+        default=None, description="Column that holds plain text. Default: text, where neither messages nor tokens is given."
+    )
+    messages: Column | None = Field(
+        default=None,
+        description="Column that holds chats, lists of {role, content}, in place of text; the tokenizer's chat template writes them out.",
+    )
+    tokens: Column | None = Field(default=None, description="Column that holds lists of token ids, in place of text.")
+
+    @model_validator(mode="after")
+    def _one_column(self) -> Dataset:
+        given = {name: column for name in ("field", "messages", "tokens") if (column := getattr(self, name)) is not None}
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given; keep the one whose column is to be read")
+        if self.format == "text" and given:
+            raise ValueError(f"{next(iter(given))} names a column, and plain text has none; leave it out, or correct format")
+        return self
+
+    @property
+    def column(self) -> str:
+        return self.messages or self.tokens or self.field or "text"
+
+    @property
+    def kind(self) -> Literal["text", "messages", "tokens"]:
+        return "messages" if self.messages else "tokens" if self.tokens else "text"
+
+
+class Sample(Model):
+    """Rows of token ids that are drawn from a dataset."""
+
+    ROLE: ClassVar[Role]
+    SECTION: ClassVar[str]
+    """Where it stands in the spec."""
+
+    dataset: Dataset = Field(description="Where the data is, and in which column.")
+    samples: Count = Field(default=512, ge=1, le=MAX_SAMPLES, description="Rows of token ids to draw from the dataset.")
+    sequence_length: Count = Field(
+        default=2048, ge=2, le=MAX_SEQUENCE_LENGTH, description="Tokens in a row: longer documents are cut, shorter ones make shorter rows."
+    )
+    packing: Flag = Field(
+        default=False,
+        description="Join documents, an end-of-sequence token after each, and cut them into full rows, so that no row is short.",
+    )
+    seed: Count = Field(default=0, ge=0, le=4_294_967_295, description="Which documents are drawn; the same seed draws the same ones.")
+
+
+class CalibrationSpec(Sample):
+    """The data that passes measure activations with."""
+
+    ROLE = Role.DATA
+    SECTION = "calibration"
+
+
+class Gate(Model):
+    """A limit that the result must keep; otherwise the job fails and nothing is published."""
+
+    metric: Literal["perplexity", "kl"] = Field(
+        description="perplexity of the evaluation data, or kl: mean KL divergence of the logits from the original model's, in nats a token."
+    )
+    max_increase: Percent | None = Field(
+        default=None, description="With perplexity: by how much it may rise over the original model's, such as 3%."
+    )
+    max_kl: Annotated[Number, Field(gt=0, le=1000, allow_inf_nan=False)] | None = Field(
+        default=None, alias="maxKL", description="With kl: the largest mean divergence, such as 0.05."
+    )
+
+    @model_validator(mode="after")
+    def _the_limit_of_its_metric(self) -> Gate:
+        right, wrong = ("maxIncrease", "maxKL") if self.metric == "perplexity" else ("maxKL", "maxIncrease")
+        given = {"maxIncrease": self.max_increase, "maxKL": self.max_kl}
+        if given[right] is None or given[wrong] is not None:
+            raise ValueError(f"a gate on {self.metric} has {right} and not {wrong}")
+        return self
+
+    @property
+    def limit(self) -> float:
+        """0.03 for maxIncrease 3%; nats a token for maxKL."""
+        if self.max_kl is not None:
+            return self.max_kl
+        assert self.max_increase is not None
+        return float(self.max_increase.removesuffix("%")) / 100
+
+
+class EvaluationSpec(Sample):
+    """Held-out data that the original and the compressed model are both measured with."""
+
+    ROLE = Role.EVALUATION
+    SECTION = "evaluation"
+
+    samples: Count = Field(default=64, ge=1, le=MAX_SAMPLES, description="Rows of token ids to draw from the dataset.")
+    gates: list[Gate] = Field(
+        default_factory=list,
+        max_length=2,
+        description="Limits that the result must keep, at most one a metric; if one is not kept, the job fails and publishes nothing.",
+    )
+
+    @model_validator(mode="after")
+    def _one_gate_a_metric(self) -> EvaluationSpec:
+        metrics = [gate.metric for gate in self.gates]
+        if twice := next((metric for metric in metrics if metrics.count(metric) > 1), None):
+            raise ValueError(f"gates: a metric has one gate, {twice} has two; keep the stricter one")
+        return self
+
+
+class DriftSpec(Sample):
+    """Data as the model will meet it in use; the report says how far activations on it differ from those that calibration saw."""
+
+    ROLE = Role.DRIFT
+    SECTION = "drift"
+
+    samples: Count = Field(default=64, ge=1, le=MAX_SAMPLES, description="Rows of token ids to draw from the dataset.")
+    threshold: Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.1,
+        description=(
+            "Distance of a layer's activations from those of calibration, from 0 (the same distribution) to 1 (nothing in common), "
+            "above which the result warns of it."
+        ),
+    )
