@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 REGISTRY: dict[str, str] = {
     "rtn": "kompressor_worker.passes.rtn:Rtn",
     "gptq": "kompressor_worker.passes.gptq:Gptq",
+    "awq": "kompressor_worker.passes.awq:Awq",
     "smoothQuant": "kompressor_worker.passes.smooth_quant:SmoothQuant",
 }
 """Name in the spec to `module:class`, imported when asked for."""

@@ -22,32 +22,45 @@ def squared(error: Tensor) -> Tensor:
     return error.square().sum(-1)
 
 
-def best_grid(weight: Tensor, scheme: Scheme, dtype: torch.dtype, loss: Loss = squared, ratios: Sequence[float] = RATIOS) -> grid.Grid:
-    """The grid of weight [out, in] fp32 that has the least loss among those that span `ratios` of each tile's range, tile by tile.
+def on_output(hessian: Tensor, width: int) -> Loss:
+    """What an error of one tile changes in the layer's output on the calibration rows: hessian [in, in], its diagonal blocks."""
+    blocks = torch.stack([hessian[at : at + width, at : at + width] for at in range(0, len(hessian), width)])
 
-    Only for schemes whose tiles are parts of one row, full ones. Scales as stored in `dtype`."""
-    rows, columns = weight.shape
-    width = scheme.tile((rows, columns))[1]
-    tiles = weight.view(rows, columns // width, width)
-    low, high = tiles.amin(-1), tiles.amax(-1)
-    best = torch.full_like(low, torch.inf)
-    chosen = torch.ones_like(low)
+    def loss(error: Tensor) -> Tensor:
+        by_tile = error.transpose(0, 1)  # [tiles, out, width]
+        return (torch.bmm(by_tile, blocks) * by_tile).sum(-1).T
+
+    return loss
+
+
+def best_shares(weight: Tensor, scheme: Scheme, dtype: torch.dtype, loss: Loss = squared, ratios: Sequence[float] = RATIOS) -> Tensor:
+    """For each tile of weight [out, in] the one of `ratios` with the least loss when the grid spans that share of its range.
+
+    fp32 [out, tiles]. Only for schemes whose tiles are whole parts of one row. Scales as stored in `dtype`."""
+    weight = weight.float()
+    rows, tiles = scheme.scale_shape((weight.shape[0], weight.shape[1]))
+    best = weight.new_full((rows, tiles), torch.inf)
+    chosen = torch.ones_like(best)
     for ratio in ratios:
-        tried = grid.grid_of_range(low * ratio, high * ratio, scheme, dtype)
+        tried = grid_at(weight, scheme, dtype, torch.full_like(chosen, ratio))
         error = grid.dequantize(grid.quantize(weight, tried, scheme), tried, scheme) - weight
-        cost = loss(error.view_as(tiles))
+        cost = loss(error.view(rows, tiles, -1))
         better = cost < best
         best, chosen = torch.where(better, cost, best), torch.where(better, ratio, chosen)
-    return grid.grid_of_range(low * chosen, high * chosen, scheme, dtype)
+    return chosen
+
+
+def grid_at(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shares: Tensor) -> grid.Grid:
+    """The grid that spans these shares [out, tiles] of each tile's range."""
+    tiles = weight.float().view(*shares.shape, -1)
+    return grid.grid_of_range(tiles.amin(-1) * shares, tiles.amax(-1) * shares, scheme, dtype)
 
 
 def clipped(weight: Tensor, found: grid.Grid, scheme: Scheme) -> int:
     """How many weights [out, in] lie beyond the grid's ends by more than half a step; integers only."""
-    if scheme.type != "int":
-        return 0
     bottom, top = grid.integer_range(scheme)
     rows, tiles = found.step.shape
-    codes = weight.float().reshape(rows, tiles, -1) / found.step[..., None]
+    codes = weight.float().view(rows, tiles, -1) / found.step[..., None]
     if found.zero_point is not None:
         codes = codes + found.zero_point.float()[..., None]
     return int(((codes < bottom - 0.5) | (codes > top + 0.5)).sum())

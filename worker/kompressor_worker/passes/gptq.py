@@ -120,13 +120,13 @@ class Gptq(Pass):
 
     def _linear(self, linear: LinearLayout, weight: torch.Tensor, factor: Factor) -> Encoded:
         from kompressor_worker import grid, kernels
-        from kompressor_worker.passes.clipping import best_grid
+        from kompressor_worker.passes.clipping import best_shares, grid_at
         from kompressor_worker.passes.encoding import encode, refuse_nonfinite
 
         refuse_nonfinite(linear, weight)
         scheme, source = self._assigned[linear.name], weight.float()
         if self.params.observer == "mse":
-            found = best_grid(source, scheme, weight.dtype)
+            found = grid_at(source, scheme, weight.dtype, best_shares(source, scheme, weight.dtype))
         elif factor.order is not None or scheme.strategy != "group":
             found = grid.grid_of(weight, scheme)
         else:
