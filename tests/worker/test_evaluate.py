@@ -164,4 +164,4 @@ def test_block_error_is_that_of_all_rows_together() -> None:
     for row, other in zip(x, y, strict=True):
         error.add(row, other)
     plainly = float((y.double() - x.double()).norm() / x.double().norm())
-    assert math.isclose(error.value(), plainly, rel_tol=1e-5)
+    assert math.isclose(error.value, plainly, rel_tol=1e-5)

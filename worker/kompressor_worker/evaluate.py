@@ -272,6 +272,7 @@ class BlockError:
             self.squared_error += _squares(compressed[start : start + 1024].float() - x)
             self.squared_norm += _squares(x)
 
+    @property
     def value(self) -> float:
         """0 where nothing was counted; NaN and Inf come through."""
         return _digits(math.sqrt(self.squared_error / self.squared_norm)) if self.squared_norm else 0.0

@@ -1,0 +1,51 @@
+"""What a gate lets through, and what the job says when it does not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from kompressor_api.datasets import Gate
+from kompressor_api.names import ExitCode, Reason
+from kompressor_worker import gates
+from kompressor_worker.errors import GateFailed
+
+PERPLEXITY = Gate.model_validate({"metric": "perplexity", "maxIncrease": "3%"})
+KL = Gate.model_validate({"metric": "kl", "maxKL": 0.05})
+
+
+def evaluation(increase: float, kl: float) -> dict[str, Any]:
+    return {"perplexityBefore": 8.0, "perplexityAfter": 8 * (1 + increase), "perplexityIncrease": increase, "meanKL": kl}
+
+
+@pytest.mark.parametrize(
+    "increase, kl, met",
+    [
+        (0.03, 0.05, [True, True]),
+        (-0.2, 0.0, [True, True]),
+        (0.0301, 0.01, [False, True]),
+        (0.01, 0.051, [True, False]),
+        (math.nan, math.nan, [False, False]),
+    ],
+)
+def test_limits_are_included_and_nan_is_never_met(increase: float, kl: float, met: list[bool]) -> None:
+    verdicts = gates.check([PERPLEXITY, KL], evaluation(increase, kl))
+    assert [v["met"] for v in verdicts] == met
+    if all(met):
+        gates.enforce(verdicts)
+    else:
+        with pytest.raises(GateFailed):
+            gates.enforce(verdicts)
+
+
+def test_one_line_names_metric_value_limit_and_remedy_of_all_that_failed() -> None:
+    with pytest.raises(GateFailed) as caught:
+        gates.enforce(gates.check([PERPLEXITY, KL], evaluation(0.0412, 0.0812)))
+    said = str(caught.value)
+    assert (caught.value.exit_code, caught.value.reason) == (ExitCode.GATE_FAILED, Reason.GATE_FAILED)
+    assert "\n" not in said
+    for part in ("perplexity rises by 4.12 % (from 8 to 8.3296), allowed are 3 %", "0.0812 nats", "allowed are 0.05", "smaller groups"):
+        assert part in said
+    gates.enforce(gates.check([], evaluation(9, 9)))
