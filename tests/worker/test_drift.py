@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kompressor_worker.drift import SiteDrift, compare, distance, summarise, warnings
+from kompressor_worker.drift import SiteDrift, compare, distance, status, summarise, warnings
 from kompressor_worker.statistics import Statistics, bf16_histogram, bin_values
 
 COLUMNS = 64
@@ -96,6 +96,10 @@ def test_one_new_outlier_channel_is_found_and_named() -> None:
     loud = drift_of(x, y)
     assert loud["distance"] < 0.1
     assert loud["worst"]["channel"] == 17
+    before, after = x.bfloat16().float(), y.bfloat16().float()
+    width = before.amax(0) - before.amin(0)
+    beyond = max(after[:, 17].max() - before[:, 17].max(), before[:, 17].min() - after[:, 17].min())
+    assert loud["worst"]["grown"] == pytest.approx(float(beyond / max(width[17], width.mean())), rel=1e-5)
     assert "worst" not in quiet
     assert loud["channels"] == pytest.approx(1 / COLUMNS, rel=1e-5)
     sites = {"model.layers.4": {"model.layers.4.mlp.gate_up": quiet, "model.layers.4.mlp.down": loud}}
@@ -112,6 +116,10 @@ def test_the_worst_layers_are_named_first_and_blocks_carry_their_worst() -> None
     assert drift["blocks"] == {name: sites[f"{name}.qkv"]["distance"] for name, sites in blocks.items()}
     (line,) = warnings(drift)
     assert line.index("b1.qkv") < line.index("b5.qkv") and "b3.qkv" not in line and "and 1 more" in line
+    worst = drift["sites"]["b1.qkv"]
+    assert status(drift) == {
+        "distance": f"{worst['distance']:.4g}", "layer": "b1.qkv", "outside": f"{100 * worst['outside']:.3g}%", "layersAbove": 6
+    }  # fmt: skip
     assert summarise(blocks, 1.0)["drifting"] != [], "what is clipped is drift, whatever the distance may be"
 
 

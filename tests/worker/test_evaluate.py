@@ -80,7 +80,7 @@ def test_equals_plain_fp64(
         assert math.isclose(found.loss_after[count], -q[picked][mine].mean(), abs_tol=near)
     clear = (p.topk(2).values.diff().abs().min(dim=1).values > near) & (q.topk(2).values.diff().abs().min(dim=1).values > near)
     if clear.all():
-        assert math.isclose(found.summary()["topAgreement"], float((p.argmax(1) == q.argmax(1)).double().mean()), abs_tol=1e-6)
+        assert math.isclose(found.summary()["topOneAgreement"], float((p.argmax(1) == q.argmax(1)).double().mean()), abs_tol=1e-6)
     if noise == 0 and same_head:
         assert (found.kl == 0).all() and found.summary()["perplexityIncrease"] == 0
 
@@ -140,8 +140,8 @@ def test_totals_weigh_tokens_not_rows() -> None:
     loss = torch.tensor([1.0, 1.0, 1.0, 5.0])
     found = evaluate.Evaluation.of(rows, loss, loss, loss + math.log(1.5), torch.tensor([True, True, False, False])).summary()
     assert found == {
-        "rows": 2, "tokens": 4, "meanKL": 2.0, "perplexityBefore": round(math.exp(2), 5), "perplexityAfter": round(1.5 * math.exp(2), 4),
-        "perplexityIncrease": 0.5, "topAgreement": 0.5,
+        "rows": 2, "tokens": 4, "kl": 2.0, "perplexityBefore": round(math.exp(2), 5), "perplexityAfter": round(1.5 * math.exp(2), 4),
+        "perplexityIncrease": 0.5, "topOneAgreement": 0.5,
     }  # fmt: skip
 
 

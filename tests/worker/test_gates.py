@@ -17,7 +17,7 @@ KL = Gate.model_validate({"metric": "kl", "maxKL": 0.05})
 
 
 def evaluation(increase: float, kl: float) -> dict[str, Any]:
-    return {"perplexityBefore": 8.0, "perplexityAfter": 8 * (1 + increase), "perplexityIncrease": increase, "meanKL": kl}
+    return {"perplexityBefore": 8.0, "perplexityAfter": 8 * (1 + increase), "perplexityIncrease": increase, "kl": kl}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ out as little below zero, and is not clamped: the mean over tokens then has no b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -230,18 +230,29 @@ class Evaluation:
         return float((values * self.tokens).sum() / self.tokens.sum())
 
     def summary(self) -> dict[str, Any]:
-        """What kompressor.json and the status say; six digits, so that sums in another order say the same."""
+        """What kompressor.json says, and gates judge; six digits, so that sums in another order say the same."""
         before, after = self._mean(self.loss_before), self._mean(self.loss_after)
         return {
             "rows": len(self.tokens),
             "tokens": int(self.tokens.sum()),
-            "meanKL": _digits(self._mean(self.kl)),
+            "kl": _digits(self._mean(self.kl)),
             "perplexityBefore": _digits(math.exp(before)),
             "perplexityAfter": _digits(math.exp(after)),
             "perplexityIncrease": _digits(math.expm1(after - before)),
-            "topAgreement": _digits(self._mean(self.agreement)),
+            "topOneAgreement": _digits(self._mean(self.agreement)),
             **self.notes,
         }
+
+
+def status(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """`Evaluation.summary()` as `status.result` has it."""
+    return {
+        "perplexityBefore": f"{summary['perplexityBefore']:.5g}",
+        "perplexityAfter": f"{summary['perplexityAfter']:.5g}",
+        "kl": f"{summary['kl']:.4g}",
+        "topOneAgreement": f"{100 * summary['topOneAgreement']:.4g}%",
+        "evaluatedTokens": summary["tokens"],
+    }
 
 
 def bootstrap_ratio(kl_a: Tensor | Sequence[float], kl_b: Tensor | Sequence[float], draws: int, seed: int) -> tuple[float, float, float]:

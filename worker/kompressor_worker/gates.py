@@ -41,7 +41,7 @@ def _verdict(gate: Gate, evaluation: Mapping[str, Any]) -> Verdict:
         says = f"perplexity rises by {_percent(value)} (from {before:.5g} to {after:.5g})"
         allowed = _percent(gate.limit)
     else:
-        value = float(evaluation["meanKL"])
+        value = float(evaluation["kl"])
         says, allowed = f"the logits' mean KL divergence is {value:.4g} nats a token", f"{gate.limit:.4g}"
     return Verdict(metric=gate.metric, value=value, limit=gate.limit, met=value <= gate.limit, says=f"{says}, allowed are {allowed}")
 
