@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import tiny_model
 from sources import folder_source
+from test_rtn import shared_scale
 
 from kompressor_worker.block import Stage
 from kompressor_worker.formats.compressed_tensors import decode, other_modules, planned_tensors, quantization_config
@@ -78,7 +79,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if scheme.calibrated is None])
 def test_llama_in_transformers(scheme: str, tmp_path: Path) -> None:
     made = Compressed(tiny_model("llama"), tmp_path / "out", [{"rtn": {"scheme": scheme}}])
     assert len(made.schemes) == 14
@@ -91,7 +92,7 @@ def test_llama_in_transformers(scheme: str, tmp_path: Path) -> None:
         compressed = logits(load(made.folder, dequantize=False))
         assert compressed.isfinite().all()
         original = logits(load(tiny_model("llama"), dequantize=False))
-        assert (compressed - original).norm() < 0.35 * original.norm()
+        assert (compressed - original).norm() < (0.35 if SCHEMES[scheme].bits > 3 else 0.7) * original.norm()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
@@ -151,14 +152,14 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(8, 128), (256, 384)], ids=str)
 def test_planned_is_what_comes(scheme: Scheme, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    from kompressor_worker import grid, kernels
+    from kompressor_worker import kernels
     from kompressor_worker.formats.compressed_tensors import named_tensors
 
     weight = torch.randn(shape).to(dtype)
-    shared = grid.global_scale(weight.float().abs().max()) if scheme.strategy == "tensor_group" else None
+    shared = shared_scale(weight, scheme)
     result = kernels.quantize(weight, scheme, shared)
     made = named_tensors("m.q", shape, scheme, result.codes, result.scale, result.zero_point, shared)
-    planned = planned_tensors("m.q", shape, NAMES[dtype], scheme)
+    planned = [t for t in planned_tensors("m.q", shape, NAMES[dtype], scheme) if not t.name.startswith("m.q.input_")]
     assert [(t.name, t.dtype, t.shape) for t in planned] == [(n, NAMES[t.dtype], tuple(t.shape)) for n, t in made.items()]
     assert all(t.nbytes == made[t.name].nbytes for t in planned)
     assert all(tensor.is_contiguous() for tensor in made.values())

@@ -15,9 +15,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_rtn import ALL, DTYPES, same_bytes, weights
+from test_rtn import ALL, DTYPES, same_bytes, shared_scale, weights
 
-from kompressor_worker import grid, kernels
+from kompressor_worker import kernels
 from kompressor_worker.kernels import build, compiled, eager
 from kompressor_worker.schemes import SCHEMES, Scheme
 
@@ -54,18 +54,19 @@ def equal(ours: kernels.Quantized, reference: kernels.Quantized) -> None:
 @quick
 @given(weight=weights())
 def test_quantize_equals_eager(lib: CDLL, scheme: Scheme, weight: torch.Tensor) -> None:
-    shared = grid.global_scale(weight.float().abs().max()) if scheme.strategy == "tensor_group" else None
+    shared = shared_scale(weight, scheme)
     equal(compiled.quantize(lib, weight, scheme, shared), eager.quantize(weight, scheme, shared))
 
 
-ODD = [s for s in ALL if s.type == "int" or s.bits == 8] + [SCHEMES["W4A16"].with_group_size(g) for g in (3, 24, 40)]
+ODD = [s for s in ALL if s.type == "int" or s.bits == 8] + [SCHEMES[n].with_group_size(g) for n in ("W3A16", "W4A16") for g in (3, 24, 40)]
 
 
 @pytest.mark.parametrize("scheme", ODD, ids=lambda s: f"{s.name}-{s.group_size}")
 @quick
 @given(weight=weights(columns=(1, 5, 17, 30, 90, 130)))
 def test_odd_columns_equal_eager(lib: CDLL, scheme: Scheme, weight: torch.Tensor) -> None:
-    equal(compiled.quantize(lib, weight, scheme, None), eager.quantize(weight, scheme, None))
+    shared = shared_scale(weight, scheme)
+    equal(compiled.quantize(lib, weight, scheme, shared), eager.quantize(weight, scheme, shared))
 
 
 @pytest.mark.parametrize("scheme", [SCHEMES["MXFP4"], SCHEMES["NVFP4A16"]], ids=lambda s: s.name)

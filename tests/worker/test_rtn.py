@@ -24,6 +24,7 @@ ALL = [
     SCHEMES["W4A16"].with_group_size(-1),
     SCHEMES["W4A16_ASYM"].with_group_size(-1),
     SCHEMES["W8A16"].with_group_size(32),
+    SCHEMES["W3A16"].with_group_size(-1),
 ]
 
 
@@ -78,15 +79,18 @@ def library(weight: torch.Tensor, scheme: Scheme, shared: torch.Tensor | None) -
     height, width = scheme.tile(tuple(weight.shape))
     padded = torch.nn.functional.pad(source, (0, -source.shape[1] % width, 0, -source.shape[0] % height))
     tiles = padded.unfold(0, height, height).unfold(1, width, width).flatten(2)
-    scale, zero_point = calculate_qparams(tiles.amin(-1), tiles.amax(-1), parsed.weights, global_scale=shared)
+    global_scale = shared if scheme.strategy == "tensor_group" else None
+    scale, zero_point = calculate_qparams(tiles.amin(-1), tiles.amax(-1), parsed.weights, global_scale=global_scale)
     if parsed.weights.scale_dtype is None:
         scale = scale.to(weight.dtype).float()
         scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
     state = {"weight": source, "weight_scale": scale}
     if not scheme.symmetric:
         state["weight_zero_point"] = zero_point
-    if shared is not None:
-        state["weight_global_scale"] = shared
+    if global_scale is not None:
+        state["weight_global_scale"] = global_scale
+    if scheme.strategy == "tensor":
+        state["weight_scale"] = scale.reshape(1)
     made: dict[str, torch.Tensor] = compressor.compress(state, parsed)
     if parsed.weights.scale_dtype is None:
         made["weight_scale"] = made["weight_scale"].to(weight.dtype)
@@ -94,6 +98,8 @@ def library(weight: torch.Tensor, scheme: Scheme, shared: torch.Tensor | None) -
 
 
 def shared_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor | None:
+    if scheme.strategy == "tensor":
+        return weight.float().abs().max().reshape(1)
     if scheme.strategy != "tensor_group":
         return None
     from compressed_tensors.quantization.utils import generate_gparam
@@ -163,7 +169,7 @@ def test_mx_exponents_over_all_magnitudes() -> None:
 
 
 @quick
-@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 70), st.sampled_from([4, 8]), st.sampled_from([0, 1]))
+@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 70), st.integers(2, 8), st.sampled_from([0, 1]))
 def test_packing_equals_the_library_and_comes_back(seed: int, rows: int, columns: int, bits: int, dim: int) -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 

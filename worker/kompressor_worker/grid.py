@@ -82,11 +82,14 @@ def grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype,
     return Grid(_stored(scale, dtype), zero_point)
 
 
-def grid_of(weight: Tensor, scheme: Scheme, global_scale: Tensor | None = None) -> Grid:
+def grid_of(weight: Tensor, scheme: Scheme, shared: Tensor | None = None) -> Grid:
     """Round-to-nearest's grid for weight [out, in] (bf16, fp16 or fp32): each tile's own range, scales as stored in the
-    weight's dtype."""
+    weight's dtype. `shared`: NVFP4's global scale; where a tensor has one scale, the largest magnitude of all that share it."""
+    if scheme.strategy == "tensor" and shared is not None:
+        most = shared.reshape(1, 1)
+        return grid_of_range(-most, most, scheme, weight.dtype)
     tiles = _tiled(weight.float(), scheme)
-    return grid_of_range(tiles.amin(dim=(1, 3)), tiles.amax(dim=(1, 3)), scheme, weight.dtype, global_scale)
+    return grid_of_range(tiles.amin(dim=(1, 3)), tiles.amax(dim=(1, 3)), scheme, weight.dtype, shared)
 
 
 def quantize(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:

@@ -13,8 +13,10 @@ DTYPE_BYTES = {
 }  # fmt: skip
 """safetensors dtype names and bytes an element."""
 
-Encoding = Literal["plain", "fp8_block", "mxfp4"]
+Encoding = Literal["plain", "fp8_block", "mxfp4", "made"]
 Kind = Literal["linear", "router", "embedding", "head"]
+KvStrategy = Literal["tensor", "head"]
+"""Keys, and values, of a layer that share a scale in the cache: all of them, or those of a KV head."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class SourceTensor:
     fp8_block: stored = (weight F8_E4M3 [out, in], weight_scale_inv [ceil(out/r), ceil(in/c)]), decoded to `dtype`.
     mxfp4 (gpt-oss): stored = (blocks U8 [E, rows, groups, 16], scales U8 [E, rows, groups]), decoded and transposed
     to [E, cols, rows].
+    made: stored = (); a pass puts it into the output, the source has none.
     """
 
     name: str
@@ -121,6 +124,8 @@ class ModelLayout:
     warnings: tuple[str, ...] = field(default=())
     file_sizes: Mapping[str, int] = field(default_factory=dict)
     """Bytes of `other_files`, by name."""
+    kv_cache: KvStrategy | None = None
+    """How the scales of an FP8 KV cache are shared; None: the cache is left as it is."""
 
     def stages(self) -> Iterator[StageLayout]:
         for unit in self.units:

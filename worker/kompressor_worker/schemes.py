@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+Inputs = Literal["none", "int8_token", "fp8_token", "fp8_group", "int8_tensor", "int8_tensor_asym", "fp8_tensor", "fp4_local"]
+"""Activation quantisation at run time: none; dynamic per token; FP8 dynamic per 128 columns; by one calibrated scale (INT8 symmetric, INT8
+with a zero point, FP8); FP4 in groups of 16 whose scales are dynamic, below one calibrated scale."""
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -14,12 +18,20 @@ class Scheme:
     format: str
     bits: int
     type: Literal["int", "float"]
-    strategy: Literal["channel", "group", "block", "tensor_group"]
+    strategy: Literal["tensor", "channel", "group", "block", "tensor_group"]
     symmetric: bool = True
     group_size: int | None = None
     block: tuple[int, int] | None = None
-    inputs: Literal["none", "int8_token", "fp8_token", "fp8_group"] = "none"
-    """Activation quantisation at run time: none; dynamic per token; FP8 dynamic per 128 columns."""
+    inputs: Inputs = "none"
+    actorder: bool = False
+    """Whether GPTQ took the columns in the order of their activations; groups are of neighbouring columns all the same ("static")."""
+
+    @property
+    def calibrated(self) -> Literal["histogram", "range"] | None:
+        """What must be measured of an input before its scale can be chosen: all of it, or its largest magnitude alone; None: nothing."""
+        if self.inputs == "fp4_local":
+            return "range"
+        return "histogram" if self.inputs in ("int8_tensor", "int8_tensor_asym", "fp8_tensor") else None
 
     @property
     def choosable_groups(self) -> bool:
@@ -34,6 +46,8 @@ class Scheme:
 
     def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of a weight [out, in] that share a scale."""
+        if self.strategy == "tensor":
+            return max(shape[0], 1), max(shape[1], 1)
         if self.block is not None:
             return self.block
         return 1, self.group_size or max(shape[1], 1)
@@ -48,12 +62,17 @@ SCHEMES: dict[str, Scheme] = {
     s.name: s
     for s in (
         Scheme("W8A8", "int-quantized", 8, "int", "channel", inputs="int8_token"),
+        Scheme("W8A8_STATIC", "int-quantized", 8, "int", "channel", inputs="int8_tensor"),
+        Scheme("W8A8_STATIC_ASYM", "int-quantized", 8, "int", "channel", inputs="int8_tensor_asym"),
         Scheme("W8A16", "pack-quantized", 8, "int", "channel"),
         Scheme("W4A16", "pack-quantized", 4, "int", "group", group_size=128),
         Scheme("W4A16_ASYM", "pack-quantized", 4, "int", "group", symmetric=False, group_size=128),
+        Scheme("W3A16", "pack-quantized", 3, "int", "group", group_size=128),
+        Scheme("FP8", "float-quantized", 8, "float", "tensor", inputs="fp8_tensor"),
         Scheme("FP8_DYNAMIC", "float-quantized", 8, "float", "channel", inputs="fp8_token"),
         Scheme("FP8_BLOCK", "float-quantized", 8, "float", "block", block=(128, 128), inputs="fp8_group"),
         Scheme("MXFP4", "mxfp4-pack-quantized", 4, "float", "group", group_size=32),
         Scheme("NVFP4A16", "nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=16),
+        Scheme("NVFP4", "nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=16, inputs="fp4_local"),
     )
 }

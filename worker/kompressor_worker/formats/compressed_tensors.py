@@ -8,13 +8,13 @@ read works from shapes alone, without torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from kompressor_worker.formats.targets import patterns_for, subtree_patterns
-from kompressor_worker.layout import DTYPE_BYTES, LinearLayout, ModelLayout
+from kompressor_worker.layout import DTYPE_BYTES, KvStrategy, LinearLayout, ModelLayout
 from kompressor_worker.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -41,40 +41,60 @@ class PlannedTensor:
 def planned_tensors(name: str, shape: tuple[int, int], dtype: str, scheme: Scheme) -> list[PlannedTensor]:
     """The tensors that a linear `name` with a weight of this shape [out, in] and safetensors dtype (BF16, F16, F32) is
     stored as."""
+    parts = [*_weight_parts(shape, dtype, scheme), *_input_parts(dtype, scheme)]
+    return [PlannedTensor(f"{name}.{suffix}", kind, sizes) for suffix, kind, sizes in parts]
+
+
+Part = tuple[str, str, tuple[int, ...]]
+"""What a tensor is called behind the linear's name, its dtype and shape."""
+
+
+def _weight_parts(shape: tuple[int, int], dtype: str, scheme: Scheme) -> list[Part]:
     rows, columns = shape
-    scales = scheme.scale_shape(shape)
-
-    def planned(suffix: str, dtype: str, *shape: int) -> PlannedTensor:
-        return PlannedTensor(f"{name}.{suffix}", dtype, shape)
-
+    scales: tuple[int, ...] = (1,) if scheme.strategy == "tensor" else scheme.scale_shape(shape)
     match scheme.format:
         case "int-quantized":
-            return [planned("weight", "I8", rows, columns), planned("weight_scale", dtype, *scales)]
+            return [("weight", "I8", (rows, columns)), ("weight_scale", dtype, scales)]
         case "float-quantized":
-            return [planned("weight", "F8_E4M3", rows, columns), planned("weight_scale", dtype, *scales)]
+            return [("weight", "F8_E4M3", (rows, columns)), ("weight_scale", dtype, scales)]
         case "pack-quantized":
-            tensors = [
-                planned("weight_packed", "I32", rows, _words(columns, scheme.bits)),
-                planned("weight_scale", dtype, *scales),
-                planned("weight_shape", "I64", 2),
+            parts: list[Part] = [
+                ("weight_packed", "I32", (rows, _words(columns, scheme.bits))),
+                ("weight_scale", dtype, scales),
+                ("weight_shape", "I64", (2,)),
             ]
             if not scheme.symmetric:
-                tensors.append(planned("weight_zero_point", "I32", _words(rows, scheme.bits), scales[1]))
-            return tensors
+                parts.append(("weight_zero_point", "I32", (_words(rows, scheme.bits), scales[-1])))
+            return parts
         case "mxfp4-pack-quantized":
-            return [planned("weight_packed", "U8", rows, columns // 2), planned("weight_scale", "U8", *scales)]
+            return [("weight_packed", "U8", (rows, columns // 2)), ("weight_scale", "U8", scales)]
         case "nvfp4-pack-quantized":
             return [
-                planned("weight_packed", "U8", rows, columns // 2),
-                planned("weight_scale", "F8_E4M3", *scales),
-                planned("weight_global_scale", "F32", 1),
+                ("weight_packed", "U8", (rows, columns // 2)),
+                ("weight_scale", "F8_E4M3", scales),
+                ("weight_global_scale", "F32", (1,)),
             ]
     raise AssertionError(f"{scheme.name}: no layout for format {scheme.format}")
 
 
-def quantization_config(linears: Sequence[LinearLayout], schemes: Mapping[str, Scheme], others: Sequence[str] = ()) -> dict[str, Any]:
+def _input_parts(dtype: str, scheme: Scheme) -> list[Part]:
+    """One value each: scales in the weight's dtype, as a reader's parameters are."""
+    match scheme.inputs:
+        case "int8_tensor" | "fp8_tensor":
+            return [("input_scale", dtype, (1,))]
+        case "int8_tensor_asym":
+            return [("input_scale", dtype, (1,)), ("input_zero_point", "I8", (1,))]
+        case "fp4_local":
+            return [("input_global_scale", "F32", (1,))]
+    return []
+
+
+def quantization_config(
+    linears: Sequence[LinearLayout], schemes: Mapping[str, Scheme], others: Sequence[str] = (), kv_cache: KvStrategy | None = None
+) -> dict[str, Any]:
     """`config.json["quantization_config"]` for a model of these linears, those in `schemes` (by name) quantised.
 
+    `kv_cache`: how the scales of an FP8 cache are shared, if there are any (`passes.kv_cache`).
     `others`: modules with matrices that are no linears here and stay exact (`other_modules`): a vision tower, stacked experts.
     One scheme: it targets "Linear", and what stays exact is on the ignore list. Several: each group names its own linears, disjointly, so
     that no reader's order of precedence matters (compressed-tensors sorts targets, vLLM takes the first that matches).
@@ -92,18 +112,17 @@ def quantization_config(linears: Sequence[LinearLayout], schemes: Mapping[str, S
     # transformers takes the first group that speaks of experts for the routed ones; shared experts have the word in their name too
     ordered = sorted(groups.items(), key=lambda group: not any(".experts." in name for name in group[1]))
     targets = [["Linear"]] if len(ordered) == 1 else [patterns_for(members, names) for _, members in ordered]
-    formats = {scheme.format for scheme in groups}
     return {
         "quant_method": "compressed-tensors",
         "version": VERSION,
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": _format({scheme.format for scheme in groups}),
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "config_groups": {
             f"group_{i}": _group(scheme, target) for i, ((scheme, _), target) in enumerate(zip(ordered, targets, strict=True))
         },
         "ignore": ignore,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if kv_cache is None else _kv_cache_scheme(kv_cache),
         "sparsity_config": {},
         "transform_config": {},
     }
@@ -112,7 +131,7 @@ def quantization_config(linears: Sequence[LinearLayout], schemes: Mapping[str, S
 def other_modules(layout: ModelLayout) -> list[str]:
     """Modules with a matrix that is no linear of the decoder, in the model's order: what `quantization_config` calls others."""
     weights = {linear.weight for linear in layout.linears()}
-    tensors = (tensor for stage in layout.stages() for tensor in stage.tensors)
+    tensors = (tensor for stage in layout.stages() for tensor in stage.tensors if tensor.encoding != "made")
     return list(dict.fromkeys(t.name.rpartition(".")[0] for t in tensors if len(t.shape) > 1 and t.name not in weights))
 
 
@@ -125,11 +144,13 @@ def named_tensors(
     zero_point: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """What `planned_tensors` announces, filled: codes, scales and zero points of a weight [out, in] as a kernel packs
-    them."""
+    """What `planned_tensors` announces of the weight, filled: codes, scales and zero points of a weight [out, in] as a kernel packs them.
+    What it announces of the input comes from `passes.inputs`."""
     import torch
 
     packed = scheme.format in ("pack-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized")
+    if scheme.strategy == "tensor":
+        scale = scale.reshape(1)
     tensors = {f"{name}.weight_packed" if packed else f"{name}.weight": codes, f"{name}.weight_scale": scale}
     if scheme.format == "pack-quantized":
         tensors[f"{name}.weight_shape"] = torch.tensor(shape, dtype=torch.int64)
@@ -154,6 +175,8 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme, dtype
 
     zero_point = global_scale = None
     scale = tensor("weight_scale")
+    if scheme.strategy == "tensor":
+        scale = scale.reshape(1, 1)
     match scheme.format:
         case "int-quantized" | "float-quantized":
             codes = tensor("weight")
@@ -173,6 +196,13 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme, dtype
 
 def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
+
+
+def _format(formats: Collection[str]) -> str:
+    """Of the whole model, for formats of its groups; "dense" is the library's name for weights as they were."""
+    if len(formats) > 1:
+        return "mixed-precision"
+    return next(iter(formats), "dense")
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
@@ -196,6 +226,8 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
         args["scale_dtype"] = "torch.float8_e4m3fn"
     if not scheme.symmetric:
         args["zp_dtype"] = "torch.int8"
+    if scheme.actorder:
+        args["actorder"] = "static"
     return args
 
 
@@ -209,9 +241,21 @@ def _inputs(scheme: Scheme) -> dict[str, Any] | None:
             return _args(8, "float", "token", None, dynamic=True)
         case "fp8_group":
             return _args(8, "float", "group", 128, dynamic=True)
+        case "int8_tensor":
+            return _args(8, "int", "tensor", None, dynamic=False)
+        case "int8_tensor_asym":
+            return {**_args(8, "int", "tensor", None, dynamic=False), "symmetric": False, "zp_dtype": "torch.int8"}
+        case "fp8_tensor":
+            return _args(8, "float", "tensor", None, dynamic=False)
+        case "fp4_local":
+            return {**_args(4, "float", "tensor_group", 16, dynamic="local"), "scale_dtype": "torch.float8_e4m3fn"}
 
 
-def _args(bits: int, kind: str, strategy: str, group_size: int | None, *, dynamic: bool) -> dict[str, Any]:
+def _kv_cache_scheme(strategy: KvStrategy) -> dict[str, Any]:
+    return _args(8, "float", "attn_head" if strategy == "head" else "tensor", None, dynamic=False)
+
+
+def _args(bits: int, kind: str, strategy: str, group_size: int | None, *, dynamic: bool | str) -> dict[str, Any]:
     """compressed-tensors' QuantizationArgs, as it writes them itself; keys that it leaves out when they say nothing are
     left out."""
     return {

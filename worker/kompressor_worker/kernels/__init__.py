@@ -25,13 +25,14 @@ FLOATS = tuple(compiled.DTYPES)
 """bf16, fp16 and fp32: what weights come in."""
 
 
-def quantize(weight: Tensor, scheme: Scheme, global_scale: Tensor | None = None) -> Quantized:
+def quantize(weight: Tensor, scheme: Scheme, shared: Tensor | None = None) -> Quantized:
     """Weight [out, in] (bf16, fp16 or fp32) rounded to nearest, each tile on the grid of its own range.
 
-    NVFP4 needs the fp32 [1] `global_scale` of all tensors that share it (`grid.global_scale`).
+    shared, fp32 [1], of all tensors that are one to a loader: NVFP4's global scale (`grid.global_scale`); their largest magnitude where a
+    tensor has one scale (FP8).
     """
     assert weight.dtype in FLOATS, weight.dtype
-    codes, scale, zero_point, stats = torch.ops.kompressor.quantize(weight.contiguous(), scheme.name, scheme.group_size or -1, global_scale)
+    codes, scale, zero_point, stats = torch.ops.kompressor.quantize(weight.contiguous(), scheme.name, scheme.group_size or -1, shared)
     error, norm, bad = stats.tolist()
     return Quantized(codes, scale, None if scheme.symmetric else zero_point, error, norm, int(bad))
 

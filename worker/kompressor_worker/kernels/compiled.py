@@ -18,10 +18,12 @@ SERIAL = 1 << 17
 """Elements below which starting a thread costs more than it saves."""
 
 
-def quantize(lib: ctypes.CDLL, weight: Tensor, scheme: Scheme, global_scale: Tensor | None) -> Quantized:
+def quantize(lib: ctypes.CDLL, weight: Tensor, scheme: Scheme, shared: Tensor | None) -> Quantized:
     rows, columns = weight.shape
-    tiles = scheme.scale_shape((rows, columns))
-    height, width = scheme.tile((rows, columns))
+    one = scheme.strategy == "tensor"  # known beforehand: rows go each on its own, and each is given the same scale
+    tiles = (rows, 1) if one else scheme.scale_shape((rows, columns))
+    height, width = (1, max(columns, 1)) if one else scheme.tile((rows, columns))
+    common = float(shared) if shared is not None and scheme.strategy in ("tensor", "tensor_group") else 0.0
     codec, bias = 2, 0
     zero_point: Tensor | None = None
     code_dtype, code_columns, scale_dtype = torch.float8_e4m3fn, columns, weight.dtype
@@ -40,13 +42,13 @@ def quantize(lib: ctypes.CDLL, weight: Tensor, scheme: Scheme, global_scale: Ten
     stats = torch.empty(3, dtype=torch.float64)
     lib.kompressor_quantize(
         _pointer(weight), DTYPES[weight.dtype], _i64(rows), _i64(columns), codec, scheme.bits, bias, _i64(height), _i64(width),
-        ctypes.c_float(1.0 if global_scale is None else float(global_scale)), _threads(weight), _pointer(codes),
+        ctypes.c_float(common), _threads(weight), _pointer(codes),
         _i64(code_columns * codes.element_size()), _pointer(scale), None if zero_point is None else _pointer(zero_point),
         _pointer(stats),
     )  # fmt: skip
     packed = None if zero_point is None else packing.pack_int32(zero_point, scheme.bits, dim=0)
     error, norm, bad = stats.tolist()
-    return Quantized(codes, scale, packed, error, norm, int(bad))
+    return Quantized(codes, scale[:1] if one else scale, packed, error, norm, int(bad))
 
 
 def amax(lib: ctypes.CDLL, weight: Tensor) -> tuple[float, int]:

@@ -35,18 +35,20 @@ CHUNK = 1 << 20
 """Elements worked on at once: fp32 and fp64 copies of them stay in the cache, and memory does not grow with the weight."""
 
 
-def quantize(weight: Tensor, scheme: Scheme, global_scale: Tensor | None = None) -> Quantized:
+def quantize(weight: Tensor, scheme: Scheme, shared: Tensor | None = None) -> Quantized:
     """Round to nearest: the grid of each tile's own range, codes packed as `scheme.format` stores them.
 
-    NVFP4 needs the fp32 [1] `global_scale` of all tensors that share it (`grid.global_scale`).
+    shared, fp32 [1], of all tensors that are one to a loader: NVFP4's global scale (`grid.global_scale`); their largest magnitude where a
+    tensor has one scale.
     """
+    assert shared is not None or scheme.strategy not in ("tensor", "tensor_group"), f"{scheme.name} needs what is shared"
     rows, columns = weight.shape
     whole = max(1, CHUNK // max(1, columns * 128)) * 128  # 128: whole blocks, and whole words of zero points
-    parts = [_quantize_rows(weight[start : start + whole], scheme, global_scale) for start in range(0, rows, whole)]
+    parts = [_quantize_rows(weight[start : start + whole], scheme, shared) for start in range(0, rows, whole)]
     zero_points = [part.zero_point for part in parts if part.zero_point is not None]
     return Quantized(
         torch.cat([part.codes for part in parts]),
-        torch.cat([part.scale for part in parts]),
+        parts[0].scale if scheme.strategy == "tensor" else torch.cat([part.scale for part in parts]),
         torch.cat(zero_points) if zero_points else None,
         sum(part.squared_error for part in parts),
         sum(part.squared_norm for part in parts),
@@ -54,11 +56,11 @@ def quantize(weight: Tensor, scheme: Scheme, global_scale: Tensor | None = None)
     )
 
 
-def _quantize_rows(weight: Tensor, scheme: Scheme, global_scale: Tensor | None) -> Quantized:
+def _quantize_rows(weight: Tensor, scheme: Scheme, shared: Tensor | None) -> Quantized:
     bad = nonfinite(weight)
     if bad:
         weight = torch.zeros_like(weight)
-    found = grid.grid_of(weight, scheme, global_scale)
+    found = grid.grid_of(weight, scheme, shared)
     codes = grid.quantize(weight, found, scheme)
     source = weight.float()
     error = (grid.dequantize(codes, found, scheme) - source).double().square().sum()

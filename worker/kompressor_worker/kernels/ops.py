@@ -41,12 +41,12 @@ def _tensors(result: Quantized) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return result.codes, result.scale, zero_point, stats
 
 
-def _quantize_eager(weight: Tensor, scheme: str, group_size: int, global_scale: Tensor | None) -> tuple[Tensor, ...]:
-    return _tensors(eager.quantize(weight, _scheme(scheme, group_size), global_scale))
+def _quantize_eager(weight: Tensor, scheme: str, group_size: int, shared: Tensor | None) -> tuple[Tensor, ...]:
+    return _tensors(eager.quantize(weight, _scheme(scheme, group_size), shared))
 
 
-def _quantize_compiled(lib: ctypes.CDLL, weight: Tensor, scheme: str, group_size: int, global_scale: Tensor | None) -> tuple[Tensor, ...]:
-    return _tensors(compiled.quantize(lib, weight, _scheme(scheme, group_size), global_scale))
+def _quantize_compiled(lib: ctypes.CDLL, weight: Tensor, scheme: str, group_size: int, shared: Tensor | None) -> tuple[Tensor, ...]:
+    return _tensors(compiled.quantize(lib, weight, _scheme(scheme, group_size), shared))
 
 
 def _amax_eager(weight: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _amax_compiled(lib: ctypes.CDLL, weight: Tensor) -> Tensor:
 
 
 _register(
-    "quantize(Tensor weight, str scheme, int group_size, Tensor? global_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "quantize(Tensor weight, str scheme, int group_size, Tensor? shared) -> (Tensor, Tensor, Tensor, Tensor)",
     _quantize_eager,
     _quantize_compiled,
 )

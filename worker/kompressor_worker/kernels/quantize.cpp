@@ -10,7 +10,7 @@ struct Job {
     const char* weight;
     int64_t rows, columns, tile_rows, tile_columns, tiles;  // tiles: in a row of them
     int bits, bias;                                         // bias: added to every integer code
-    float global_scale;
+    float shared;  // what tensors that a loader makes one have in common: NVFP4's global scale, FP8's largest magnitude; 0: nothing
     uint8_t* codes;
     int64_t code_stride;  // bytes a row of codes
     char* scale;          // [row tiles, tiles]
@@ -75,8 +75,9 @@ struct Asymmetric : Symmetric {
 
 struct Fp8 {
     static constexpr bool asymmetric = false, exact_reciprocal = false;
-    explicit Fp8(const Job&) {}
-    F scale(F amax) const { return amax / 448.0f; }
+    float shared;
+    explicit Fp8(const Job& job) : shared(job.shared) {}
+    F scale(F amax) const { return (shared > 0 ? splat(shared) : amax) / 448.0f; }
     Rounded round(F x) const {
         Rounded r = round_to_float<3, -6>(clamp(x, -448, 448));
         r.code |= (cast<U>(x) >> 24) & 0x80u;
@@ -178,9 +179,9 @@ template <int T, class Codec> void scales(Codec codec, Tiles& tiles, int64_t row
             const B bytes = narrow(exponent);
             std::memcpy(job.scale + at + t, &bytes, n);
         } else if constexpr (std::is_same_v<Codec, Nvfp4>) {
-            const Rounded r = round_to_float<3, -6>(clamp(job.global_scale * (amax / 6.0f), -448, 448));
+            const Rounded r = round_to_float<3, -6>(clamp(job.shared * (amax / 6.0f), -448, 448));
             const auto zero = r.code == 0u;
-            step = (zero ? splat(0.125f) : r.value) / job.global_scale;
+            step = (zero ? splat(0.125f) : r.value) / job.shared;
             const B bytes = narrow(zero ? usplat(0x20) : r.code);
             std::memcpy(job.scale + at + t, &bytes, n);
         } else {
@@ -246,6 +247,17 @@ void pack_nibbles(const uint8_t* codes, int64_t columns, uint8_t* packed, int64_
     for (; i < columns; i++) packed[i / 2] |= codes[i] << (i & 1 ? 4 : 0);
 }
 
+// Codes of other widths, densely: eight of them fill `bits` bytes.
+void pack_bits(const uint8_t* codes, int64_t columns, int bits, uint8_t* packed, int64_t stride) {
+    std::memset(packed, 0, stride);
+    for (int64_t i = 0; i < columns; i += 8) {
+        uint64_t word = 0;
+        for (int64_t j = 0; j < std::min<int64_t>(8, columns - i); j++) word |= uint64_t(codes[i + j]) << (bits * j);
+        const int64_t at = i / 8 * bits;
+        std::memcpy(packed + at, &word, std::min<int64_t>(bits, stride - at));
+    }
+}
+
 // Tiles of one row: strips are rows. Tiles of several: strips in panels narrow enough for the cache.
 template <int T, class Codec> void run(Codec codec, Job& job, int threads) {
     const int64_t panel = job.tile_rows == 1 ? job.columns : std::max<int64_t>(1, 1024 / job.tile_columns) * job.tile_columns;
@@ -253,7 +265,7 @@ template <int T, class Codec> void run(Codec codec, Job& job, int threads) {
     const int64_t together = job.tile_rows == 1 ? std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(job.columns, 1)) : 1;
     parallel((strips + together - 1) / together, threads, [&](int64_t task) {
         Tiles tiles((std::min(panel, job.columns) + job.tile_columns - 1) / job.tile_columns);
-        std::vector<uint8_t> nibbles(job.bits == 4 ? job.columns : 0);
+        std::vector<uint8_t> unpacked(job.bits < 8 ? job.columns : 0);
         for (int64_t strip = task * together; strip < std::min(strips, (task + 1) * together); strip++) {
             const int64_t top = strip * job.tile_rows, bottom = std::min(top + job.tile_rows, job.rows);
             for (int64_t left = 0; left < job.columns; left += panel) {
@@ -264,9 +276,10 @@ template <int T, class Codec> void run(Codec codec, Job& job, int threads) {
                 scales<T>(codec, tiles, strip, left / job.tile_columns, (columns + job.tile_columns - 1) / job.tile_columns, job);
                 for (int64_t row = top; row < bottom; row++) {
                     uint8_t* codes = job.codes + row * job.code_stride;
-                    uint8_t* bytes = job.bits == 4 ? nibbles.data() : codes + left;
+                    uint8_t* bytes = job.bits < 8 ? unpacked.data() : codes + left;
                     emit<T>(codec, source(row), columns, job.tile_columns, tiles, bytes, job.row_error + row, job.row_norm + row);
                     if (job.bits == 4) pack_nibbles(bytes, columns, codes, job.code_stride);
+                    else if (job.bits < 8) pack_bits(bytes, columns, job.bits, codes, job.code_stride);
                     else if (left + columns == job.columns) std::memset(codes + job.columns, 0, job.code_stride - job.columns);
                 }
             }
@@ -288,12 +301,12 @@ template <int T> void dispatch(int codec, Job& job, int threads) {
 
 // codec: 0 INT symmetric, 1 INT asymmetric, 2 FP8, 3 MXFP4, 4 NVFP4. stats: squared error, squared norm, NaN and Inf.
 extern "C" void kompressor_quantize(const void* weight, int dtype, int64_t rows, int64_t columns, int codec, int bits, int bias,
-                                    int64_t tile_rows, int64_t tile_columns, float global_scale, int threads, void* codes,
+                                    int64_t tile_rows, int64_t tile_columns, float shared, int threads, void* codes,
                                     int64_t code_stride, void* scale, int8_t* zero_point, double* stats) {
     const int64_t tiles = (columns + tile_columns - 1) / tile_columns;
     std::vector<double> sums(2 * rows, 0.0);
     prefer_huge_pages(codes, rows * code_stride);
-    Job job{static_cast<const char*>(weight), rows, columns, tile_rows, tile_columns, tiles, bits, bias, global_scale,
+    Job job{static_cast<const char*>(weight), rows, columns, tile_rows, tile_columns, tiles, bits, bias, shared,
             static_cast<uint8_t*>(codes), code_stride, static_cast<char*>(scale), zero_point, sums.data(), sums.data() + rows};
     if (dtype == BF16) dispatch<BF16>(codec, job, threads);
     if (dtype == FP16) dispatch<FP16>(codec, job, threads);

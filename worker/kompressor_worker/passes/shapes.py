@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import gcd
 
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout
@@ -24,6 +25,10 @@ def check_shapes(layout: ModelLayout, linears: Sequence[LinearLayout], scheme: S
                 _check_packing(linear, scheme)
             case "mxfp4-pack-quantized" | "nvfp4-pack-quantized":
                 _check_group(linear, scheme)
+        if scheme.inputs in ("int8_tensor", "int8_tensor_asym") and is_routed_expert(linear.name):
+            raise UserError(
+                f"{linear.name}: no loader reads routed experts in {scheme.name}; list them under ignore, or choose FP8, or W8A8 for vLLM"
+            )
     if scheme.block is not None:
         _check_blocks(layout, linears, scheme.block)
 
@@ -44,16 +49,16 @@ def _check_group(linear: LinearLayout, scheme: Scheme) -> None:
 
 def _check_packing(linear: LinearLayout, scheme: Scheme) -> None:
     rows, columns = linear.shape
-    per_word = 32 // scheme.bits
-    if columns % per_word:
+    step = 32 // gcd(32, scheme.bits)  # so many codes end where a word ends
+    if columns % step:
         raise UserError(
-            f"{linear.name}: {columns} columns do not fill the 32-bit words of {scheme.name} ({per_word} a word); "
+            f"{linear.name}: {columns} columns do not fill the 32-bit words of {scheme.name} (multiples of {step} do); "
             "list it under ignore, or choose W8A8 or FP8_DYNAMIC"
         )
-    if not scheme.symmetric and rows % per_word:
+    if not scheme.symmetric and rows % step:
         raise UserError(
             f"{linear.name}: the zero points of {rows} rows do not fill the 32-bit words of {scheme.name} "
-            f"({per_word} a word); list it under ignore, or choose W4A16"
+            f"(multiples of {step} do); list it under ignore, or choose W4A16"
         )
 
 
