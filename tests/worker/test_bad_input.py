@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,3 +202,30 @@ def test_missing_bucket_and_denied_credentials(bucket: Bucket, small: Path, tmp_
     wrong = {**good, "OUTPUT_AWS_ACCESS_KEY_ID": "nobody"}
     refused(said(bucket.uri("source"), bucket.uri("out"), wrong), 64, "AccessDenied", "out")
     assert bucket.names("out") == []
+
+
+def test_no_room_for_the_result_is_known_before_a_weight_is_read(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root, and a kernel that lets it")
+    try:
+        job = jobs.write(tmp_path / "job.json", jobs.manifest(small.as_uri(), (disk / "a" / "out").as_uri(), jobs.RTN_W4))
+        for command in ("plan", "run"):
+            assert run_cli([command, str(job)]) == 74
+            said = capfd.readouterr().err.strip().splitlines()[-1]
+            assert "NoSpaceLeft" in said
+            assert "are free; enlarge the volume" in said
+        assert list(disk.iterdir()) == [], "it was known before anything was written"
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_an_error_for_programs(tmp_path: Path, small: Path, command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    job = jobs.write(tmp_path / "job.json", jobs.manifest(small.as_uri(), (tmp_path / "out").as_uri(), [{"rtn": {"scheme": "W5"}}]))
+    assert run_cli([command, str(job), "--json"]) == 64
+    error = json.loads(capfd.readouterr().out)["error"]
+    assert error["reason"] == "InvalidSpec"
+    assert error["exitCode"] == 64
+    assert "W5" in error["message"]

@@ -66,15 +66,15 @@ def run_cli(argv: Sequence[str] | None = None) -> int:
     try:
         return command(args)
     except KompressorError as error:
-        return failed(error, args.in_cluster)
+        return failed(error, args)
     except MemoryError as error:
-        return failed(OutOfMemory(f"the worker's memory is too small: {error or 'an allocation failed'}"), args.in_cluster)
+        return failed(OutOfMemory(f"the worker's memory is too small: {error or 'an allocation failed'}"), args)
     except (RuntimeError, OSError) as error:
         if lacks_memory(error):
-            return failed(OutOfMemory(f"the worker's memory is too small: {str(error).splitlines()[0]}"), args.in_cluster)
+            return failed(OutOfMemory(f"the worker's memory is too small: {str(error).splitlines()[0]}"), args)
         raise
     except KeyboardInterrupt:
-        return failed(Terminated("interrupted"), args.in_cluster)
+        return failed(Terminated("interrupted"), args)
 
 
 def lacks_memory(error: RuntimeError | OSError) -> bool:
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, function: Callable[[argparse.Namespace], int], short: str, text: str) -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=short, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        p.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+        p.add_argument("--json", action="store_true", help="print the result, or the error, as JSON on standard output")
         p.add_argument("-v", "--verbose", action="store_true", help="log more")
         p.set_defaults(command=function, in_cluster=False)
         return p
@@ -208,14 +208,16 @@ def show_result(result: dict[str, Any], already: bool, as_json: bool) -> None:
         out.print(f"warning: {warning}")
 
 
-def failed(error: KompressorError, in_cluster: bool) -> int:
-    """One clear error, on the terminal and for the operator."""
+def failed(error: KompressorError, args: argparse.Namespace) -> int:
+    """One clear error: on the terminal, for programs (--json) and for the operator."""
     from kompressor_worker.report import write_termination_message
     from kompressor_worker.terminal import err
 
     err.print(f"[bold red]{error.reason}[/]: ", end="")
     err.print(str(error), markup=False, highlight=False)
-    if in_cluster:
+    if args.json:
+        print(json.dumps({"error": {"reason": error.reason, "message": str(error), "exitCode": int(error.exit_code)}}, indent=2))
+    if args.in_cluster:
         write_termination_message({"reason": error.reason, "message": str(error)[:2500], "exitCode": int(error.exit_code)})
     return int(error.exit_code)
 

@@ -13,12 +13,14 @@ from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_unusable_journal
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.pipeline import Limits
-from kompressor_worker.publish import already_published
+from kompressor_worker.publish import already_published, refuse_without_room
 from kompressor_worker.reading import read_layout
 from kompressor_worker.run import assign, make_fingerprint
+from kompressor_worker.samples import find_samples, wanted_samples
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import OutputPlan, plan_output
 from kompressor_worker.storage.locations import open_output, open_source
+from kompressor_worker.tokenizer import ModelTokenizer
 
 IDLE_BYTES = 560 << 20
 """A worker after its imports, torch's CPU build; measured by benchmarks/data_free.py."""
@@ -60,13 +62,14 @@ def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None
     stop = threading.Event()
     source = open_source(job.spec.model.source, environ, stop)
     output = open_output(job.spec.output, environ, stop)
-    layout = read_layout(source)
-    _, schemes = assign(job.spec, layout)
+    layout, passes, schemes = assign(job.spec, read_layout(source))
     planned = plan_output(layout, schemes)
-    fingerprint = make_fingerprint(job.spec, layout)
+    data = find_samples(wanted_samples(job.spec, passes), ModelTokenizer(source), environ, stop)
+    fingerprint = make_fingerprint(job.spec, layout, data)
     already = already_published(output, fingerprint) is not None
     if not already:
         refuse_unusable_journal(output, fingerprint)
+        refuse_without_room(output, planned)
     return Plan(layout, schemes, planned, peak_memory(layout, planned, schemes, limits or Limits()), already)
 
 

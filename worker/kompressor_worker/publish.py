@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from kompressor_worker.errors import OutputOccupied, UploadLost
+from kompressor_worker.errors import NoSpaceLeft, OutputOccupied, UploadLost
 from kompressor_worker.formats.compressed_tensors import other_modules, quantization_config
 from kompressor_worker.journal import JOURNAL, Journal
+from kompressor_worker.shards import OutputPlan
 from kompressor_worker.storage import Output, Source
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ def published_config(work: Work) -> dict[str, Any]:
     return config
 
 
-def build_report(work: Work, fingerprint: Mapping[str, str], job: Mapping[str, Any], journal: Journal, source_uri: str) -> dict[str, Any]:
+def build_report(
+    work: Work, fingerprint: Mapping[str, str], job: Mapping[str, Any], journal: Journal, source_uri: str, measured: Mapping[str, Any]
+) -> dict[str, Any]:
     """kompressor.json: what was done to what, with which error. It holds no times, so that a resumed job makes the same bytes."""
     linears: dict[str, Any] = {}
     digests: dict[str, str] = {}
@@ -109,6 +112,7 @@ def build_report(work: Work, fingerprint: Mapping[str, str], job: Mapping[str, A
             "quantizedLinears": len(linears),
         },
         "warnings": list(work.layout.warnings),
+        **measured,
         "linears": linears,
         "tensors": {k: f"xxh3-128:{v}" for k, v in sorted(digests.items())},
         "files": sorted(
@@ -147,6 +151,13 @@ def already_published(output: Output, fingerprint: Mapping[str, str]) -> dict[st
             f"{' ...' if len(names) > 3 else ''}); choose an empty output.uri"
         )
     return None
+
+
+def refuse_without_room(output: Output, plan: OutputPlan) -> None:
+    """Raises NoSpaceLeft now rather than hours later. A job that goes on has part of its bytes there already: it is not asked."""
+    needed, room = sum(shard.size for shard in plan.shards), output.room()
+    if room is not None and room < needed and output.read(JOURNAL) is None:
+        raise NoSpaceLeft(f"{output.uri}: the result takes {needed:,} bytes, {room:,} are free; enlarge the volume or free space on it")
 
 
 def parse_report(data: bytes) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
 import time
@@ -13,19 +11,26 @@ from importlib.metadata import version
 from typing import Any
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
+from kompressor_worker.architectures import refuse_unknown_forward
+from kompressor_worker.calibration import Rows
+from kompressor_worker.digests import digest
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.formats.readers import reader_warnings
+from kompressor_worker.gates import check, enforce
 from kompressor_worker.job import Job
-from kompressor_worker.journal import JOURNAL, open_journal
+from kompressor_worker.journal import JOURNAL, Journal, open_journal
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.progress import Progress
-from kompressor_worker.publish import already_published, build_report, publish
+from kompressor_worker.publish import already_published, build_report, dumps, publish, refuse_without_room
 from kompressor_worker.reading import read_layout
+from kompressor_worker.samples import FoundData, facts, find_samples, flows, unused_samples, wanted_samples
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import plan_output
+from kompressor_worker.storage import WORK, Output
 from kompressor_worker.storage.locations import open_output, open_source
+from kompressor_worker.tokenizer import ModelTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +58,36 @@ class Summary:
             "resultDigest": made["digest"],
             "seconds": round(self.seconds),
         }
+        result |= self._measured()
         if self.resumed_from is not None:
             result["resumedFromUnit"] = self.resumed_from
         if warnings := [*self.report["warnings"], *self.warnings]:
             result["warnings"] = warnings
         return result
+
+    def _measured(self) -> dict[str, Any]:
+        """What evaluation and drift say, as `status.result` has it."""
+        found: dict[str, Any] = {}
+        if evaluation := self.report.get("evaluation"):
+            found |= {
+                "perplexityBefore": f"{evaluation['perplexityBefore']:.5g}",
+                "perplexityAfter": f"{evaluation['perplexityAfter']:.5g}",
+                "kl": f"{evaluation['meanKL']:.4g}",
+                "topOneAgreement": f"{evaluation['topAgreement']:.2%}",
+                "evaluatedTokens": evaluation["tokens"],
+            }
+        if drift := self.report.get("drift"):
+            sites = drift["sites"]
+            farthest = max(sites, key=lambda name: sites[name]["distance"])
+            found["drift"] = {
+                "distance": f"{sites[farthest]['distance']:.4g}",
+                "layer": farthest,
+                "outside": f"{max(site['outside'] for site in sites.values()):.2%}",
+                "layersAbove": len(drift["drifting"]),
+            }
+        if calibration := self.report.get("data", {}).get("calibration"):
+            found["calibrationDigest"] = calibration["digest"]
+        return found
 
 
 def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threading.Event, limits: Limits | None = None) -> Summary:
@@ -67,33 +97,40 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     source = open_source(job.spec.model.source, environ, stop)
     output = open_output(job.spec.output, environ, stop)
 
-    layout = read_layout(source)
-    passes, schemes = assign(job.spec, layout)
-    layout = replace(layout, warnings=(*layout.warnings, *reader_warnings(layout, schemes)))
+    layout, passes, schemes = assign(job.spec, read_layout(source))
     plan = plan_output(layout, schemes)
-    fingerprint = make_fingerprint(job.spec, layout)
+    tokenizer = ModelTokenizer(source)
+    data = find_samples(wanted_samples(job.spec, passes), tokenizer, environ, stop)
+    fingerprint = make_fingerprint(job.spec, layout, data)
     if (report := already_published(output, fingerprint)) is not None:
         log.info("%s already holds this result", output.uri)
         return Summary(report, time.monotonic() - began, already=True)
+    refuse_without_room(output, plan)
     if not output.probe():
         warnings.append(f"{output.uri}: the store ignores conditional writes; two workers on this output would not notice each other")
     for warning in [*layout.warnings, *warnings]:
         log.warning("%s", warning)
 
-    from kompressor_worker.kernels import build  # torch, only now that the job is known to make sense
-    from kompressor_worker.stream import Work, stream
+    rows = {section: found.read(tokenizer, stop) for section, found in data.items()}
+    from kompressor_worker.flow import calibrated, device_fingerprint  # torch, only now that the job is known to make sense
+    from kompressor_worker.kernels import build
+    from kompressor_worker.stream import DataFree, Work, stream
 
     build.library()  # compiled before the clock of the progress starts
 
     work = Work(layout, passes, schemes, plan, limits or Limits())
-    journal = open_journal(output, fingerprint, job.owner, plan)
+    flowing = flows(job.spec, passes)
+    units = calibrated(work, output, rows) if flowing else DataFree(work)
+    bound = {**fingerprint, "device": device_fingerprint()} if flowing else fingerprint
+    journal = open_journal(output, bound, job.owner, plan)
     if journal.resumed_from is not None:
         log.info("going on at unit %d of %d", journal.resumed_from, len(layout.units))
     progress.start(layout, journal.state.unit)
     try:
-        stream(work, source, output, journal, progress.done, stop)
+        stream(work, units, source, output, journal, progress.done, stop)
         progress.publishing()
-        report = build_report(work, fingerprint, job.identity, journal, source.uri)
+        report = build_report(work, fingerprint, job.identity, journal, source.uri, measured(job.spec, rows, data, journal, layout))
+        judge(job.spec, report, output, journal)
         publish(work, source, output, journal, report)
     except ClaimLost:
         if output.read(JOURNAL) is None:  # the other worker is done and gone: what we wrote since then is nobody's
@@ -102,25 +139,58 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     return Summary(report, time.monotonic() - began, resumed_from=journal.resumed_from, warnings=tuple(warnings))
 
 
-def assign(spec: CompressionJobSpec, layout: ModelLayout) -> tuple[list[Pass], dict[str, Scheme]]:
-    """Which linear gets which scheme; the first pass that wants a linear has it. Raises UserError. Reads no weight, imports no torch."""
+def measured(
+    spec: CompressionJobSpec, rows: Mapping[str, Rows], data: Mapping[str, FoundData], journal: Journal, layout: ModelLayout
+) -> dict[str, Any]:
+    """What calibration and evaluation have to say, from the units' records; empty for a job without either."""
+    records = {unit.name: journal.read_record(number) for number, unit in enumerate(layout.units)}
+    found: dict[str, Any] = {"data": facts(rows, data)} if rows else {}
+    if blocks := {name: record["block"] for name, record in records.items() if "block" in record}:
+        found["blocks"] = [
+            {"name": name, **{k: v for k, v in block.items() if k not in ("seconds", "drift")}} for name, block in blocks.items()
+        ]
+        if spec.drift is not None and "drift" in rows:
+            found["drift"] = summarise({name: block.get("drift", {}) for name, block in blocks.items()}, spec.drift.threshold)
+    if evaluation := next((record["evaluation"] for record in records.values() if "evaluation" in record), None):
+        found["evaluation"] = {**evaluation, "bos": rows["evaluation"].bos}
+    return found
+
+
+def judge(spec: CompressionJobSpec, report: dict[str, Any], output: Output, journal: Journal) -> None:
+    """Checks the gates. Raises GateFailed, with nothing left of the result but the report of why."""
+    if spec.evaluation is None or not spec.evaluation.gates:
+        return
+    report["gates"] = verdicts = check(spec.evaluation.gates, report["evaluation"])
+    if all(v["met"] for v in verdicts):
+        return
+    for upload in journal.state.uploads:
+        output.abort(upload.name, upload.id)
+    output.cleanup()
+    output.write(f"{WORK}report.json", dumps(report))
+    enforce(verdicts)
+
+
+def assign(spec: CompressionJobSpec, layout: ModelLayout) -> tuple[ModelLayout, list[Pass], dict[str, Scheme]]:
+    """The layout as the passes leave it, and which linear gets which scheme; the first pass that wants a linear has it. Raises UserError.
+    Reads no weight, imports no torch."""
     passes = build_passes(spec.passes)
     schemes: dict[str, Scheme] = {}
     for p in passes:
+        layout = p.prepare(layout)
         schemes |= p.assign(layout, schemes)
-    return passes, schemes
+    if flows(spec, passes):
+        refuse_unknown_forward(layout.family, layout.config)
+    warnings = (*layout.warnings, *reader_warnings(layout, schemes), *unused_samples(spec, passes))
+    return replace(layout, warnings=warnings), passes, schemes
 
 
-def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout) -> dict[str, str]:
+def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout, data: Mapping[str, FoundData]) -> dict[str, str]:
     """What must be equal for a job to go on where another stopped, or to count as done already. Passes that compute from weights alone make
-    the same bytes on every machine, so no device is in it."""
+    the same bytes on every machine, so no device is in it; to go on with a calibrated job the device must be the same too."""
     return {
         "source": layout.source_digest,
         "passes": digest(spec.passes),
         "format": spec.output.format,
         "kompressor": version("kompressor"),
+        **{section: found.fingerprint for section, found in data.items()},
     }
-
-
-def digest(value: Any) -> str:
-    return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
