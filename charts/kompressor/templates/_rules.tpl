@@ -1,4 +1,4 @@
-{{/* What the operator may do where it serves. No secrets, and no delete but of Jobs: owner references clean up the rest. */}}
+{{/* What the operator may do where it serves. No secrets, and no delete: owner references clean up. */}}
 {{- define "kompressor.rules" -}}
 - apiGroups: [kompressor.io]
   resources: [compressionjobs]
@@ -12,7 +12,7 @@
   verbs: [update] # asked for by OwnerReferencesPermissionEnforcement when children block their owner's deletion
 - apiGroups: [batch]
   resources: [jobs]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, watch, create, patch]
 - apiGroups: [""]
   resources: [pods]
   verbs: [get, list, watch]
@@ -25,5 +25,5 @@
   verbs: [get, create]
 - apiGroups: [""]
   resources: [events]
-  verbs: [list, create, patch]
+  verbs: [list, create]
 {{- end -}}
