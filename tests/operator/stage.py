@@ -49,8 +49,19 @@ def report(reason: str, message: str, code: int, **summary: Any) -> str:
 
 
 SUCCEED = report("Completed", "4.0x smaller", 0, ratio="4.0x", outputBytes=25, sourceBytes=100)
+HELD = (
+    "S=/var/run/secrets/kubernetes.io/serviceaccount; held() { "
+    'until curl -s --cacert $S/ca.crt -H "Authorization: Bearer $(cat $S/token)" '
+    f"https://$KUBERNETES_SERVICE_HOST:$KUBERNETES_SERVICE_PORT/apis/{names.API_VERSION}/namespaces/$POD_NAMESPACE/{names.PLURAL}/$PLAY "
+    '| grep -q "\\"unit\\": *\\"$1\\""; do sleep 0.2; done; }'
+)
+"""A line of shell after which `held CUE` waits until the test gives this cue (`Stage.cue`), however slow the machine is."""
 GO_ON = "trap 'exit 75' TERM; echo acting; while :; do sleep 0.05; done"
 """Until SIGTERM, then as a worker that has committed its journal."""
+
+
+PATIENCE = 180.0
+"""Seconds until something that must happen is given up. Long, since it says nothing: these tests share the cores with others."""
 
 
 class ApiRefusal(Exception):
@@ -120,7 +131,7 @@ class Operator:
         return self.probe("/readyz") == 200
 
     def probe(self, path: str) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port(), timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port(), timeout=30)
         try:
             connection.request("GET", path)
             return connection.getresponse().status
@@ -133,7 +144,7 @@ class Operator:
         """Returns the seconds that it took."""
         began = time.monotonic()
         self.process.send_signal(number)
-        self.process.wait(20)
+        self.process.wait(60)
         return time.monotonic() - began
 
 
@@ -246,7 +257,11 @@ class Stage:
     def message(self, name: str = "play") -> str:
         return next(c["message"] for c in self.status(name)["conditions"] if c["type"] == "Ready")
 
-    def until(self, reason: str, name: str = "play", seconds: float = 30) -> Manifest:
+    def cue(self, cue: str, name: str = "play") -> None:
+        """Lets a worker go on that waits for it with `held`."""
+        self.patch("compressionjobs", name, {"status": {"progress": {"unit": cue}}}, sub="status")
+
+    def until(self, reason: str, name: str = "play", seconds: float = PATIENCE) -> Manifest:
         """The status, once Ready has this reason."""
         try:
             eventually(lambda: self.reason(name) == reason, seconds)
@@ -287,7 +302,7 @@ class Stage:
 
     def acting(self, uid: str) -> Manifest:
         """The pod of a job that goes on, once it heeds signals: the first process of a container ignores those that it does not handle."""
-        return eventually(lambda: next((p for p in self.pods(uid) if self._log(p) == "acting\n"), None), 60)
+        return eventually(lambda: next((p for p in self.pods(uid) if self._log(p) == "acting\n"), None))
 
     def children(self, uid: str) -> list[Manifest]:
         kinds = ("configmaps", "serviceaccounts", "roles", "rolebindings", "jobs", "pods")
@@ -319,7 +334,7 @@ class Stage:
         (self.root / "operator.kubeconfig").write_text(json.dumps(config))
 
 
-def eventually(look: Callable[[], T | None], seconds: float = 30) -> T:
+def eventually(look: Callable[[], T | None], seconds: float = PATIENCE) -> T:
     """The first truthy answer."""
     deadline = time.monotonic() + seconds
     while not (answer := look()):
