@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kompressor_worker.errors import CorruptSource
+from kompressor_api.names import Reason
+from kompressor_worker.errors import CorruptSource, UserError
 
 __all__ = ["FAMILIES", "Dimensions", "Experts", "Family", "Group", "Linear", "family_of", "text_config"]
 
@@ -152,6 +153,17 @@ def family_of(config: Mapping[str, Any]) -> str | None:
     """Key of FAMILIES for a config.json, or None."""
     model_type = text_config(config).get("model_type")
     return next((name for name, family in FAMILIES.items() if model_type in family.model_types), None)
+
+
+def refuse_unknown_forward(family: str | None, config: Mapping[str, Any]) -> None:
+    """Raises UserError for decoders whose function decoder.py does not know, so that nothing can flow through them."""
+    if family is None or not FAMILIES[family].forward:
+        known = ", ".join(name for name, f in FAMILIES.items() if f.forward)
+        raise UserError(
+            f"config.json: model_type {text_config(config).get('model_type')!r} cannot be run for calibration or evaluation "
+            f"(known: {known}); use passes without calibration (rtn) and leave evaluation out",
+            Reason.UNSUPPORTED_MODEL,
+        )
 
 
 class Dimensions:

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kompressor_api.names import Reason
-from kompressor_worker.architectures import FAMILIES, Family
-from kompressor_worker.errors import UserError
+from kompressor_worker.architectures import FAMILIES, refuse_unknown_forward
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.tensors import DTYPES
 
@@ -47,7 +45,8 @@ class Decoder:
 
     def __init__(self, layout: ModelLayout, device: torch.device) -> None:
         self.layout, self.device = layout, device
-        self.family = supported_family(layout)
+        refuse_unknown_forward(layout.family, layout.config)
+        self.family = FAMILIES[layout.family or ""]
         self.config = transformers_config(layout.config)
         self.dtype = DTYPES[layout.dtype]
         self.eps = float(self.config.rms_norm_eps)
@@ -92,19 +91,6 @@ class Decoder:
         else:
             cos, sin = self._rotary(like, at)
         return cos, sin
-
-
-def supported_family(layout: ModelLayout) -> Family:
-    """Raises UserError for decoders whose forward is not known here."""
-    family = FAMILIES.get(layout.family or "")
-    if family is None or not family.forward:
-        known = ", ".join(name for name, f in FAMILIES.items() if f.forward)
-        raise UserError(
-            f"config.json: model_type {layout.config.get('model_type')!r} cannot be run for calibration or evaluation (known: {known}); "
-            "use passes without calibration (rtn) and leave evaluation out",
-            Reason.UNSUPPORTED_MODEL,
-        )
-    return family
 
 
 def transformers_config(config: Mapping[str, Any]) -> Any:

@@ -46,6 +46,8 @@ class State:
     uploads: tuple[Upload, ...] = ()
     tail: str | None = None
     """Name of the object with the bytes that follow the last part."""
+    snapshot: int | None = None
+    """The unit before which the stored activations stand; calibrated jobs only."""
     publishing: bool = False
     """All units are committed; shards may be whole already."""
 
@@ -156,10 +158,12 @@ def surviving(output: Output, state: State, plan: OutputPlan) -> tuple[State, li
         position = plan.position(unit)
         if position.shard >= first and position != Position(first, 0):
             continue
+        if state.snapshot is not None and unit < state.snapshot:
+            break  # the activations of then are gone
         uploads = _cut_back(state.uploads, plan, position)
         if uploads is not None:
             return replace(state, unit=unit, uploads=uploads, tail=None), lost
-    return replace(state, unit=0, uploads=(), tail=None), lost
+    return replace(state, unit=0, uploads=(), tail=None, snapshot=None), lost
 
 
 def _cut_back(uploads: Sequence[Upload], plan: OutputPlan, position: Position) -> tuple[Upload, ...] | None:

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -33,9 +33,20 @@ class Limits:
     slice: int = 32 << 20
     """Plain tensors pass through in slices of this many bytes."""
     threads: int = 4
+    activations: int = 8 << 30
+    """Hidden states and what flows between the steps of a block; beyond it they live in files."""
+    snapshot_seconds: float = 30.0
+    """Between two snapshots of the activations: what a restart makes again takes about this long at most."""
 
     def smaller(self, times: int) -> Limits:
-        return Limits(self.lookahead >> 2 * times, self.pending >> times, self.slice >> times, max(1, self.threads >> times))
+        return replace(
+            self,
+            lookahead=self.lookahead >> 2 * times,
+            pending=self.pending >> times,
+            slice=self.slice >> times,
+            threads=max(1, self.threads >> times),
+            activations=self.activations >> 2 * times,
+        )
 
 
 @dataclass(frozen=True)

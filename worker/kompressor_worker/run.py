@@ -69,22 +69,13 @@ class Summary:
         """What evaluation and drift say, as `status.result` has it."""
         found: dict[str, Any] = {}
         if evaluation := self.report.get("evaluation"):
-            found |= {
-                "perplexityBefore": f"{evaluation['perplexityBefore']:.5g}",
-                "perplexityAfter": f"{evaluation['perplexityAfter']:.5g}",
-                "kl": f"{evaluation['meanKL']:.4g}",
-                "topOneAgreement": f"{evaluation['topAgreement']:.2%}",
-                "evaluatedTokens": evaluation["tokens"],
-            }
-        if drift := self.report.get("drift"):
-            sites = drift["sites"]
-            farthest = max(sites, key=lambda name: sites[name]["distance"])
-            found["drift"] = {
-                "distance": f"{sites[farthest]['distance']:.4g}",
-                "layer": farthest,
-                "outside": f"{max(site['outside'] for site in sites.values()):.2%}",
-                "layersAbove": len(drift["drifting"]),
-            }
+            from kompressor_worker import evaluate
+
+            found |= evaluate.status(evaluation)
+        if measured := self.report.get("drift"):
+            from kompressor_worker import drift
+
+            found["drift"] = drift.status(measured)
         if calibration := self.report.get("data", {}).get("calibration"):
             found["calibrationDigest"] = calibration["digest"]
         return found
@@ -150,7 +141,10 @@ def measured(
             {"name": name, **{k: v for k, v in block.items() if k not in ("seconds", "drift")}} for name, block in blocks.items()
         ]
         if spec.drift is not None and "drift" in rows:
-            found["drift"] = summarise({name: block.get("drift", {}) for name, block in blocks.items()}, spec.drift.threshold)
+            from kompressor_worker import drift
+
+            found["drift"] = drift.summarise({name: block.get("drift", {}) for name, block in blocks.items()}, spec.drift.threshold)
+            found["warnings"] = [*layout.warnings, *drift.warnings(found["drift"])]
     if evaluation := next((record["evaluation"] for record in records.values() if "evaluation" in record), None):
         found["evaluation"] = {**evaluation, "bos": rows["evaluation"].bos}
     return found

@@ -80,6 +80,22 @@ class Statistics:
         if self.histogram is not None:
             self.stale.add("histogram")
 
+    def renew(self, measured: Statistics) -> None:
+        """Takes over what was measured again."""
+        for kind in measured.wanted:
+            for attribute in ATTRIBUTES[kind]:
+                setattr(self, attribute, getattr(measured, attribute))
+            self.stale.discard(kind)
+
+
+ATTRIBUTES: dict[Statistic, tuple[str, ...]] = {
+    "hessian": ("hessian",),
+    "norms": ("squares",),
+    "range": ("low", "high"),
+    "magnitude": ("magnitude",),
+    "histogram": ("histogram",),
+}
+
 
 def bf16_histogram(x: Tensor) -> Tensor:
     """int64 [65536] counts of the bf16 bit patterns of x (bf16, or rounded to it)."""

@@ -1,0 +1,235 @@
+"""The block-sequential engine: one decoder block through measuring, passes and propagation, and the evaluation beside it.
+
+Within a block the steps go one after the other: a step's input is measured with everything before it already compressed, the passes
+change its weights, and the output that reaches the next step is computed from what will be published. So one forward a block serves any
+number of passes; only passes that fold scales across steps need the whole block measured first, and its forward a second time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kompressor_worker.activations import Activations
+from kompressor_worker.block import Encoded, Stage
+from kompressor_worker.decoder import Batch, Decoder
+from kompressor_worker.decoder_block import Block, Cache, Step
+from kompressor_worker.drift import compare
+from kompressor_worker.evaluate import BlockError
+from kompressor_worker.formats.compressed_tensors import decode
+from kompressor_worker.forward import KvObserver, Projection, Published, kv_rounding
+from kompressor_worker.layout import UnitLayout
+from kompressor_worker.passes import Pass
+from kompressor_worker.schemes import Scheme
+from kompressor_worker.sites import sites_of
+from kompressor_worker.statistics import Statistic, Statistics
+
+KvHook = Callable[[Batch], Cache | None]
+DRIFT_STATISTICS: tuple[Statistic, ...] = ("histogram", "range")
+
+
+@dataclass
+class Streams:
+    """Who flows through the blocks; absent: None."""
+
+    calibration: Activations | None = None
+    original: Activations | None = None
+    """Evaluation rows through the original model."""
+    compressed: Activations | None = None
+    """The same rows through the compressed one."""
+    deployment: Activations | None = None
+    """Rows as deployment sees them, beside the calibration's: for drift."""
+
+    def all(self) -> list[Activations]:
+        return [s for s in (self.calibration, self.original, self.compressed, self.deployment) if s is not None]
+
+    def through_compressed(self) -> list[Activations]:
+        """Those that flow with published weights, but unrounded inputs."""
+        return [s for s in (self.calibration, self.deployment) if s is not None]
+
+
+@dataclass
+class Finished:
+    """A block as it will be published, and what there is to say of it."""
+
+    weights: dict[str, Tensor]
+    """What is not encoded, by full name."""
+    encoded: dict[str, Encoded]
+    schemes: dict[str, Scheme]
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class BlockWork:
+    """A block on its way."""
+
+    block: Block
+    finished: Finished
+    current: dict[str, Tensor]
+    """The weights as they are now, decoded where they are encoded: what propagates."""
+    observer: KvObserver
+    notes: dict[str, Any] = field(default_factory=dict)
+    drift: dict[str, Any] = field(default_factory=dict)
+
+    def take_up(self) -> None:
+        """What passes changed without encoding it propagates from now on."""
+        encoded = {f"{name}.weight" for name in self.finished.encoded}
+        self.current |= {name: tensor for name, tensor in self.finished.weights.items() if name not in encoded}
+
+
+def effective(
+    weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    return {**weights, **{f"{name}.weight": decode(name, tensors, scheme, dtype) for name, scheme in schemes.items()}}
+
+
+class Engine:
+    """Runs blocks. Everything that lasts from one to the next is in the streams."""
+
+    def __init__(self, decoder: Decoder, passes: Sequence[Pass], schemes: Mapping[str, Scheme], streams: Streams) -> None:
+        self.decoder, self.passes, self.schemes, self.streams = decoder, passes, schemes, streams
+        self._drift = frozenset[Statistic](DRIFT_STATISTICS if streams.deployment is not None else ())
+        self._wanted = frozenset(s for p in passes for s in p.statistics) | self._drift
+        self._kv = any(p.kv for p in passes)
+        self._whole = any(p.whole_block for p in passes)
+
+    def block(self, layer: int, unit: UnitLayout, weights: dict[str, Tensor]) -> Finished:
+        """`weights`: all tensors of the block by full name, model dtype; they are this call's to change. Raises BadNumerics."""
+        began = time.monotonic()
+        block = Block(self.decoder, layer, unit)
+        if self.streams.original is not None:
+            self._flow(block, block.steps, self.streams.original, Projection(weights))
+        for p in self.passes:
+            p.transform(unit, weights)
+        schemes = {x.name: self.schemes[x.name] for stage in unit.stages for x in stage.linears if x.name in self.schemes}
+        work = BlockWork(block, Finished(weights, {}, schemes), dict(weights), KvObserver(self.decoder.kv_heads, self.decoder.device))
+        for steps in [block.steps] if self._whole else [(step,) for step in block.steps]:
+            self._compress(work, steps)
+        self._evaluate(work)
+        for stream in self.streams.through_compressed():
+            stream.exclude_nonfinite(unit.name)
+        return self._finish(work, began)
+
+    def replay(self, layer: int, unit: UnitLayout, weights: dict[str, Tensor], published: Mapping[str, Tensor]) -> None:
+        """The same for the streams, with a block that is done already: `published` tensors by full name."""
+        block = Block(self.decoder, layer, unit)
+        if self.streams.original is not None:
+            self._flow(block, block.steps, self.streams.original, Projection(weights))
+        schemes = {x.name: self.schemes[x.name] for stage in unit.stages for x in stage.linears if x.name in self.schemes}
+        plain = {name: tensor for name, tensor in published.items() if name in weights or name.endswith("_scale")}
+        current = effective(plain, published, schemes, self.decoder.dtype)
+        for stream in self.streams.through_compressed():
+            self._flow(block, block.steps, stream, Projection(current))
+        if self.streams.compressed is not None:
+            self._flow(
+                block, block.steps, self.streams.compressed, Published(current, schemes, published), kv_rounding(unit.name, published)
+            )
+        for stream in self.streams.through_compressed():
+            stream.exclude_nonfinite(unit.name)
+
+    def _compress(self, work: BlockWork, steps: Sequence[Step]) -> None:
+        """These steps through all passes, and the activations through what comes out."""
+        stages = [self._stage(work, step) for step in steps]
+        self._measure(work, steps, stages, self._wanted)
+        for p in self.passes:
+            for stage in stages:
+                self._refresh(work, steps, stages, p)
+                p.apply(stage)
+        for stage in stages:
+            work.finished.encoded |= stage.encoded
+            if stage.notes:
+                work.notes[stage.layout.name] = stage.notes
+            for name, encoded in stage.encoded.items():
+                decoded = decode(name, encoded.tensors, work.finished.schemes[name], self.decoder.dtype)
+                work.current[f"{name}.weight"] = decoded
+        work.take_up()
+        for stream in self.streams.through_compressed():
+            observer = work.observer if stream is self.streams.calibration and self._kv else None
+            self._flow(work.block, steps, stream, Projection(work.current), observer.of if observer else None)
+
+    def _stage(self, work: BlockWork, step: Step) -> Stage:
+        schemes = {x.name: self.schemes[x.name] for x in step.layout.linears if x.name in self.schemes}
+        sites = sites_of(work.block, step, self._wanted) if self.streams.calibration is not None else ()
+        kv = work.observer.seen if step.name == "o" and self._kv else {}
+        return Stage(step.layout, work.finished.weights, schemes, sites=sites, kv=kv)
+
+    def _measure(self, work: BlockWork, steps: Sequence[Step], stages: Sequence[Stage], wanted: Collection[Statistic]) -> None:
+        """One forward through these steps but for the last one's linears."""
+        if self.streams.calibration is None or not (wanted or (self._kv and self._whole)):
+            return
+        sites = [{site.name: site.statistics for site in stage.sites} for stage in stages]
+        observer = work.observer.of if self._kv and len(steps) > 1 else None
+        self._observe(work, steps, self.streams.calibration, sites, observer)
+        if self.streams.deployment is not None:
+            apart = [{site.name: site.statistics for site in sites_of(work.block, step, self._drift)} for step in steps]
+            self._observe(work, steps, self.streams.deployment, apart, None)
+            for calibrated, deployed in zip(sites, apart, strict=True):
+                found = {name: compare(calibrated[name], seen) for name, seen in deployed.items()}
+                work.drift |= {name: site for name, site in found.items() if site is not None}
+
+    def _observe(
+        self, work: BlockWork, steps: Sequence[Step], stream: Activations, sites: Sequence[Mapping[str, Statistics]], kv: KvHook | None
+    ) -> None:
+        project = Projection(work.current)
+        for batch in stream.batches:
+            shadow = Batch(batch.lengths, dict(batch.state), batch.excluded)
+            for number, (step, seen) in enumerate(zip(steps, sites, strict=True)):
+                for name, x in work.block.inputs(step, shadow, work.current).items():
+                    seen[name].add(x)
+                if number + 1 < len(steps):
+                    work.block.advance(step, shadow, work.current, project, kv(batch) if kv and step.name == "qkv" else None)
+
+    def _refresh(self, work: BlockWork, steps: Sequence[Step], stages: Sequence[Stage], p: Pass) -> None:
+        """Measures again what an earlier pass has made wrong and this one wants."""
+        stale = frozenset(s for stage in stages for site in stage.sites for s in site.statistics.stale) & p.statistics
+        if not stale or self.streams.calibration is None:
+            return
+        work.take_up()
+        fresh = [{site.name: site.statistics for site in sites_of(work.block, step, stale)} for step in steps]
+        self._observe(work, steps, self.streams.calibration, fresh, None)
+        for stage, measured in zip(stages, fresh, strict=True):
+            for site in stage.sites:
+                site.statistics.renew(measured[site.name])
+
+    def _evaluate(self, work: BlockWork) -> None:
+        if self.streams.compressed is None:
+            return
+        tensors = {**work.finished.weights, **{n: t for e in work.finished.encoded.values() for n, t in e.tensors.items()}}
+        rounding = kv_rounding(work.block.prefix[:-1], tensors)
+        self._flow(work.block, work.block.steps, self.streams.compressed, Published(work.current, work.finished.schemes, tensors), rounding)
+
+    def _flow(self, block: Block, steps: Sequence[Step], stream: Activations, project: Projection, kv: KvHook | None = None) -> None:
+        """A stream through these steps, one step after the other, so that a step's weights are widened once."""
+        for step in steps:
+            for batch in stream.batches:
+                block.advance(step, batch, project.weights, project, kv(batch) if kv and step.name == "qkv" else None)
+                stream.spill.settle(batch)
+            project.forget()
+
+    def _finish(self, work: BlockWork, began: float) -> Finished:
+        finished = work.finished
+        finished.record = {"seconds": round(time.monotonic() - began, 3)}
+        if work.notes:
+            finished.record["notes"] = work.notes
+        if work.drift:
+            finished.record["drift"] = work.drift
+        if self.streams.original is not None and self.streams.compressed is not None:
+            finished.record["outputError"] = output_error(self.streams.original, self.streams.compressed)
+        if self.streams.calibration is not None:
+            finished.record["excludedRows"] = len(self.streams.calibration.excluded)
+        return finished
+
+
+def output_error(original: Activations, compressed: Activations) -> float:
+    """Relative error of the hidden states over all positions that count."""
+    error = BlockError()
+    for a, b in zip(original.batches, compressed.batches, strict=True):
+        h, c = a.state["hidden"], b.state["hidden"]
+        valid = a.valid(h.shape[1], h.device)
+        error.add(*((h, c) if valid is None else (h[valid], c[valid])))
+    return error.value

@@ -1,0 +1,299 @@
+"""Units of a model with activations flowing through them: embeddings row by row, blocks by the engine, the head slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+from torch import Tensor
+
+from kompressor_worker import kernels, tensors
+from kompressor_worker.block import Encoded, Stage
+from kompressor_worker.calibrated import Engine
+from kompressor_worker.formats import compressed_tensors
+from kompressor_worker.journal import Journal
+from kompressor_worker.last_hidden import LastHidden
+from kompressor_worker.layout import LinearLayout, SourceTensor, StageLayout, UnitLayout
+from kompressor_worker.pipeline import Load, Loaded
+from kompressor_worker.shards import PlacedTensor
+from kompressor_worker.snapshots import Snapshots
+from kompressor_worker.stream import DataFree, Step, Work, refuse_nonfinite, whole
+from kompressor_worker.tensors import as_bytes, decode
+from kompressor_worker.writer import NOTHING, Carry, Writer
+
+Meet = Callable[[int, Tensor, Tensor], None]
+"""(first row, rows as they were, rows as they are published) of the embeddings or the head."""
+
+
+@dataclass
+class Calibrated:
+    """Units for `stream`."""
+
+    work: Work
+    engine: Engine
+    snapshots: Snapshots
+    _plain: DataFree = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._plain = DataFree(self.work)
+        layers = [n for n, unit in enumerate(self.work.layout.units) if kind_of(unit) == "block"]
+        self._layer = {unit: layer for layer, unit in enumerate(layers)}
+
+    def first(self, journal: Journal) -> int:
+        done = journal.state.unit
+        return self.snapshots.restore(journal.state) if 0 < done < len(self.work.layout.units) else done
+
+    # ---- reads
+
+    def loads(self, unit: int) -> Iterator[Load]:
+        layout = self.work.layout.units[unit]
+        kind = kind_of(layout)
+        if kind == "other":
+            yield from self._plain.loads(unit)
+            return
+        for stage, placed in zip(layout.stages, self.work.plan.stages[unit], strict=True):
+            matrix = matrix_of(stage)
+            if matrix is None or matrix.name in self.work.schemes:
+                yield from (whole(stage) for _ in [0] if any(t.stored for t in stage.tensors))
+                continue
+            for tensor in in_file_order(stage, placed):
+                yield from (
+                    self._row_loads(tensor) if tensor.name == matrix.weight else [Load(tuple((s, 0, s.nbytes) for s in tensor.stored))]
+                )
+        if kind == "head" and (tied := self._tied_matrix(layout)):
+            yield from self._row_loads(tied)
+
+    def _row_loads(self, source: SourceTensor) -> Iterator[Load]:
+        """Whole rows, as many as fit into a slice; a tensor that must be decoded comes in one."""
+        if source.encoding != "plain":
+            yield Load(tuple((s, 0, s.nbytes) for s in source.stored))
+            return
+        (stored,) = source.stored
+        row = stored.nbytes // max(1, source.shape[0])
+        size = max(1, self.work.limits.slice // max(1, row)) * row
+        for start in range(0, stored.nbytes, size):
+            yield Load(((stored, start, min(start + size, stored.nbytes)),))
+
+    def _rows(self, source: SourceTensor, incoming: Iterator[Loaded]) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of a matrix, as `_row_loads` asked for them."""
+        first = 0
+        for _ in self._row_loads(source):
+            views = next(incoming).views
+            if source.encoding != "plain":
+                rows = decode(source, views)
+            else:
+                rows = tensors.tensor(views[source.stored[0].name], source.dtype, (-1, *source.shape[1:]))
+            refuse_nonfinite(source.name, kernels.nonfinite(rows))
+            yield first, rows
+            first += len(rows)
+
+    def _tied_matrix(self, layout: UnitLayout) -> SourceTensor | None:
+        """The embeddings, where they are the head and evaluation needs one."""
+        if self.engine.streams.original is None or any(m.kind == "head" for s in layout.stages for m in s.linears):
+            return None
+        found = [(s, m) for u in self.work.layout.units for s in u.stages for m in s.linears if m.kind == "embedding"]
+        return matrix_tensor(*found[0]) if found else None
+
+    # ---- units
+
+    def replay(self, unit: int, incoming: Iterator[Loaded], step: Step) -> None:
+        layout = self.work.layout.units[unit]
+        match kind_of(layout):
+            case "embeddings":
+                self._embeddings(unit, incoming, None, step)
+            case "block":
+                weights = self._block_weights(layout, incoming)
+                self.engine.replay(self._layer[unit], layout, weights, self.snapshots.block(unit))
+                step(layout.source_bytes)
+            case _:
+                for _ in self._plain.loads(unit):
+                    next(incoming)
+
+    def run(self, unit: int, incoming: Iterator[Loaded], writer: Writer, step: Step) -> Carry:
+        layout = self.work.layout.units[unit]
+        match kind_of(layout):
+            case "embeddings":
+                self._embeddings(unit, incoming, writer, step)
+                return NOTHING
+            case "block":
+                return self._block(unit, incoming, writer, step)
+            case "head":
+                return self._head(unit, incoming, writer, step)
+            case _:
+                return self._plain.run(unit, incoming, writer, step)
+
+    def _embeddings(self, unit: int, incoming: Iterator[Loaded], writer: Writer | None, step: Step) -> None:
+        layout, streams, decoder = self.work.layout.units[unit], self.engine.streams, self.engine.decoder
+
+        def meet(first: int, rows: Tensor, published: Tensor) -> None:
+            if streams.original is not None:
+                streams.original.embed(first, decoder.embed(rows))
+            for stream in (streams.calibration, streams.compressed, streams.deployment):
+                if stream is not None:
+                    stream.embed(first, decoder.embed(published))
+
+        for stage, placed in zip(layout.stages, self.work.plan.stages[unit], strict=True):
+            matrix = matrix_of(stage)
+            assert matrix is not None, f"{stage.name}: no embeddings"
+            self._matrix(stage, matrix, placed, incoming, writer, None, meet)
+            step(stage.source_bytes)
+
+    def _matrix(
+        self,
+        stage: StageLayout,
+        matrix: LinearLayout,
+        placed: Sequence[PlacedTensor],
+        incoming: Iterator[Loaded],
+        writer: Writer | None,
+        norm: Tensor | None,
+        meet: Meet,
+    ) -> None:
+        """Embeddings or head from reads to writes, row by row."""
+        places = {place.name: place for place in placed}
+        for source in in_file_order(stage, placed):
+            if source.name != matrix.weight:
+                value = decode(source, next(incoming).views)
+                if writer is not None:
+                    writer.write(places[source.name], as_bytes(value.contiguous(), places[source.name]))
+                continue
+            hasher = xxhash.xxh3_128()
+            for first, rows in self._rows(source, incoming):
+                changed = rows
+                for p in self.work.passes:
+                    changed = p.transform_rows(source.name, changed, norm)
+                meet(first, rows, changed)
+                if writer is not None:
+                    data = row_bytes(changed)
+                    hasher.update(data)
+                    writer.append(places[source.name], data)
+            if writer is not None:
+                writer.record_digest(source.name, hasher.hexdigest())
+
+    def _block_weights(self, layout: UnitLayout, incoming: Iterator[Loaded]) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {}
+        for stage in layout.stages:
+            if any(t.stored for t in stage.tensors):
+                views = next(incoming).views
+                weights |= {t.name: decode(t, views) for t in stage.tensors if t.stored}
+        for name, value in weights.items():
+            refuse_nonfinite(name, kernels.nonfinite(value))
+        return {name: value.to(self.engine.decoder.device) for name, value in weights.items()}
+
+    def _block(self, unit: int, incoming: Iterator[Loaded], writer: Writer, step: Step) -> Carry:
+        layout = self.work.layout.units[unit]
+        finished = self.engine.block(self._layer[unit], layout, self._block_weights(layout, incoming))
+        made = {name: value for e in finished.encoded.values() for name, value in e.tensors.items()}
+        plain = {f"{name}.weight" for name in finished.encoded}
+        made |= {name: value.cpu().contiguous() for name, value in finished.weights.items() if name not in plain}
+        for stage, placed in zip(layout.stages, self.work.plan.stages[unit], strict=True):
+            for linear in stage.linears:
+                if encoded := finished.encoded.get(linear.name):
+                    writer.record_linear(linear, finished.schemes[linear.name], encoded)
+            for place in placed:
+                writer.write(place, as_bytes(made[place.name], place))
+        step(layout.source_bytes)
+        published = {place.name: made[place.name] for placed in self.work.plan.stages[unit] for place in placed}
+        return self.snapshots.carry(unit, {"block": finished.record}, published)
+
+    # ---- the head
+
+    def _head(self, unit: int, incoming: Iterator[Loaded], writer: Writer, step: Step) -> Carry:
+        layout = self.work.layout.units[unit]
+        norms: dict[str, Tensor] = {}
+        changed: dict[str, Tensor] = {}
+        hidden: LastHidden | None = None
+        for stage, placed in zip(layout.stages, self.work.plan.stages[unit], strict=True):
+            matrix = matrix_of(stage)
+            if matrix is None:
+                self._final_norm(layout, stage, placed, norms, changed, next(incoming), writer)
+            else:
+                norm = final_norm(norms)
+                hidden = LastHidden(self.engine, norm, final_norm(changed))
+                if matrix.name in self.work.schemes:
+                    self._encoded_head(stage, matrix, placed, norm, next(incoming), writer, hidden.add)
+                else:
+                    self._matrix(stage, matrix, placed, incoming, writer, norm, hidden.add)
+            step(stage.source_bytes)
+        if tied := self._tied_matrix(layout):
+            hidden = LastHidden(self.engine, final_norm(norms), final_norm(changed))
+            for first, rows in self._rows(tied, incoming):
+                hidden.add(first, rows, rows)
+        return Carry({"evaluation": hidden.result()}) if hidden is not None and hidden.comparing else NOTHING
+
+    def _final_norm(
+        self,
+        layout: UnitLayout,
+        stage: StageLayout,
+        placed: Sequence[PlacedTensor],
+        norms: dict[str, Tensor],
+        changed: dict[str, Tensor],
+        loaded: Loaded,
+        writer: Writer,
+    ) -> None:
+        found = {t.name: decode(t, loaded.views) for t in stage.tensors}
+        norms |= found
+        changed |= found
+        for p in self.work.passes:
+            p.transform(layout, changed)
+        for place in placed:
+            refuse_nonfinite(place.name, kernels.nonfinite(changed[place.name]))
+            writer.write(place, as_bytes(changed[place.name].contiguous(), place))
+
+    def _encoded_head(
+        self,
+        stage: StageLayout,
+        matrix: LinearLayout,
+        placed: Sequence[PlacedTensor],
+        norm: Tensor,
+        loaded: Loaded,
+        writer: Writer,
+        meet: Meet,
+    ) -> None:
+        """A head that is quantised because it was asked for by name: whole, and without statistics."""
+        weights = {t.name: decode(t, loaded.views) for t in stage.tensors}
+        original, scheme = weights[matrix.weight], self.work.schemes[matrix.name]
+        for p in self.work.passes:
+            weights[matrix.weight] = p.transform_rows(matrix.weight, weights[matrix.weight], norm)
+        worked = Stage(stage, weights, {matrix.name: scheme})
+        for p in self.work.passes:
+            p.apply(worked)
+        encoded: Encoded = worked.encoded[matrix.name]
+        writer.record_linear(matrix, scheme, encoded)
+        meet(0, original, compressed_tensors.decode(matrix.name, encoded.tensors, scheme, original.dtype))
+        made = {**weights, **encoded.tensors}
+        for place in placed:
+            writer.write(place, as_bytes(made[place.name].contiguous(), place))
+
+
+def kind_of(unit: UnitLayout) -> str:
+    """embeddings, block, head, or other (a vision tower): by its linears."""
+    kinds = {x.kind for stage in unit.stages for x in stage.linears}
+    if "linear" in kinds or "router" in kinds:
+        return "block"
+    if "embedding" in kinds:
+        return "embeddings"
+    return "head" if unit.name == "head" else "other"
+
+
+def matrix_of(stage: StageLayout) -> LinearLayout | None:
+    return stage.linears[0] if len(stage.linears) == 1 else None
+
+
+def matrix_tensor(stage: StageLayout, matrix: LinearLayout) -> SourceTensor:
+    return next(t for t in stage.tensors if t.name == matrix.weight)
+
+
+def in_file_order(stage: StageLayout, placed: Sequence[PlacedTensor]) -> list[SourceTensor]:
+    """A stage's plain tensors as they follow each other in the output."""
+    by_name = {t.name: t for t in stage.tensors}
+    return [by_name[place.name] for place in placed]
+
+
+def final_norm(tensors: Mapping[str, Tensor]) -> Tensor:
+    return next(tensor for name, tensor in tensors.items() if name.endswith("norm.weight"))
+
+
+def row_bytes(rows: Tensor) -> memoryview:
+    return memoryview(rows.cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+"""How a job's units are worked on: tensor by tensor, or with activations flowing through the blocks."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from kompressor_worker.activations import Activations, Spill
+from kompressor_worker.calibrated import Engine, Streams
+from kompressor_worker.calibrated_units import Calibrated
+from kompressor_worker.calibration import Rows
+from kompressor_worker.decoder import Decoder
+from kompressor_worker.snapshots import Snapshots
+from kompressor_worker.storage import Output
+from kompressor_worker.stream import Work
+
+
+def calibrated(work: Work, output: Output, rows: Mapping[str, Rows]) -> Calibrated:
+    """`rows` by section of the spec: calibration, drift, evaluation. Raises UserError for a decoder that cannot be run."""
+    device = compute_device()
+    decoder = Decoder(work.layout, device)
+    spill = Spill(work.limits.activations)
+
+    def stream(name: str, section: str) -> Activations | None:
+        found = rows.get(section)
+        if found is None:
+            return None
+        return Activations.of(name, found.tokens, decoder.dtype, int(decoder.config.hidden_size), spill, device)
+
+    streams = Streams(
+        calibration=stream("calibration", "calibration"),
+        original=stream("original", "evaluation"),
+        compressed=stream("compressed", "evaluation"),
+        deployment=stream("deployment", "drift"),
+    )
+    engine = Engine(decoder, work.passes, work.schemes, streams)
+    return Calibrated(work, engine, Snapshots(streams, output, work.limits.snapshot_seconds))
+
+
+def compute_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_fingerprint() -> str:
+    """On what the same bytes come out again: kind of device, libraries, threads."""
+    if torch.cuda.is_available():
+        kind = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    else:
+        kind = f"{processor()}, {torch.get_num_threads()} threads"
+    return f"{kind}, torch {version('torch')}, kernels {os.environ.get('KOMPRESSOR_KERNELS') or 'compiled'}"
+
+
+def processor() -> str:
+    """What decides which code BLAS takes."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
