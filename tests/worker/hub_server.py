@@ -41,7 +41,8 @@ class Repository:
 
 
 class HubServer:
-    """`repositories` by name; `seen` holds `METHOD path authorization` of every request, `break_after` cuts bodies short."""
+    """`repositories` by name (datasets: `datasets/owner/name`);
+    `seen` holds `METHOD path authorization` of every request, `break_after` cuts bodies short."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -87,10 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._refuse(403, "", "Request has expired")
             blobs = (d for r in hub.repositories.values() for files in r.history.values() for d in files.values())
             return self._send(next(d for d in blobs if hashlib.sha256(d).hexdigest() == found[2]))
-        if found := re.fullmatch(r"/api/models/(.+?)/revision/(.+)", path):
+        if found := re.fullmatch(r"/api/(?:models/|(?=datasets/))(.+?)/revision/(.+)", path):
             repository = self._repository(found[1], listing=True)
             return self._info(repository, found[2]) if repository else None
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if found := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             repository = self._repository(found[1], listing=False)
             return self._resolve(repository, found[2], found[3]) if repository else None
         return self._refuse(404, "", "Not Found")

@@ -31,7 +31,9 @@ _REDIRECTS = 5
 
 
 class HubSource:
-    """A repository (or a folder or one file of it) at one commit, found out here. Raises UserError, NotFound, AccessDenied, StorageError."""
+    """A repository (or a folder or one file of it) at one commit, found out here.
+
+    Raises UserError, NotFound, AccessDenied, StorageError."""
 
     def __init__(self, place: Place, revision: str | None, environ: Mapping[str, str], patience: Patience) -> None:
         self.uri = place.uri
@@ -187,7 +189,8 @@ class HubSource:
     def _failed(self, what: str, cause: BaseException, attempts: int) -> KompressorError:
         if _untrusted(cause):
             return UserError(
-                f"{self.uri}: the certificate of {self._endpoint} is not trusted ({cause}); give its authority as {self._place.field}.caBundle"
+                f"{self.uri}: the certificate of {self._endpoint} is not trusted ({cause}); "
+                f"give its authority as {self._place.field}.caBundle"
             )
         return StorageError(
             f"{self.uri}: {what} at {self._endpoint} failed after {attempts} attempts: {type(cause).__name__}: {cause}; "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
 
+from kompressor_api.datasets import Sample
 from kompressor_api.names import (
     CA_DIRECTORY,
     CLAIM_DIRECTORY,
@@ -16,7 +17,6 @@ from kompressor_api.names import (
     Reason,
     Role,
 )
-from kompressor_api.datasets import Sample
 from kompressor_api.v1alpha1 import Location, OutputSpec, SourceLocation
 from kompressor_worker.errors import AccessDenied, NotFound, UserError
 from kompressor_worker.storage import Output, Source, s3_environment
