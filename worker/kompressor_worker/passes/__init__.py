@@ -30,6 +30,8 @@ REGISTRY: dict[str, str] = {
     "gptq": "kompressor_worker.passes.gptq:Gptq",
     "awq": "kompressor_worker.passes.awq:Awq",
     "smoothQuant": "kompressor_worker.passes.smooth_quant:SmoothQuant",
+    "kvCache": "kompressor_worker.passes.kv_cache:KvCache",
+    "rotate": "kompressor_worker.passes.rotate:Rotate",
 }
 """Name in the spec to `module:class`, imported when asked for."""
 
