@@ -1,4 +1,4 @@
-"""The children as dicts: names, owners, least privilege, the pod's shape. The real API server judges them in test_control_plane.py."""
+"""The children as dicts: names, owners, least privilege, the pod's shape. The real API server judges them in test_on_stage.py."""
 
 from __future__ import annotations
 
