@@ -78,8 +78,10 @@ def published_config(work: Work) -> dict[str, Any]:
     config = {k: v for k, v in work.layout.config.items() if k not in QUANTIZATION}
     if isinstance(text := config.get("text_config"), dict):
         config["text_config"] = {k: v for k, v in text.items() if k not in QUANTIZATION}
-    if work.schemes:
-        config["quantization_config"] = quantization_config(list(work.layout.linears()), work.schemes, other_modules(work.layout))
+    layout = work.layout
+    if work.schemes or layout.kv_cache is not None:
+        linears = list(layout.linears())
+        config["quantization_config"] = quantization_config(linears, work.schemes, other_modules(layout), layout.kv_cache)
     return config
 
 

@@ -13,6 +13,7 @@ EXPERTS = {
     "W4A16_ASYM": "refuses them (its converter drops zero points)",
     "FP8_BLOCK": "refuses them (its converter knows per-channel scales only)",
     "NVFP4A16": "loads them without their global scales, silently wrong",
+    "NVFP4": "loads them without their global scales, silently wrong",
 }
 """Schemes of routed experts that transformers 5.23 does not read, and what it does instead; seen by tests/e2e/test_compress.py."""
 OWN_MULTIPLICATION = ("falcon", "gpt_bigcode")
@@ -24,6 +25,12 @@ def reader_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list[
     found = sorted({scheme.name for name, scheme in schemes.items() if ".experts." in name and scheme.name in EXPERTS})
     lines = [f"experts in {name}: transformers {EXPERTS[name]}; serve this result with vLLM" for name in found]
     formats = {scheme.format for scheme in schemes.values()}
+    exact = any(".experts." in linear.name and linear.name not in schemes for linear in layout.linears())
+    if exact and (schemes or layout.kv_cache) and formats != {"float-quantized"}:
+        lines.append(
+            "experts left exact: transformers refuses them in a model that is quantised otherwise, unless in FP8 throughout; serve this result "
+            "with vLLM"
+        )
     model_type = text_config(layout.config).get("model_type")
     if model_type in OWN_MULTIPLICATION and any("pack-quantized" in name for name in formats):
         lines.append(

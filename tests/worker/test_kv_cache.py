@@ -1,0 +1,144 @@
+"""FP8 scales of the KV cache: made from what the cache would hold, read and used by transformers with compressed-tensors' hooks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published import Published, publish
+from safetensors.torch import save_file
+from sources import folder_source
+
+from kompressor_worker.block import KvStatistics
+from kompressor_worker.errors import UserError
+from kompressor_worker.layout import ModelLayout
+from kompressor_worker.passes import build_passes
+from kompressor_worker.passes.kv_cache import rounded, scale_of
+from kompressor_worker.reading import read_layout
+
+TOKENS = torch.randint(3, 128, (6, 48), generator=torch.Generator().manual_seed(0))
+PLACES = [f"model.layers.{layer}.self_attn.{kind}_scale" for layer in range(2) for kind in "kv"]
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits.float()
+    return found
+
+
+def cached(source: Path) -> dict[str, torch.Tensor]:
+    """What transformers' cache holds of TOKENS after the unquantised model, [rows, KV heads, tokens, head size], by the name of its scale."""
+    with torch.inference_mode():
+        cache = load(source)(input_ids=TOKENS, use_cache=True).past_key_values
+    held = {f"model.layers.{i}.self_attn": layer for i, layer in enumerate(cache.layers)}
+    return {f"{name}.{kind}_scale": states for name, x in held.items() for kind, states in (("k", x.keys), ("v", x.values))}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])  # qwen3: keys after their norm; gemma2: windows in every other layer
+@pytest.mark.parametrize("strategy", ["tensor", "head"])
+def test_scales_are_of_what_the_cache_holds(family: str, strategy: str, tmp_path: Path) -> None:
+    source = tiny_model(family)
+    made = publish(source, tmp_path / "out", [{"kvCache": {"strategy": strategy}}], TOKENS)
+    config = json.loads((made.folder / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"]["strategy"] == {"tensor": "tensor", "head": "attn_head"}[strategy]
+    states = cached(source)
+    assert sorted(states) == sorted(PLACES)
+    for name, seen in states.items():
+        largest = seen.float().abs().amax() if strategy == "tensor" else seen.float().abs().amax(dim=(0, 2, 3))
+        scale = made.tensors[name]
+        assert (scale.dtype, tuple(scale.shape)) == (torch.bfloat16, (1,) if strategy == "tensor" else (2, 1, 1))
+        torch.testing.assert_close(scale.float().flatten() * 448, largest.reshape(-1), rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("passes", [[], [{"rtn": {"scheme": "FP8"}}], [{"rtn": {"scheme": "W4A16"}}]], ids=str)
+@pytest.mark.parametrize("strategy", ["tensor", "head"])
+def test_transformers_rounds_with_them(passes: list[Mapping[str, Any]], strategy: str, tmp_path: Path) -> None:
+    made = publish(tiny_model("llama"), tmp_path / "out", [*passes, {"kvCache": {"strategy": strategy}}], TOKENS)
+    model = load(made.folder)
+    held = dict(model.named_parameters())
+    for name in PLACES:
+        assert torch.equal(held[name], made.tensors[name]), name
+    with_cache = logits(model)
+    without = logits(load(without_cache(made, tmp_path / "without")))
+    assert with_cache.isfinite().all()
+    assert 0 < (with_cache - without).norm() < 0.06 * without.norm()
+    absurd = {name: tensor / 64 for name, tensor in made.tensors.items() if name in PLACES}  # everything saturates
+    save_file({**made.tensors, **absurd}, made.folder / "model.safetensors", {"format": "pt"})
+    assert (logits(load(made.folder)) - without).norm() > 0.2 * without.norm()
+
+
+def without_cache(made: Published, folder: Path) -> Path:
+    folder.mkdir()
+    config = json.loads((made.folder / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = None
+    if not made.schemes:
+        del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: t for name, t in made.tensors.items() if name not in PLACES}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(-9, 5), st.sampled_from(["tensor", "head"]), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_numbers_equal_compressed_tensors(seed: int, power: int, strategy: Any, dtype: torch.dtype) -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(2, 3, 5, 8, generator=generator) * 10.0**power * torch.tensor([1.0, 3.0, 0.0])[:, None, None]
+    args = QuantizationArgs(num_bits=8, type="float", strategy={"tensor": "tensor", "head": "attn_head"}[strategy], symmetric=True)
+    seen = KvStatistics(states.abs().amax(dim=(0, 2, 3)))
+    ours = scale_of(seen, strategy, dtype)
+    over = (0, 1, 2, 3) if strategy == "tensor" else (0, 2, 3)
+    theirs, zero_point = calculate_qparams(states.amin(dim=over, keepdim=True)[0], states.amax(dim=over, keepdim=True)[0], args)
+    theirs = theirs.to(dtype).float()
+    theirs = torch.where(theirs == 0, torch.finfo(torch.float32).eps, theirs).to(dtype)
+    assert torch.equal(ours, theirs.reshape(ours.shape))
+    widened = states * 1.5  # some saturate
+    assert torch.equal(rounded(widened, ours), fake_quantize(widened, ours.float(), zero_point.float().reshape(ours.shape), args))
+
+
+def layout(family: str) -> ModelLayout:
+    return read_layout(folder_source(tiny_model(family)))
+
+
+def prepare(layout: ModelLayout, **params: Any) -> ModelLayout:
+    (built,) = build_passes([{"kvCache": params}])
+    return built.prepare(layout)
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_oss", "mixtral", "gemma3_vision"])
+def test_every_layer_has_two_scales(family: str) -> None:
+    made = [t for stage in prepare(layout(family), strategy="head").stages() for t in stage.tensors if t.encoding == "made"]
+    assert [t.name.rpartition(".")[2] for t in made] == ["k_scale", "v_scale"] * 2
+    assert {t.shape for t in made} == {(2, 1, 1)}
+    assert {t.name.rpartition(".")[0].rpartition("layers.")[2] for t in made} == {"0.self_attn", "1.self_attn"}
+
+
+def test_refusals() -> None:
+    llama = layout("llama")
+    with pytest.raises(UserError, match=r"kvCache: the model \(kv_lora_rank 512\) caches latent vectors"):
+        prepare(replace(llama, config={**llama.config, "kv_lora_rank": 512}))
+    with pytest.raises(UserError, match="kvCache: model_type 'olmo2' is not known"):
+        prepare(layout("olmo2"))
+    with pytest.raises(UserError, match=r"layers.0.self_attn.k_scale: the layer has this scale already; use kvCache once"):
+        prepare(prepare(llama))
+    with pytest.raises(UserError, match="num_attention_heads 3 does not fit"):
+        prepare(replace(llama, config={**llama.config, "num_attention_heads": 3}), strategy="head")
+    with pytest.raises(UserError, match="strategy"):
+        prepare(llama, strategy="channel")
