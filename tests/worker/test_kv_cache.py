@@ -41,7 +41,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def cached(source: Path) -> dict[str, torch.Tensor]:
-    """What transformers' cache holds of TOKENS after the unquantised model, [rows, KV heads, tokens, head size], by the name of its scale."""
+    """What transformers' cache holds of TOKENS after the unquantised model, [rows, KV heads, tokens, head size], by its scale's name."""
     with torch.inference_mode():
         cache = load(source)(input_ids=TOKENS, use_cache=True).past_key_values
     held = {f"model.layers.{i}.self_attn": layer for i, layer in enumerate(cache.layers)}

@@ -28,8 +28,8 @@ def reader_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list[
     exact = any(".experts." in linear.name and linear.name not in schemes for linear in layout.linears())
     if exact and (schemes or layout.kv_cache) and formats != {"float-quantized"}:
         lines.append(
-            "experts left exact: transformers refuses them in a model that is quantised otherwise, unless in FP8 throughout; serve this result "
-            "with vLLM"
+            "experts left exact: transformers refuses them in a model that is quantised otherwise, unless in FP8 throughout; "
+            "serve this result with vLLM"
         )
     model_type = text_config(layout.config).get("model_type")
     if model_type in OWN_MULTIPLICATION and any("pack-quantized" in name for name in formats):

@@ -26,9 +26,7 @@ def check_shapes(layout: ModelLayout, linears: Sequence[LinearLayout], scheme: S
             case "mxfp4-pack-quantized" | "nvfp4-pack-quantized":
                 _check_group(linear, scheme)
         if scheme.calibrated is not None and linear.kind == "head":
-            raise UserError(
-                f"{linear.name}: the head's input is not measured, which {scheme.name} needs; choose FP8_DYNAMIC or W8A8 for it"
-            )
+            raise UserError(f"{linear.name}: {scheme.name} needs its input measured, and the head's is not; choose FP8_DYNAMIC or W8A8")
         if scheme.inputs in ("int8_tensor", "int8_tensor_asym") and is_routed_expert(linear.name):
             raise UserError(
                 f"{linear.name}: no loader reads routed experts in {scheme.name}; list them under ignore, or choose FP8, or W8A8 for vLLM"
