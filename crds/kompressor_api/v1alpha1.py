@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from kompressor_api.datasets import CalibrationSpec, DriftSpec, EvaluationSpec
+from kompressor_api.datasets import CalibrationSpec, DriftSpec, EvaluationSpec, Sample
 from kompressor_api.fields import Count, Flag, Message, Model, Name, Short, Text, Time, Uri, Warnings
 from kompressor_api.locations import CaBundle, Location, SourceLocation, canonical_endpoint, canonical_uri
 from kompressor_api.pod import PlainDict, Resources, Toleration
@@ -124,6 +124,11 @@ class CompressionJobSpec(Model):
         le=31536000,
         description="Seconds from the end until the child Job is removed; the CompressionJob stays. Default: never.",
     )
+
+    @property
+    def datasets(self) -> list[Sample]:
+        """What is given of calibration, evaluation and drift."""
+        return [sample for sample in (self.calibration, self.evaluation, self.drift) if sample is not None]
 
     @model_validator(mode="after")
     def _drift_from_something(self) -> CompressionJobSpec:

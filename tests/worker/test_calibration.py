@@ -27,7 +27,9 @@ from kompressor_api.datasets import CalibrationSpec, DriftSpec, EvaluationSpec, 
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import SourceLocation
 from kompressor_worker.calibration import Rows, check_dataset, content_of, rank, read_rows
+from kompressor_worker.cli import refuse_file_uris
 from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, Terminated, UserError
+from kompressor_worker.job import Job, validate_spec
 from kompressor_worker.records import Document
 from kompressor_worker.storage.locations import open_data, open_source
 from kompressor_worker.tokenizer import ModelTokenizer
@@ -196,16 +198,14 @@ def test_a_book_is_not_tokenised_for_its_first_page(tmp_path: Path, tokenizer: M
 
 
 def test_what_is_not_drawn_is_not_parsed(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
-    """A broken line matters if it is drawn: the samples asked for decide."""
-    last = max(range(4), key=lambda n: rank(n, 0))
-    lines = ["no JSON" if n == last else json.dumps({"text": "a few words"}) for n in [*range(4)]]
-    order = sorted(range(4), key=lambda n: rank(n, 0))
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    if last == 3:
-        assert len(rows_of(calibration(tmp_path / "a.jsonl", samples=3), tokenizer).tokens) == 3
-    assert order[-1] == last
-    with pytest.raises(UserError, match=rf"a\.jsonl: line {last + 1}: is not JSON"):
-        rows_of(calibration(tmp_path / "a.jsonl", samples=4), tokenizer)
+    """A broken line matters if it is drawn: here the last one, of the largest rank of all."""
+    seed = next(s for s in range(100) if max(range(4), key=lambda n: rank(n, s)) == 3)
+    jsonl(tmp_path / "a.jsonl", [{"text": "a few words"}] * 3)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("no JSON")
+    assert len(rows_of(calibration(tmp_path / "a.jsonl", samples=3, seed=seed), tokenizer).tokens) == 3
+    with pytest.raises(UserError, match=r"a\.jsonl: line 4: is not JSON"):
+        rows_of(calibration(tmp_path / "a.jsonl", samples=4, seed=seed), tokenizer)
 
 
 # -- chats
@@ -390,7 +390,7 @@ def test_files_that_are_refused(tmp_path: Path, files: dict[str, bytes], dataset
 
 def test_data_that_is_not_there(tmp_path: Path) -> None:
     sample = calibration(tmp_path / "none.jsonl", kind=EvaluationSpec)
-    with pytest.raises(NotFound, match=r"give the folder that holds the data") as caught:
+    with pytest.raises(NotFound, match=r"none\.jsonl; give the file or the folder that holds the data") as caught:
         check_dataset(open_data(sample, {}), sample)
     assert caught.value.reason == Reason.DATA_NOT_FOUND
 
@@ -465,3 +465,33 @@ def test_a_uniform_draw() -> None:
 def test_empty_is_nothing_for_every_kind() -> None:
     for options, value in (({}, " "), ({"messages": "a"}, []), ({"tokens": "a"}, None)):
         assert content_of(Document(0, "a: line 1", value), calibration("s3://a/b", dataset=options).dataset) is None
+
+
+SPEC = {"model": {"source": {"uri": "s3://a/b"}}, "output": {"uri": "s3://a/c"}, "passes": [{"rtn": {"scheme": "W8A8"}}]}
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        (
+            {"calibration": {"dataset": {"uri": "s3://a/d", "feild": "x"}}},
+            "spec.calibration.dataset.feild: is not a field; did you mean field?",
+        ),
+        (
+            {"evaluation": {"dataset": {"uri": "s3://a/d"}, "gates": [{"metric": "kl", "maxKl": 1}]}},
+            "spec.evaluation.gates.0.maxKl: is not a field; did you mean maxKL?",
+        ),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_nearest(section: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate_spec(SPEC | section, "job.yaml")
+    assert said in str(caught.value)
+
+
+def test_a_pods_own_disk_holds_no_data() -> None:
+    spec = validate_spec(SPEC | {"calibration": {"dataset": {"uri": "file:///data/a.jsonl"}}}, "job.yaml")
+    job = Job("a", "b", "c", spec, "d")
+    refuse_file_uris(job, in_cluster=False)
+    with pytest.raises(UserError, match=r"spec\.calibration\.dataset\.uri: file:///data/a\.jsonl is a pod's own disk"):
+        refuse_file_uris(job, in_cluster=True)

@@ -252,10 +252,10 @@ def test_places_that_are_refused(tmp_path: Path, uri: str, said: str) -> None:
     (tmp_path / "data").mkdir()
     environ = {"KOMPRESSOR_CLAIM_DIRECTORY": str(tmp_path)}
     with pytest.raises(UserError, match=said) as caught:
-        open_source(SourceLocation(uri=uri), environ)
+        open_source(SourceLocation.model_construct(uri=uri), environ)  # unchecked: the models refuse '..' before
     assert uri in str(caught.value) or "missing" in uri
     with pytest.raises(UserError, match=said) as caught:
-        open_output(OutputSpec(uri=uri), environ)
+        open_output(OutputSpec.model_construct(uri=uri), environ)
     if "missing" in uri:
         assert caught.value.reason == Reason.OUTPUT_NOT_FOUND
 

@@ -26,7 +26,8 @@ Runs a CompressionJob manifest here, without a cluster: the same file that `kube
   kompressor run examples/quickstart.yaml
   SOURCE_AWS_ACCESS_KEY_ID=... OUTPUT_AWS_ACCESS_KEY_ID=... kompressor run job.yaml
 
-Credentials come from SOURCE_AWS_* and OUTPUT_AWS_* (and SOURCE_HF_TOKEN), else from the usual AWS chain. A run that was cut off goes on at
+Credentials come from SOURCE_AWS_* and OUTPUT_AWS_* (and SOURCE_HF_TOKEN; for data from DATA_*, EVALUATION_* and DRIFT_*), else from the
+usual AWS chain. A run that was cut off goes on at
 its last committed block when it is started again. Readers of the output see nothing until all of it is there.
 
 exit codes: 0 done, 64 the job cannot work as written, 65 corrupt source, 66 NaN or Inf, 67 gate failed, 71 out of memory,
@@ -225,7 +226,10 @@ def failed(error: KompressorError, args: argparse.Namespace) -> int:
 def refuse_file_uris(job: Job, in_cluster: bool) -> None:
     from kompressor_worker.errors import UserError
 
-    for field, uri in (("model.source.uri", job.spec.model.source.uri), ("output.uri", job.spec.output.uri)):
+    spec = job.spec
+    uris = {"model.source.uri": spec.model.source.uri, "output.uri": spec.output.uri}
+    uris |= {f"{sample.SECTION}.dataset.uri": sample.dataset.uri for sample in spec.datasets}
+    for field, uri in uris.items():
         if in_cluster and uri.startswith("file://"):
             raise UserError(f"spec.{field}: {uri} is a pod's own disk in a cluster; use s3:// or pvc://")
 

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -108,6 +108,9 @@ def _known(location: tuple[str | int, ...]) -> list[str]:
     model: type[BaseModel] = CompressionJobSpec
     for step in location:
         for name, f in model.model_fields.items():
-            if step in (name, f.alias) and isinstance(f.annotation, type) and issubclass(f.annotation, BaseModel):
-                model = f.annotation
+            inside = [f.annotation, *get_args(f.annotation)]  # X, X | None, list[X]
+            below = next((t for t in inside if isinstance(t, type) and issubclass(t, BaseModel)), None)
+            if step in (name, f.alias) and below is not None:
+                model = below
+                break
     return [f.alias or name for name, f in model.model_fields.items()]

@@ -116,6 +116,8 @@ def open_data(sample: Sample, environ: Mapping[str, str], stop: threading.Event 
     from kompressor_worker.storage.file_source import FileSource
 
     root, confine = _folder(place, environ)
+    if not root.exists():
+        raise NotFound(f"{place.role} {place.uri}: nothing at {root}; give the file or the folder that holds the data", place.missing)
     if root.is_file():
         return FileSource(place.uri, root.parent, confine, root.name, place.holds, place.missing)
     return FileSource(place.uri, root, confine, holds=place.holds, missing=place.missing)
