@@ -3,7 +3,8 @@
 Each operation stands twice: in `eager`, plain torch and its specification, and in `kernels.cpp`, compiled for this CPU
 at first use. Both are registered with torch.library, as `torch.ops.kompressor.*`. The one dispatch rule: on the CPU the
 compiled one where it could be built, else the eager one; `KOMPRESSOR_KERNELS=eager` forces that. Both give the same
-tensors bit for bit, whatever the number of threads; the fp64 sums agree to rounding.
+tensors bit for bit, whatever the number of threads; the fp64 sums agree to rounding. GPTQ's agree but where the last bit of a
+sum decides between two codes: the compiled one has sums of its own, which depend on nothing.
 """
 
 from __future__ import annotations

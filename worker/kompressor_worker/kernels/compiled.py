@@ -92,3 +92,55 @@ def _i64(value: int) -> ctypes.c_int64:
 
 def _threads(tensor: Tensor) -> int:
     return 1 if tensor.numel() < SERIAL else torch.get_num_threads()
+
+
+def gptq(
+    lib: ctypes.CDLL,
+    weight: Tensor,
+    factor: Tensor,
+    step: Tensor,
+    zero_point: Tensor | None,
+    group_of: Tensor,
+    floating: bool,
+    bits: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """`block` is the kernel's own: the result does not depend on it."""
+    codec = (3 if bits == 4 else 2) if floating else 0 if zero_point is None else 1
+    steps, zero_points = _by_panels(lib, step, 1.0), None if zero_point is None else _by_panels(lib, zero_point, 0.0)
+    return _gptq(lib, weight, factor, codec, bits, steps, zero_points, group_of.contiguous(), 0, torch.float32)
+
+
+def gptq_groups(
+    lib: ctypes.CDLL, weight: Tensor, factor: Tensor, group_size: int, bits: int, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = weight.shape
+    blank = torch.empty((rows, -(-columns // group_size)))
+    steps, zero_points = _by_panels(lib, blank, 1.0), None if symmetric else _by_panels(lib, blank, 0.0)
+    codes, loss = _gptq(lib, weight, factor, 0 if symmetric else 1, bits, steps, zero_points, None, group_size, dtype)
+    zero_point = torch.empty(0, dtype=torch.int8) if zero_points is None else zero_points[:, :rows].t().to(torch.int8).contiguous()
+    return codes, steps[:, :rows].t().contiguous(), zero_point, loss
+
+
+def _by_panels(lib: ctypes.CDLL, grid: Tensor, beyond: float) -> Tensor:
+    """[out, groups] as fp32 [groups, out rounded up to whole panels]."""
+    rows, groups = grid.shape
+    panel = lib.kompressor_panel()
+    whole = torch.full((groups, -(-rows // panel) * panel), beyond)
+    whole[:, :rows] = grid.t()
+    return whole
+
+
+def _gptq(
+    lib: ctypes.CDLL, weight: Tensor, factor: Tensor, codec: int, bits: int, steps: Tensor, zero_points: Tensor | None,
+    group_of: Tensor | None, group_size: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, columns = weight.shape
+    codes = torch.empty((rows, columns), dtype=torch.int8 if codec < 2 else torch.float8_e4m3fn)
+    losses = torch.zeros(steps.shape[1] // lib.kompressor_panel(), dtype=torch.float64)
+    lib.kompressor_gptq(
+        _pointer(weight), _pointer(factor), _i64(rows), _i64(columns), codec, bits, _pointer(steps),
+        None if zero_points is None else _pointer(zero_points), _i64(steps.shape[1]), None if group_of is None else _pointer(group_of),
+        _i64(group_size), DTYPES[dtype], _threads(weight), _pointer(codes), _pointer(losses),
+    )  # fmt: skip
+    return codes, losses.sum()

@@ -2,3 +2,4 @@
 #include "lanes.cpp"
 #include "quantize.cpp"
 #include "decode.cpp"
+#include "column_loop.cpp"

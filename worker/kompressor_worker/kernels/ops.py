@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kompressor_worker.kernels import build, compiled, eager, gptq
+from kompressor_worker.kernels import build, column_loop, compiled, eager
 from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.schemes import SCHEMES, Scheme
 
@@ -73,11 +73,15 @@ _register(
     eager.decode_mxfp4,
     compiled.decode_mxfp4,
 )
-LIBRARY.define(
-    "gptq(Tensor weight, Tensor factor, Tensor step, Tensor? zero_point, Tensor group_of, bool floating, int bits, int block) -> (Tensor, Tensor)"
+_register(
+    "gptq(Tensor weight, Tensor factor, Tensor step, Tensor? zero_point, Tensor group_of, bool floating, int bits, int block)"
+    " -> (Tensor, Tensor)",
+    column_loop.gptq,
+    compiled.gptq,
 )
-LIBRARY.impl("gptq", gptq.gptq, "CompositeExplicitAutograd")
-LIBRARY.define(
-    "gptq_groups(Tensor weight, Tensor factor, int group_size, int bits, bool symmetric, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+_register(
+    "gptq_groups(Tensor weight, Tensor factor, int group_size, int bits, bool symmetric, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    column_loop.gptq_groups,
+    compiled.gptq_groups,
 )
-LIBRARY.impl("gptq_groups", gptq.gptq_groups, "CompositeExplicitAutograd")

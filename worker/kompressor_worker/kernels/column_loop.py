@@ -40,7 +40,7 @@ def gptq(
 def gptq_groups(
     weight: Tensor, factor: Tensor, group_size: int, bits: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scale, zero point and loss: the grid of each group of columns comes from its weights as they are when the first one is reached.
+    """Codes, scale, zero point and loss: the grid of each group of columns comes from its weights when the first one is reached.
 
     Integers only. scale fp32 as rounded to `dtype`, zero_point int8 (empty if symmetric), both [out, groups].
     """
