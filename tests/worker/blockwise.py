@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +24,9 @@ from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.reading import read_layout
 from kompressor_worker.schemes import Scheme
 
-__all__ = ["compressed", "kl", "layout_of", "logits", "prepared", "transformed"]
+Rounding = Callable[[str, Tensor], Tensor]
+
+__all__ = ["Compressed", "compressed", "kl", "layout_of", "logits", "per_tensor", "per_token", "prepared", "transformed"]
 
 
 def layout_of(folder: Path) -> ModelLayout:
@@ -40,12 +43,20 @@ def prepared(layout: ModelLayout, entries: Sequence[Mapping[str, Any]]) -> tuple
     return layout, passes, schemes
 
 
+@dataclass
+class Compressed:
+    state: dict[str, Tensor]
+    """What a reader of the result sees, by full name."""
+    encoded: dict[str, Tensor]
+    """The encoded linears' tensors."""
+    records: list[dict[str, Any]]
+    """What there is to say of each block."""
+
+
 def compressed(
     folder: Path, entries: Sequence[Mapping[str, Any]], tokens: Tensor, weights: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The state that a reader of the result sees, and each block's record, after `entries` with calibration `tokens` [rows, length].
-
-    `weights`: another state than the folder's."""
+) -> Compressed:
+    """`entries` with calibration `tokens` [rows, length]. `weights`: another state than the folder's, as its config has it."""
     layout, passes, schemes = prepared(layout_of(folder), entries)
     state = dict(weights or tensors_of(folder))
     outside(layout, passes, state)
@@ -54,14 +65,15 @@ def compressed(
     stream = Activations.of("calibration", list(tokens), decoder.dtype, hidden, Spill(1 << 30), torch.device("cpu"))
     stream.embed(0, decoder.embed(state["model.embed_tokens.weight"]))
     engine = Engine(decoder, passes, schemes, Streams(calibration=stream))
-    records = []
+    made = Compressed(state, {}, [])
     for layer, unit in enumerate(u for u in layout.units if ".layers." in u.name):
         finished = engine.block(layer, unit, {t.name: state[t.name] for stage in unit.stages for t in stage.tensors})
         state |= finished.weights
         for name, encoded in finished.encoded.items():
             state[f"{name}.weight"] = decode(name, encoded.tensors, finished.schemes[name], decoder.dtype)
-        records.append(finished.record)
-    return state, records
+            made.encoded |= encoded.tensors
+        made.records.append(finished.record)
+    return made
 
 
 def transformed(layout: ModelLayout, passes: Sequence[Pass], state: dict[str, Tensor]) -> None:
@@ -89,8 +101,17 @@ def outside(layout: ModelLayout, passes: Sequence[Pass], state: dict[str, Tensor
         each.transform(next(unit for unit in layout.units if unit.name == "head"), state)
 
 
-def logits(folder: Path, state: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype = torch.float32, **config: Any) -> Tensor:
-    """Of transformers' own model with this state (as files hold it) and the folder's config, fp32 [rows, length, vocabulary]."""
+def logits(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    tokens: Tensor,
+    dtype: torch.dtype = torch.float32,
+    rounded: Rounding | None = None,
+    **config: Any,
+) -> Tensor:
+    """Of transformers' own model with this state (as files hold it) and the folder's config, fp32 [rows, length, vocabulary].
+
+    `rounded`: what happens to the input of every linear of the decoder, by module name."""
     from transformers import AutoModelForCausalLM
 
     with TemporaryDirectory() as scratch:
@@ -98,8 +119,27 @@ def logits(folder: Path, state: Mapping[str, Tensor], tokens: Tensor, dtype: tor
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, place / "model.safetensors", {"format": "pt"})
         (place / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **config}))
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).eval()
+    for name, module in model.named_modules():
+        if rounded is not None and isinstance(module, torch.nn.Linear) and ".layers." in name:
+            module.register_forward_pre_hook(lambda _, inputs, name=name: (rounded(name, inputs[0]),))
     with torch.inference_mode():
         return torch.cat([model(input_ids=rows, use_cache=False).logits.float() for rows in tokens.split(16)])
+
+
+def per_token(name: str, x: Tensor) -> Tensor:
+    """INT8 as W8A8's readers do it at run time: one symmetric scale a token."""
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127.5
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
+def per_tensor(encoded: Mapping[str, Tensor]) -> Rounding:
+    """INT8 with the scales that W8A8_STATIC's readers find in the file."""
+
+    def rounded(name: str, x: Tensor) -> Tensor:
+        scale = encoded[f"{name}.input_scale"].float()
+        return (x / scale).round().clamp(-128, 127) * scale
+
+    return rounded
 
 
 def kl(reference: Tensor, other: Tensor) -> float:

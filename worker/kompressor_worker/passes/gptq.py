@@ -8,16 +8,18 @@ made good, on scales found beforehand from the weights as they lie: a reader see
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.passes import Pass
+from kompressor_worker.passes.inputs import InputParams, input_tensors, needed_statistics
 from kompressor_worker.passes.linear_params import LinearParams, scheme_in_groups
 from kompressor_worker.passes.selection import select
 from kompressor_worker.passes.shapes import check_shapes
-from kompressor_worker.schemes import Scheme
+from kompressor_worker.schemes import SCHEMES, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -27,16 +29,17 @@ if TYPE_CHECKING:
     from kompressor_worker.passes.hessian import Factor
     from kompressor_worker.statistics import Statistic
 
-SchemeName = Literal["W4A16", "W4A16_ASYM", "W3A16", "W8A16", "W8A8", "FP8_DYNAMIC"]
+SchemeName = Literal["W4A16", "W4A16_ASYM", "W3A16", "W8A16", "W8A8", "W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8_DYNAMIC"]
 
 
-class GptqParams(LinearParams):
+class GptqParams(LinearParams, InputParams):
     """GPTQ: rounds weights so that the layer's output on the calibration data changes least."""
 
     scheme: SchemeName = Field(
         description=(
-            "W4A16, W4A16_ASYM, W3A16 and W8A16 (packed integers, weights only), W8A8 (INT8, activations per token at run time) or "
-            "FP8_DYNAMIC (per channel, activations per token)."
+            "W4A16, W4A16_ASYM, W3A16 and W8A16 (packed integers, weights only), W8A8 (INT8, activations per token at run time), "
+            "W8A8_STATIC and W8A8_STATIC_ASYM (INT8, one calibrated activation scale, with a zero point) or FP8_DYNAMIC (per channel, "
+            "activations per token)."
         )
     )
     act_order: Literal["static", "none"] = Field(
@@ -65,10 +68,10 @@ class Gptq(Pass):
     """The pass `gptq`."""
 
     Params: ClassVar[type[Model]] = GptqParams
-    statistics: frozenset[Statistic] = frozenset({"hessian"})
 
     def __init__(self, params: GptqParams) -> None:
         self.params = params
+        self.statistics: frozenset[Statistic] = needed_statistics(SCHEMES[params.scheme], params) | {"hessian"}
         self._assigned: dict[str, Scheme] = {}
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
@@ -76,14 +79,15 @@ class Gptq(Pass):
         scheme = scheme_in_groups(self.params.scheme, self.params.group_size, "gptq")
         chosen = select(layout, taken, self.params.targets, self.params.ignore)
         check_shapes(layout, chosen, scheme)
+        scheme = replace(scheme, actorder=self.params.act_order == "static" and scheme.strategy == "group")
         self._assigned = {linear.name: scheme for linear in chosen}
         return dict(self._assigned)
 
     def apply(self, stage: Stage) -> None:
         """Encodes this stage's linears in `assign`'s answer. Raises BadNumerics.
 
-        `stage.notes["gptq"]`: `dampening`, the most that a factorisation needed; `deadColumns` by site, columns that no activation reached,
-        and `roundedToNearest` by linear, with the reason, where there was nothing to go by.
+        `stage.notes["gptq"]`, unless all went as usual: `dampening`, the most that a factorisation needed; `deadColumns` by site,
+        columns that no activation reached, and `roundedToNearest` by linear, with the reason, where there was nothing to go by.
         """
         notes: dict[str, Any] = {"dampening": self.params.dampening}
         left = {linear.name: linear for linear in stage.layout.linears if linear.name in self._assigned}
@@ -93,7 +97,10 @@ class Gptq(Pass):
                 self._site(stage, site, linears, notes)
         for linear in left.values():
             self._round(stage, linear, "its input is not measured", notes)
-        stage.notes["gptq"] = notes
+        for name, tensors in input_tensors(stage, self._assigned, self.params).items():
+            stage.encoded[name].tensors.update(tensors)
+        if len(notes) > 1 or notes["dampening"] != self.params.dampening:
+            stage.notes["gptq"] = notes
 
     def _site(self, stage: Stage, site: Site, linears: list[LinearLayout], notes: dict[str, Any]) -> None:
         from kompressor_worker.passes.encoding import finite
