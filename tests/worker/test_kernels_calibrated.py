@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kompressor_worker import grid, kernels
 from kompressor_worker.grid import Grid
-from kompressor_worker.kernels import build, column_loop, compiled
+from kompressor_worker.kernels import activations, build, column_loop, compiled
 from kompressor_worker.schemes import SCHEMES, Scheme
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -183,3 +183,87 @@ def test_gptq_beats_rounding_to_nearest(name: str) -> None:
         return float(((grid.dequantize(codes, found, scheme) - weight).double() @ x.T).square().sum())
 
     assert error(kernels.gptq(weight, factor, found, scheme)[0]) < 0.7 * error(grid.quantize(weight, found, scheme))
+
+
+ARGS = {
+    "int8_token": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+    "fp8_token": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+    "fp8_group": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True},
+    "int8_tensor": {"num_bits": 8, "type": "int", "strategy": "tensor"},
+    "int8_tensor_asym": {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": False},
+    "fp8_tensor": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+    "fp4_local": {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "dynamic": "local",
+        "scale_dtype": "torch.float8_e4m3fn",
+        "zp_dtype": "torch.float8_e4m3fn",
+    },
+}
+
+
+def inputs(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Activations with outliers, zeros of both signs and a token of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) * torch.randn(shape[-1], generator=generator).exp()
+    x.view(-1)[:: max(1, x.numel() // 3)] *= 50
+    x.view(-1)[::7] *= 0
+    if len(x) > 1:
+        x[-1] = 0
+    return x
+
+
+def constants(kind: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    made = {"scale": x.abs().max().reshape(1) / 300 + 1e-6} if "tensor" in kind else {}
+    if kind == "int8_tensor_asym":
+        made["zero_point"] = torch.tensor([-37], dtype=torch.int8)
+    if kind == "fp4_local":
+        made["global_scale"] = grid.global_scale(x.abs().max() / 2)
+    return made
+
+
+@pytest.mark.parametrize("kind", activations.KINDS)
+@quick
+@given(seed=st.integers(0, 2**31), shape=st.sampled_from([(1, 1, 128), (2, 3, 256), (5, 1, 384), (4, 40, 128)]))
+def test_inputs_are_rounded_as_compressed_tensors_does(kind: str, seed: int, shape: tuple[int, ...]) -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    x, args = inputs(seed, shape), QuantizationArgs(**ARGS[kind])
+    given_ones = constants(kind, x)
+    shared = given_ones.get("global_scale")
+    if args.dynamic:
+        scale, zero_point = compute_dynamic_scales_and_zp(x, args, torch.nn.Module(), shared)
+    else:
+        scale, zero_point = given_ones["scale"], given_ones.get("zero_point")
+    theirs = fake_quantize(x, scale, zero_point, args, shared)
+    assert torch.equal(kernels.fake_quantize_input(x, kind, **given_ones), theirs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", activations.KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@quick
+@given(seed=st.integers(0, 2**31), shape=st.sampled_from([(1, 1), (3, 17), (5, 130), (9, 1000), (70, 48)]), nan=st.booleans())
+def test_compiled_inputs_equal_eager(lib: CDLL, kind: str, dtype: torch.dtype, seed: int, shape: tuple[int, int], nan: bool) -> None:
+    x = inputs(seed, shape).clamp(-6e4, 6e4).to(dtype)
+    given_ones = constants(kind, x.float())
+    if nan:
+        x[0, -1] = torch.nan
+    ours = kernels.fake_quantize_input(x, kind, **given_ones)  # type: ignore[arg-type]
+    theirs = activations.fake_quantize(x, kind, *(given_ones.get(name) for name in ("scale", "zero_point", "global_scale")))
+    assert ours.dtype == dtype
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert bool(ours.isnan().any()) == nan
+    assert torch.equal(ours.nan_to_num(0), theirs.nan_to_num(0))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_cache_has_a_scale_for_each_head(heads: int) -> None:
+    x = torch.randn(2, 5, 3, 7).transpose(1, 2)  # as attention has them: not contiguous
+    scale = torch.rand(heads, 1, 1) * 0.01 if heads > 1 else torch.tensor([0.004])
+    expected = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    assert torch.equal(kernels.fake_quantize_kv(x, scale), expected)
+    assert (expected != x).any()

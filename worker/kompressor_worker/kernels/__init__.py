@@ -16,10 +16,11 @@ from kompressor_worker.grid import Grid
 from kompressor_worker.kernels import compiled, eager, ops  # ops: registers the operations
 from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.kernels.gram import add_gram
-from kompressor_worker.schemes import Scheme
+from kompressor_worker.schemes import Inputs, Scheme
 
 __all__ = [
-    "Quantized", "add_gram", "amax", "decode_fp8_block", "decode_mxfp4", "gptq", "gptq_groups", "nonfinite", "ops", "quantize",
+    "Quantized", "add_gram", "amax", "decode_fp8_block", "decode_mxfp4", "fake_quantize_input", "fake_quantize_kv", "gptq", "gptq_groups",
+    "nonfinite", "ops", "quantize",
 ]  # fmt: skip
 
 FLOATS = tuple(compiled.DTYPES)
@@ -116,3 +117,31 @@ def gptq_groups(weight: Tensor, inverse_factor: Tensor, scheme: Scheme, dtype: t
         dtype,
     )
     return codes, Grid(scale, None if scheme.symmetric else zero_point), float(loss)
+
+
+def fake_quantize_input(
+    x: Tensor, kind: Inputs, scale: Tensor | None = None, zero_point: Tensor | None = None, global_scale: Tensor | None = None
+) -> Tensor:
+    """x [..., columns] (bf16, fp16 or fp32) quantised as a runtime does, and back, in x's dtype.
+
+    `kind` as in `Scheme.inputs`: dynamic ones need nothing, those by one calibrated scale `scale` [1] (and `zero_point` [1], int8),
+    "fp4_local" `global_scale` [1]. NaN stays NaN.
+    """
+    if kind == "none":
+        return x
+    assert x.dtype in FLOATS, x.dtype
+    given = kind in ("int8_tensor", "int8_tensor_asym", "fp8_tensor")
+    assert (scale is not None) == given and (zero_point is not None) == (kind == "int8_tensor_asym"), kind
+    assert (global_scale is not None) == (kind == "fp4_local"), kind
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    scale = None if scale is None else scale.float().reshape(1)
+    made: Tensor = torch.ops.kompressor.fake_quantize(rows, kind, scale, zero_point, global_scale)
+    return made.view(x.shape)
+
+
+def fake_quantize_kv(x: Tensor, scale: Tensor) -> Tensor:
+    """Keys or values [rows, KV heads, length, head dim] through an FP8 cache, in x's dtype. scale [1], or [KV heads, 1, 1]: one a head."""
+    assert x.dim() == 4 and x.dtype in FLOATS and scale.numel() in (1, x.shape[1]), (x.shape, x.dtype, scale.shape)
+    by_head = x.reshape(x.shape[0] * x.shape[1], -1).contiguous()
+    made: Tensor = torch.ops.kompressor.fake_quantize(by_head, "fp8_tensor", scale.float().reshape(-1), None, None)
+    return made.view(x.shape)

@@ -148,7 +148,8 @@ inline F round_half(Codec codec, const Columns& job, int64_t at, float diagonal,
 
 // N columns of a panel, whose errors take their place. `factor` is their square of it, TILE numbers a row; `group` that of each.
 template <int N, class Codec, class Group>
-__attribute__((noinline)) void round_tile(Codec codec, const Columns& job, Group group, int64_t row, const float* factor, float* tile, uint8_t* codes, Squares& loss) {
+__attribute__((noinline)) void round_tile(Codec codec, const Columns& job, Group group, int64_t row, const float* factor, float* tile,
+                                          uint8_t* codes, Squares& loss) {
     F w[N][2];
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++) w[n][0] = fetch(tile + n * PANEL), w[n][1] = fetch(tile + n * PANEL + LANES);

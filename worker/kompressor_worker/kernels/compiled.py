@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kompressor_worker.formats import packing
 from kompressor_worker.grid import integer_range
+from kompressor_worker.kernels.activations import KINDS
 from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.schemes import Scheme
 
@@ -144,3 +145,18 @@ def _gptq(
         _i64(group_size), DTYPES[dtype], _threads(weight), _pointer(codes), _pointer(losses),
     )  # fmt: skip
     return codes, losses.sum()
+
+
+def fake_quantize(
+    lib: ctypes.CDLL, x: Tensor, kind: str, scale: Tensor | None, zero_point: Tensor | None, global_scale: Tensor | None
+) -> Tensor:
+    rows, columns = x.shape
+    scheme, made = KINDS[kind], torch.empty_like(x)
+    codec = 4 if scheme.bits == 4 else 2 if scheme.type == "float" else 0 if zero_point is None else 1
+    lib.kompressor_fake_quantize(
+        _pointer(x), DTYPES[x.dtype], _i64(rows), _i64(columns), _i64(scheme.tile((rows, columns))[1]), codec,
+        None if scale is None else _pointer(scale), _i64(0 if scale is None else len(scale)),
+        ctypes.c_float(0.0 if zero_point is None else float(zero_point)),
+        ctypes.c_float(1.0 if global_scale is None else float(global_scale)), _threads(x), _pointer(made),
+    )  # fmt: skip
+    return made

@@ -3,3 +3,4 @@
 #include "quantize.cpp"
 #include "decode.cpp"
 #include "column_loop.cpp"
+#include "activations.cpp"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kompressor_worker.kernels import build, column_loop, compiled, eager
+from kompressor_worker.kernels import activations, build, column_loop, compiled, eager
 from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.schemes import SCHEMES, Scheme
 
@@ -84,4 +84,9 @@ _register(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     column_loop.gptq_groups,
     compiled.gptq_groups,
+)
+_register(
+    "fake_quantize(Tensor x, str kind, Tensor? scale, Tensor? zero_point, Tensor? global_scale) -> Tensor",
+    activations.fake_quantize,
+    compiled.fake_quantize,
 )

@@ -163,6 +163,12 @@ template <int T> inline F stored(F scale) {
     return scale == F{} ? splat(ZERO_SCALE) : scale;
 }
 
+inline Rounded nvfp4_scale(F amax, float global_scale) {
+    const Rounded r = round_to_float<3, -6>(clamp(global_scale * (amax / 6.0f), -448, 448));
+    const auto zero = r.code == 0u;
+    return {zero ? splat(0.125f) : r.value, zero ? usplat(0x20) : r.code};
+}
+
 // Step 2: ranges to scales, written as stored; a vector of tiles at a time.
 template <int T, class Codec> void scales(Codec codec, Tiles& tiles, int64_t row_tile, int64_t first, int64_t count, Job& job) {
     const int64_t at = row_tile * job.tiles + first;
@@ -179,10 +185,9 @@ template <int T, class Codec> void scales(Codec codec, Tiles& tiles, int64_t row
             const B bytes = narrow(exponent);
             std::memcpy(job.scale + at + t, &bytes, n);
         } else if constexpr (std::is_same_v<Codec, Nvfp4>) {
-            const Rounded r = round_to_float<3, -6>(clamp(job.shared * (amax / 6.0f), -448, 448));
-            const auto zero = r.code == 0u;
-            step = (zero ? splat(0.125f) : r.value) / job.shared;
-            const B bytes = narrow(zero ? usplat(0x20) : r.code);
+            const Rounded r = nvfp4_scale(amax, job.shared);
+            step = r.value / job.shared;
+            const B bytes = narrow(r.code);
             std::memcpy(job.scale + at + t, &bytes, n);
         } else {
             F scale;
