@@ -253,7 +253,7 @@ def test_what_is_carried_over() -> None:
         "consolidated.safetensors", "params.json", "original/params.json", "original/consolidated.00.pth",
         "pytorch_model.bin", "pytorch_model.bin.index.json", "x-Q4.gguf", "onnx/model.onnx", "onnx/config.json",
     ]  # fmt: skip
-    silent = [".gitattributes", ".git/HEAD", ".cache/huggingface/x", "kompressor.json", ".kompressor/journal.json"]
+    silent = [".gitattributes", ".git/HEAD", ".cache/huggingface/x", "kompressor.json", "report.html", ".kompressor/journal.json"]
     for name in (*carried, *behind, *silent):
         source.files[name] = b"x"
     layout = read_layout(source)

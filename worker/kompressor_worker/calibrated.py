@@ -24,6 +24,7 @@ from kompressor_worker.evaluate import BlockError
 from kompressor_worker.formats.compressed_tensors import decode
 from kompressor_worker.forward import KvObserver, Projection, Published, kv_rounding
 from kompressor_worker.layout import UnitLayout
+from kompressor_worker.memory import peak_bytes
 from kompressor_worker.passes import Pass
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.sites import sites_of
@@ -75,6 +76,8 @@ class BlockWork:
     observer: KvObserver
     notes: dict[str, Any] = field(default_factory=dict)
     drift: dict[str, Any] = field(default_factory=dict)
+    expert_tokens: list[int] = field(default_factory=list)
+    """In a mixture, where something is measured: calibration tokens routed to each expert."""
 
     def take_up(self) -> None:
         """What passes changed without encoding it propagates from now on."""
@@ -136,6 +139,8 @@ class Engine:
         """These steps through all passes, and the activations through what comes out."""
         stages = [self._stage(work, step) for step in steps]
         self._measure(work, steps, stages, self._wanted)
+        for site in (site for stage in stages for site in stage.sites if site.children):
+            work.expert_tokens = [child.statistics.rows for child in site.children]
         for p in self.passes:
             for stage in stages:
                 self._refresh(work, steps, stages, p)
@@ -213,7 +218,9 @@ class Engine:
 
     def _finish(self, work: BlockWork, began: float) -> Finished:
         finished = work.finished
-        finished.record = {"seconds": round(time.monotonic() - began, 3)}
+        finished.record = {"cost": {"seconds": round(time.monotonic() - began, 3), "peakBytes": peak_bytes()}}
+        if any(work.expert_tokens):
+            finished.record["expertTokens"] = work.expert_tokens
         if work.notes:
             finished.record["notes"] = work.notes
         if work.drift:

@@ -22,6 +22,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REPORT = "kompressor.json"
+PAGE = "report.html"
 QUANTISED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where older tools said that the weights are quantised, if config.json does not."""
 READERS = 16
@@ -142,7 +143,7 @@ def check_index(index: Mapping[str, str], tensors: Mapping[str, StoredTensor], w
 
 def other_files(files: Mapping[str, ObjectInfo], weights: Iterable[str], warnings: list[str]) -> tuple[str, ...]:
     """What is carried over as it is: all but the weights, what describes them, and their copies in other formats."""
-    ours = {CONFIG, INDEX, REPORT, *weights}
+    ours = {CONFIG, INDEX, REPORT, PAGE, *weights}
     consolidated = any(name.startswith("consolidated") for name in files)
     carried: list[str] = []
     left: list[str] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import resource
 import threading
 import weakref
 
@@ -59,3 +60,8 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 32 << 20)
         mallopt(M_TRIM_THRESHOLD, 128 << 20)
+
+
+def peak_bytes() -> int:
+    """The most that this process has had resident so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

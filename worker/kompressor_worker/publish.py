@@ -17,6 +17,7 @@ import xxhash
 from kompressor_worker.errors import NoSpaceLeft, OutputOccupied, UploadLost
 from kompressor_worker.formats.compressed_tensors import other_modules, quantization_config
 from kompressor_worker.journal import JOURNAL, Journal
+from kompressor_worker.report_html import UnitTime, render
 from kompressor_worker.shards import OutputPlan
 from kompressor_worker.storage import Output, Source
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from kompressor_worker.stream import Work
 
 REPORT = "kompressor.json"
+PAGE = "report.html"
+"""The same for a person, with times: the one file that two runs of a job do not write alike, so no digest is kept."""
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 CHUNK = 16 << 20
@@ -47,7 +50,9 @@ def publish(work: Work, source: Source, output: Output, journal: Journal, report
     config = dumps(published_config(work))
     if len(work.plan.shards) > 1:
         output.write(INDEX, dumps(work.plan.index()))
-    output.write(REPORT, dumps({**report, "digests": {**copied, CONFIG: digest(config)}}))
+    output.write(PAGE, render(report))
+    published = {k: v for k, v in report.items() if k != "units"}
+    output.write(REPORT, dumps({**published, "digests": {**copied, CONFIG: digest(config)}}))
     output.publish(CONFIG, config)
     output.cleanup()
 
@@ -88,14 +93,18 @@ def published_config(work: Work) -> dict[str, Any]:
 def build_report(
     work: Work, fingerprint: Mapping[str, str], job: Mapping[str, Any], journal: Journal, source_uri: str, measured: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """kompressor.json: what was done to what, with which error. It holds no times, so that a resumed job makes the same bytes."""
+    """What kompressor.json says: what was done to what, with which error. What units took, "units", is for report.html alone: with it a
+    resumed job would not make the same bytes."""
     linears: dict[str, Any] = {}
     digests: dict[str, str] = {}
     errors: list[float] = []
     norms: list[float] = []
+    units: list[UnitTime] = []
     for unit in range(len(work.layout.units)):
         record = journal.read_record(unit)
         digests |= record["digests"]
+        if cost := record.get("block", {}).get("cost"):
+            units.append(UnitTime(name=work.layout.units[unit].name, seconds=cost["seconds"], peakBytes=cost["peakBytes"]))
         for name, entry in record["linears"].items():
             error, norm = entry.pop("squaredError"), entry.pop("squaredNorm")
             linears[name] = {**entry, "relativeError": relative(error, norm)}
@@ -115,10 +124,11 @@ def build_report(
         },
         "warnings": list(work.layout.warnings),
         **measured,
+        **({"units": units} if units else {}),
         "linears": linears,
         "tensors": {k: f"xxh3-128:{v}" for k, v in sorted(digests.items())},
         "files": sorted(
-            [s.name for s in work.plan.shards] + list(work.layout.other_files) + [REPORT, CONFIG]
+            [s.name for s in work.plan.shards] + list(work.layout.other_files) + [REPORT, PAGE, CONFIG]
             + ([INDEX] if len(work.plan.shards) > 1 else [])
         ),
     }  # fmt: skip

@@ -138,7 +138,7 @@ def measured(
     found: dict[str, Any] = {"data": facts(rows, data)} if rows else {}
     if blocks := {name: record["block"] for name, record in records.items() if "block" in record}:
         found["blocks"] = [
-            {"name": name, **{k: v for k, v in block.items() if k not in ("seconds", "drift")}} for name, block in blocks.items()
+            {"name": name, **{k: v for k, v in block.items() if k not in ("cost", "drift")}} for name, block in blocks.items()
         ]
         if spec.drift is not None and "drift" in rows:
             from kompressor_worker import drift
