@@ -2,7 +2,7 @@
 
 The histogram counts bf16 bit patterns, so it is the distribution itself, and what a quantiser costs is computed exactly: every value that
 occurs is rounded as it will be, on the grid that will be stored. A range is searched among shares of the largest one, by steps of an eighth
-of an octave over eight octaves and then by steps of a 128th around the best; with a zero point, the upper end, then the lower one, twice.
+of an octave over eight octaves and then by steps of a 128th around the best; with a zero point, both ends alike, then each by itself.
 
 - minmax: all values are inside.
 - percentile: so many in a hundred are inside; for a symmetric grid by magnitude, else half of the rest is cut off at either end.
@@ -33,7 +33,7 @@ Observer = Literal["minmax", "percentile", "mse", "entropy"]
 OCTAVES = 8
 """How far below the largest value the end of the range is looked for."""
 COARSE, FINE = 8, 128
-"""Steps an octave."""
+"""Steps an octave, the finer ones within two coarse ones around the best of these."""
 Cost = Callable[[Tensor, Tensor], Tensor]
 """Of ranges (low, high), fp32 [candidates] each: fp64 [candidates]."""
 
@@ -98,7 +98,7 @@ def divergence(values: Tensor, counts: Tensor, quantiser: Scheme, dtype: torch.d
     width = (_step_up(values) - _step_down(values)).double() / 2
     sums = torch.stack([share, width, torch.xlogy(share, share / width)])
     sums = torch.nn.functional.pad(sums.cumsum(-1), (1, 0))
-    bounds = torch.arange(CELLS + 1, device=values.device)
+    bounds = torch.arange(CELLS + 1, dtype=torch.int16, device=values.device)
 
     def cost(low: Tensor, high: Tensor) -> Tensor:
         rows, each = _rows(values, low, quantiser)
@@ -121,10 +121,10 @@ CELLS = 256
 
 
 def _cells(codes: Tensor) -> Tensor:
-    """Number of each code, int64, ascending with the value that it stands for; -0 and 0 of FP8 are one."""
+    """Number of each code, int16, ascending with the value that it stands for; -0 and 0 of FP8 are one."""
     if codes.dtype == torch.int8:
-        return codes.long() + 128
-    bits = codes.view(torch.uint8).long()
+        return codes.short() + 128
+    bits = codes.view(torch.uint8).short()
     return torch.where(bits < 128, 127 + bits, 255 - bits)
 
 
@@ -172,22 +172,24 @@ def _search_magnitude(cost: Cost, low: Tensor, high: Tensor) -> tuple[Tensor, Te
 
 
 def _search_ends(cost: Cost, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Both ends, one after the other and once more, since each depends on the other."""
-    whole_low, whole_high = low, high
-    for _ in range(2):
-        high = _search(lambda ends, low=low: cost(low.expand_as(ends), ends), whole_high)  # type: ignore[misc]
-        low = _search(lambda ends, high=high: cost(ends, high.expand_as(ends)), whole_low)  # type: ignore[misc]
-    return low, high
+    """Both ends shrunk alike, then each on its own: the one does not follow the other where values are mostly of one sign."""
+    share = _search(lambda shares: cost(low * shares, high * shares), torch.ones_like(high))
+    ours, theirs = low * share, high * share
+    theirs = _search(lambda ends: cost(ours.expand_as(ends), ends), high, theirs)
+    ours = _search(lambda ends: cost(ends, theirs.expand_as(ends)), low, ours)
+    return ours, theirs
 
 
-def _search(cost: Callable[[Tensor], Tensor], whole: Tensor) -> Tensor:
-    """The best end among shares of `whole`; of equals the largest."""
+def _search(cost: Callable[[Tensor], Tensor], whole: Tensor, start: Tensor | None = None) -> Tensor:
+    """The best end among shares of `whole` and `start`; of equals the largest."""
     if whole == 0:
         return whole
     steps = torch.arange(OCTAVES * COARSE + 1, device=whole.device)
     ends = whole * torch.exp2(-steps / COARSE)
+    if start is not None:
+        ends = torch.cat([ends, start.reshape(1)])
     best = ends[cost(ends).argmin()]
-    near = torch.arange(FINE // COARSE, -FINE // COARSE - 1, -1, device=whole.device)
+    near = torch.arange(2 * FINE // COARSE, -2 * FINE // COARSE - 1, -1, device=whole.device)
     ends = best * torch.exp2(near / FINE)
     ends = ends[ends.abs() <= whole.abs()]
     return ends[cost(ends).argmin()]
