@@ -54,10 +54,16 @@ class Compressed:
 
 
 def compressed(
-    folder: Path, entries: Sequence[Mapping[str, Any]], tokens: Tensor, weights: Mapping[str, Tensor] | None = None
+    folder: Path,
+    entries: Sequence[Mapping[str, Any]],
+    tokens: Tensor,
+    weights: Mapping[str, Tensor] | None = None,
+    after: Sequence[Pass] = (),
 ) -> Compressed:
-    """`entries` with calibration `tokens` [rows, length]. `weights`: another state than the folder's, as its config has it."""
+    """`entries` with calibration `tokens` [rows, length]. `weights`: another state than the folder's, as its config has it; `after`: passes
+    behind those of `entries`."""
     layout, passes, schemes = prepared(layout_of(folder), entries)
+    passes += after
     state = dict(weights or tensors_of(folder))
     outside(layout, passes, state)
     decoder = Decoder(layout, torch.device("cpu"))
