@@ -32,10 +32,13 @@ from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, T
 from kompressor_worker.job import Job, validate_spec
 from kompressor_worker.records import Document
 from kompressor_worker.storage.locations import open_data, open_source
-from kompressor_worker.tokenizer import ModelTokenizer
+from kompressor_worker.tokenizer import CUT, ModelTokenizer
 
 STORIES = Corpus().text(seed=7, characters=30_000).splitlines()
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ '' if loop.last else '\\n' }}{% endfor %}{{ eos_token }}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ '?' if m.tool_calls is defined else '' }}"
+    "{{ '' if loop.last else '\\n' }}{% endfor %}{{ eos_token }}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +130,7 @@ def test_parts_in_a_folder_are_one_dataset_in_the_order_of_their_names(tmp_path:
     for number, at in enumerate(range(0, len(STORIES), 30)):
         jsonl(tmp_path / "parts" / f"part-{number:02}.jsonl", [{"text": story} for story in STORIES[at : at + 30]])
     (tmp_path / "parts" / "LICENSE.txt").write_text("words that are no data")
-    (tmp_path / "parts" / "_SUCCESS").write_text("")
+    jsonl(tmp_path / "parts" / "_temporary" / "part-00.jsonl", [{"text": "a writer's half file"}])
     whole, parts = (rows_of(calibration(uri, samples=12, sequenceLength=30), tokenizer) for uri in (one, tmp_path / "parts"))
     assert whole.digest == parts.digest
 
@@ -190,11 +193,37 @@ def test_packed_text_keeps_each_documents_bos(tmp_path: Path, tokenizer: ModelTo
     assert [token for ids in ids_of(rows) for token in ids] == stream[: 10 * 128]
 
 
-def test_a_book_is_not_tokenised_for_its_first_page(tmp_path: Path, tokenizer: ModelTokenizer, encoding: Tokenizer) -> None:
+@pytest.mark.parametrize("characters", [CUT, 1])
+def test_a_book_is_not_tokenised_for_its_first_page(
+    tmp_path: Path, trained_llama: Path, encoding: Tokenizer, characters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At one character a token the part tried first is too short, and the whole is taken."""
+    monkeypatch.setattr("kompressor_worker.tokenizer.CUT", characters)
     book = " ".join(STORIES) * 3
     data = jsonl(tmp_path / "a.jsonl", [{"text": book}])
+    tokenizer = Counting(open_source(SourceLocation(uri=f"file://{trained_llama}"), {}))
     rows = rows_of(calibration(data, samples=1, sequenceLength=16), tokenizer)
     assert ids_of(rows) == [encoding.encode(book).ids[:16]]
+    assert (tokenizer.characters > len(book)) == (characters == 1)
+
+
+def test_what_is_held_and_tokenised_grows_with_the_samples_not_with_the_data(tmp_path: Path, trained_llama: Path) -> None:
+    data = jsonl(tmp_path / "a.jsonl", [{"text": f"number {n}"} for n in range(2000)])
+    tokenizer = Counting(open_source(SourceLocation(uri=f"file://{trained_llama}"), {}))
+    for options in ({"samples": 4}, {"samples": 4, "packing": True}):
+        tokenizer.texts = 0
+        assert rows_of(calibration(data, sequenceLength=8, **options), tokenizer).documents == 2000
+        assert tokenizer.texts < 80  # 4 (1 + ln 500) = 29 are expected, and a few more where it is tokens that are counted
+
+
+class Counting(ModelTokenizer):
+    texts = 0
+    characters = 0
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        self.texts += 1
+        self.characters += len(text)
+        return super()._encode(text, special)
 
 
 def test_what_is_not_drawn_is_not_parsed(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
@@ -244,6 +273,7 @@ def test_a_missing_template_is_named_with_the_remedy(tmp_path: Path, trained_lla
         ("hello", "a chat is a list of {role, content}, not str"),
         ([{"from": "human", "value": "hi"}], "a message has the keys from, value; role and content are expected"),
         ([{"role": "user", "content": "never"}], r"the chat template of file://.* refuses it (not never); correct the messages"),
+        ([{"role": "user", "content": "what the template leaves out"}], "1 documents, 1 of them empty"),
     ],
 )
 def test_chats_that_are_none(tmp_path: Path, trained_llama: Path, chat: Any, said: str) -> None:

@@ -174,7 +174,7 @@ class _Encoder:
 
     def _check_range(self, document: Document, ids: Sequence[int]) -> None:
         size = self._tokenizer.vocabulary
-        if min(ids) >= 0 and max(ids) < size:
+        if not ids or (min(ids) >= 0 and max(ids) < size):
             return
         at, wrong = next((at, token) for at, token in enumerate(ids) if not 0 <= token < size)
         if self._dataset.kind == "tokens":

@@ -146,7 +146,7 @@ class ModelTokenizer:
 
 
 def messages_of(place: str, messages: Any) -> list[dict[str, Any]]:
-    """A chat, its empty keys left out: Parquet gives every message all keys. Raises UserError."""
+    """`messages`, if they are a chat. Raises UserError."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(
             f"{place}: a chat is a list of {{role, content}}, not {type(messages).__name__}; correct dataset.messages", Reason.BAD_DATA
@@ -157,7 +157,7 @@ def messages_of(place: str, messages: Any) -> list[dict[str, Any]]:
                 f"{place}: a message has the keys {', '.join(message) or 'none'}; role and content are expected, rename them",
                 Reason.BAD_DATA,
             )
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return messages
 
 
 def _forget_code(config: Path) -> None:
