@@ -17,11 +17,13 @@ from published import Published, publish
 from safetensors.torch import save_file
 from sources import folder_source
 
+from independent import expand
+from kompressor_worker import kernels
 from kompressor_worker.block import KvStatistics
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import build_passes
-from kompressor_worker.passes.kv_cache import rounded, scale_of
+from kompressor_worker.passes.kv_cache import scale_of
 from kompressor_worker.reading import read_layout
 
 TOKENS = torch.randint(3, 128, (6, 48), generator=torch.Generator().manual_seed(0))
@@ -62,6 +64,14 @@ def test_scales_are_of_what_the_cache_holds(family: str, strategy: str, tmp_path
         scale = made.tensors[name]
         assert (scale.dtype, tuple(scale.shape)) == (torch.bfloat16, (1,) if strategy == "tensor" else (2, 1, 1))
         torch.testing.assert_close(scale.float().flatten() * 448, largest.reshape(-1), rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("passes", [[{"awq": {"scheme": "W4A16"}}], [{"smoothQuant": {}}, {"rtn": {"scheme": "W8A8"}}]], ids=str)
+def test_keys_and_values_are_those_of_the_published_weights(passes: list[Mapping[str, Any]], tmp_path: Path) -> None:
+    """Whatever other passes fold into their weights, and whichever comes first."""
+    made = publish(tiny_model("llama"), tmp_path / "out", [{"kvCache": {}}, *passes], TOKENS)
+    for name, seen in cached(expand(without_cache(made, tmp_path / "without"), tmp_path / "plain")).items():
+        torch.testing.assert_close(made.tensors[name].float() * 448, seen.float().abs().amax().reshape(1), rtol=0.012, atol=0.0)
 
 
 @pytest.mark.parametrize("passes", [[], [{"rtn": {"scheme": "FP8"}}], [{"rtn": {"scheme": "W4A16"}}]], ids=str)
@@ -110,7 +120,9 @@ def test_numbers_equal_compressed_tensors(seed: int, power: int, strategy: Any, 
     theirs = torch.where(theirs == 0, torch.finfo(torch.float32).eps, theirs).to(dtype)
     assert torch.equal(ours, theirs.reshape(ours.shape))
     widened = states * 1.5  # some saturate
-    assert torch.equal(rounded(widened, ours), fake_quantize(widened, ours.float(), zero_point.float().reshape(ours.shape), args))
+    assert torch.equal(
+        kernels.fake_quantize_kv(widened, ours), fake_quantize(widened, ours.float(), zero_point.float().reshape(ours.shape), args)
+    )
 
 
 def layout(family: str) -> ModelLayout:

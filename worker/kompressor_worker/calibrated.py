@@ -142,7 +142,7 @@ class Engine:
         for site in (site for stage in stages for site in stage.sites if site.children):
             work.expert_tokens = [child.statistics.rows for child in site.children]
         for p in self.passes:
-            for stage in stages:
+            for stage in stages if not p.kv else ():
                 self._refresh(work, steps, stages, p)
                 p.apply(stage)
         for stage in stages:
@@ -156,6 +156,9 @@ class Engine:
         for stream in self.streams.through_compressed():
             observer = work.observer if stream is self.streams.calibration and self._kv else None
             self._flow(work.block, steps, stream, Projection(work.current), observer.of if observer else None)
+        for p in self.passes:
+            for stage in stages if p.kv else ():  # now that keys and values have been seen as the published weights make them
+                p.apply(stage)
 
     def _stage(self, work: BlockWork, step: Step) -> Stage:
         schemes = {x.name: self.schemes[x.name] for x in step.layout.linears if x.name in self.schemes}
@@ -165,21 +168,18 @@ class Engine:
 
     def _measure(self, work: BlockWork, steps: Sequence[Step], stages: Sequence[Stage], wanted: Collection[Statistic]) -> None:
         """One forward through these steps but for the last one's linears."""
-        if self.streams.calibration is None or not (wanted or (self._kv and self._whole)):
+        if self.streams.calibration is None or not wanted:
             return
         sites = [{site.name: site.statistics for site in stage.sites} for stage in stages]
-        observer = work.observer.of if self._kv and len(steps) > 1 else None
-        self._observe(work, steps, self.streams.calibration, sites, observer)
+        self._observe(work, steps, self.streams.calibration, sites)
         if self.streams.deployment is not None:
             apart = [{site.name: site.statistics for site in sites_of(work.block, step, self._drift)} for step in steps]
-            self._observe(work, steps, self.streams.deployment, apart, None)
+            self._observe(work, steps, self.streams.deployment, apart)
             for calibrated, deployed in zip(sites, apart, strict=True):
                 found = {name: compare(calibrated[name], seen) for name, seen in deployed.items()}
                 work.drift |= {name: site for name, site in found.items() if site is not None}
 
-    def _observe(
-        self, work: BlockWork, steps: Sequence[Step], stream: Activations, sites: Sequence[Mapping[str, Statistics]], kv: KvHook | None
-    ) -> None:
+    def _observe(self, work: BlockWork, steps: Sequence[Step], stream: Activations, sites: Sequence[Mapping[str, Statistics]]) -> None:
         project = Projection(work.current)
         for batch in stream.batches:
             shadow = Batch(batch.lengths, dict(batch.state), batch.excluded)
@@ -187,7 +187,7 @@ class Engine:
                 for name, x in work.block.inputs(step, shadow, work.current).items():
                     seen[name].add(x)
                 if number + 1 < len(steps):
-                    work.block.advance(step, shadow, work.current, project, kv(batch) if kv and step.name == "qkv" else None)
+                    work.block.advance(step, shadow, work.current, project)
 
     def _refresh(self, work: BlockWork, steps: Sequence[Step], stages: Sequence[Stage], p: Pass) -> None:
         """Measures again what an earlier pass has made wrong and this one wants."""
@@ -196,7 +196,7 @@ class Engine:
             return
         work.take_up()
         fresh = [{site.name: site.statistics for site in sites_of(work.block, step, stale)} for step in steps]
-        self._observe(work, steps, self.streams.calibration, fresh, None)
+        self._observe(work, steps, self.streams.calibration, fresh)
         for stage, measured in zip(stages, fresh, strict=True):
             for site in stage.sites:
                 site.statistics.renew(measured[site.name])

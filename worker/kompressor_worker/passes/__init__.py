@@ -44,7 +44,7 @@ class Pass:
     statistics: frozenset[Statistic] = frozenset()
     """What it wants measured of every input; none: no forward is run for it."""
     kv: bool = False
-    """Whether it wants keys and values measured."""
+    """Whether it wants keys and values measured; then it is applied after all others, to what the published weights make of them."""
     whole_block: bool = False
     """Whether it needs the statistics of all stages of a block before the first weight changes, since it folds scales across stages."""
     transforms: bool = False

@@ -130,15 +130,3 @@ def scale_of(seen: KvStatistics, strategy: Literal["tensor", "head"], dtype: tor
     largest = seen.largest.cpu()
     largest = largest.amax().reshape(1) if strategy == "tensor" else largest.reshape(-1, 1, 1)
     return grid.grid_of_range(-largest, largest, SCHEMES["FP8"], dtype).scale.to(dtype)
-
-
-def rounded(states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Keys or values [..., KV heads, tokens, head size] as a reader of the cache gets them, in their own dtype: divided by `scale`, rounded
-    to the nearest E4M3 (ties to even), saturating at 448, and multiplied back; in fp32. What kernels of it must equal."""
-    import torch
-
-    from kompressor_worker.grid import FP8_MAX
-
-    scale = scale.float().to(states.device)
-    codes = (states.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return (codes.float() * scale).to(states.dtype)
