@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kompressor_worker import grid, kernels
 from kompressor_worker.grid import Grid
-from kompressor_worker.kernels import activations, build, column_loop, compiled
+from kompressor_worker.kernels import activations, build, butterflies, column_loop, compiled
 from kompressor_worker.schemes import SCHEMES, Scheme
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -267,3 +267,46 @@ def test_cache_has_a_scale_for_each_head(heads: int) -> None:
     expected = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
     assert torch.equal(kernels.fake_quantize_kv(x, scale), expected)
     assert (expected != x).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("order", "power"), [(1, 1), (1, 2), (1, 8), (1, 16), (1, 512), (12, 1), (12, 4), (20, 32), (28, 64), (43, 8)])
+def test_hadamard(lib: CDLL, threads: None, dtype: torch.dtype, order: int, power: int) -> None:
+    """The same bits compiled and eager, on one thread and on three; and it is the product with the matrix."""
+    generator = torch.Generator().manual_seed(order * power)
+    base = torch.linalg.qr(torch.randn(order, order, dtype=torch.float64, generator=generator))[0]
+    x = torch.randn(300, order * power, dtype=dtype, generator=generator)
+    expected = butterflies.hadamard(x, None if order == 1 else base)
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(kernels.hadamard(x, None if order == 1 else base), expected)
+    sylvester = torch.ones(1, 1, dtype=torch.float64)
+    while len(sylvester) < power:
+        sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), sylvester)
+    matrix = torch.kron((base if order > 1 else torch.ones(1, 1, dtype=torch.float64)).contiguous(), sylvester) / power**0.5
+    assert torch.allclose(expected.double(), x.double() @ matrix, atol=1e-5 if dtype is torch.float32 else 1e-13)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(len(matrix), dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 5, 128, 129, 300, 700])
+def test_inverse_factor(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(3 * n, n, generator=generator) * torch.randn(n, generator=generator).exp()
+    hessian = x.T @ x
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    before = hessian.clone()
+    factor = kernels.inverse_factor(hessian)
+    assert factor is not None
+    assert torch.equal(hessian, before)
+    assert factor.is_contiguous()
+    assert torch.equal(factor, factor.triu())
+    reference = torch.linalg.cholesky(torch.linalg.inv(hessian.double()), upper=True)
+    assert ((factor.double() - reference).abs() <= 2e-5 * reference.diagonal()[:, None]).all()
+
+
+def test_inverse_factor_of_what_has_none() -> None:
+    hessian = torch.eye(200)
+    hessian[150, 150] = -1
+    assert kernels.inverse_factor(hessian) is None
+    hessian[150, 150] = torch.nan
+    assert kernels.inverse_factor(hessian) is None

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from kompressor_worker.grid import Grid
 from kompressor_worker.kernels import compiled, eager, ops  # ops: registers the operations
+from kompressor_worker.kernels.cholesky import inverse_factor
 from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.kernels.gram import add_gram
 from kompressor_worker.schemes import Inputs, Scheme
 
 __all__ = [
     "Quantized", "add_gram", "amax", "decode_fp8_block", "decode_mxfp4", "fake_quantize_input", "fake_quantize_kv", "gptq", "gptq_groups",
-    "nonfinite", "ops", "quantize",
+    "hadamard", "inverse_factor", "nonfinite", "ops", "quantize",
 ]  # fmt: skip
 
 FLOATS = tuple(compiled.DTYPES)
@@ -144,4 +145,19 @@ def fake_quantize_kv(x: Tensor, scale: Tensor) -> Tensor:
     assert x.dim() == 4 and x.dtype in FLOATS and scale.numel() in (1, x.shape[1]), (x.shape, x.dtype, scale.shape)
     by_head = x.reshape(x.shape[0] * x.shape[1], -1).contiguous()
     made: Tensor = torch.ops.kompressor.fake_quantize(by_head, "fp8_tensor", scale.float().reshape(-1), None, None)
+    return made.view(x.shape)
+
+
+def hadamard(x: Tensor, base: Tensor | None = None) -> Tensor:
+    """x (B x H) / sqrt(2^k) for x [..., order * 2^k], fp32 or fp64, in x's dtype; rotated rows, if B is orthogonal.
+
+    H is Sylvester's Hadamard matrix of the order 2^k (symmetric), B = `base` an fp64 [order, order] matrix for sizes that are no power of
+    two, None: 1. The same bits from every implementation.
+    """
+    assert x.dtype in (torch.float32, torch.float64), x.dtype
+    order = 1 if base is None else len(base)
+    power, rest = divmod(x.shape[-1], order)
+    assert rest == 0 and power & (power - 1) == 0 and power > 0, f"{x.shape[-1]} is not {order} times a power of two"
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    made: Tensor = torch.ops.kompressor.hadamard(rows, None if base is None else base.double().contiguous())
     return made.view(x.shape)

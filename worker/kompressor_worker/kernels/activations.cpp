@@ -72,7 +72,8 @@ template <int T> void fake_quantize_as(int codec, const Inputs& job, int threads
 
 // codec: as in `kompressor_quantize`; 1 needs a scale.
 extern "C" void kompressor_fake_quantize(const void* x, int dtype, int64_t rows, int64_t columns, int64_t tile, int codec,
-                                         const float* scale, int64_t scales, float zero_point, float global_scale, int threads, void* made) {
+                                         const float* scale, int64_t scales, float zero_point, float global_scale, int threads,
+                                         void* made) {
     prefer_huge_pages(made, rows * columns * (dtype == FP32 ? 4 : 2));
     const Inputs job{static_cast<const char*>(x), static_cast<char*>(made), rows, columns, tile, scale, scales, zero_point, global_scale};
     if (dtype == BF16) fake_quantize_as<BF16>(codec, job, threads);

@@ -160,3 +160,12 @@ def fake_quantize(
         ctypes.c_float(1.0 if global_scale is None else float(global_scale)), _threads(x), _pointer(made),
     )  # fmt: skip
     return made
+
+
+def hadamard(lib: ctypes.CDLL, x: Tensor, base: Tensor | None) -> Tensor:
+    order, made = 1 if base is None else len(base), torch.empty_like(x)
+    lib.kompressor_hadamard(
+        _pointer(x), x.dtype is torch.float64, _i64(len(x)), _i64(order), _i64(x.shape[1] // order),
+        None if base is None else _pointer(base), _threads(x), _pointer(made),
+    )  # fmt: skip
+    return made

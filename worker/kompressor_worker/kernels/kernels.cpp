@@ -4,3 +4,4 @@
 #include "decode.cpp"
 #include "column_loop.cpp"
 #include "activations.cpp"
+#include "butterflies.cpp"

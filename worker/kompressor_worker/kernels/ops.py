@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kompressor_worker.kernels import activations, build, column_loop, compiled, eager
+from kompressor_worker.kernels import activations, build, butterflies, column_loop, compiled, eager
 from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.schemes import SCHEMES, Scheme
 
@@ -90,3 +90,4 @@ _register(
     activations.fake_quantize,
     compiled.fake_quantize,
 )
+_register("hadamard(Tensor x, Tensor? base) -> Tensor", butterflies.hadamard, compiled.hadamard)
