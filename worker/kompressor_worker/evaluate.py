@@ -26,8 +26,8 @@ SCRATCH_BYTES = 64 << 20
 """What one tile may take: its logits, and fp32 copies of the head's and the hidden states' rows. More suits a GPU: a tile is a dozen small
 kernels there."""
 CPU_TILE = (512, 1024)
-"""Tokens and vocabulary rows of a tile at most on a CPU: logits stay in its cache from the GEMM to the last sum. Measured on one core
-(AVX2, hidden 384 and 2048, 32,000 rows): as fast as the GEMM of [1024, hidden] with [4096, hidden] alone."""
+"""Tokens and vocabulary rows of a tile at most on a CPU: logits stay in its cache from the GEMM to the last sum. CPU time of
+one AVX2 core over that of the two GEMMs alone, two different heads: 1.02 at hidden 2048, 1.5 at hidden 384, where exponentials show."""
 
 
 @dataclass(frozen=True)
