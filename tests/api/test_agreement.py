@@ -175,7 +175,7 @@ MISSPELT: dict[str, tuple[Spec, str, str]] = {
     "in a pass": (
         {"passes": [{"rtn": {"scheme": "W8A8"}}, {"rtn": {"scheme": "W4A16", "groupsize": 64}}]},
         "groupsize",
-        "spec.passes[].rtn: no such name: groupsize; known are scheme, groupSize, targets, ignore",
+        "spec.passes[].rtn: no such name: groupsize; known are inputObserver, inputPercentile, groupSize, targets, ignore, scheme",
     ),
     "in calibration": (
         {"calibration": {"dataset": {"uri": "s3://a/d"}, "sequencelength": 9}},
