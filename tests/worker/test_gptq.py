@@ -10,11 +10,12 @@ import torch
 from blockwise import compressed, kl, logits
 
 from independent import rounded, tensors_of
+from kompressor_worker import kernels
 from kompressor_worker.block import Site, Stage
 from kompressor_worker.errors import BadNumerics
 from kompressor_worker.formats.compressed_tensors import decode, quantization_config
 from kompressor_worker.layout import LinearLayout, ModelLayout, StageLayout, UnitLayout
-from kompressor_worker.passes import build_passes, hessian
+from kompressor_worker.passes import build_passes
 from kompressor_worker.statistics import Statistics
 from models import held_out_tokens, token_rows
 
@@ -112,8 +113,8 @@ def own_scale(group: torch.Tensor, args: Any) -> torch.Tensor:
 
 
 def test_one_factorisation_for_linears_that_share_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, original = [], hessian.inverse_factor
-    monkeypatch.setattr(hessian, "inverse_factor", lambda h: calls.append(1) or original(h))
+    calls, original = [], kernels.inverse_factor
+    monkeypatch.setattr(kernels, "inverse_factor", lambda h: calls.append(1) or original(h))
     q, k, v = linear("q_proj"), linear("k_proj", 16), linear("v_proj", 16)
     stage = applied({"scheme": "W4A16", "groupSize": 32}, stage_of(inputs(), q, k, v))
     assert set(stage.encoded) == {q.name, k.name, v.name} and len(calls) == 1

@@ -87,7 +87,7 @@ def test_rotate_comes_first() -> None:
         prepared(layout_of(tiny_model("llama")), [{"rtn": {"scheme": "W8A8"}}, {"rotate": {}}])
 
 
-@pytest.mark.parametrize("order", [1, 2, 64, 12, 20, 28])
+@pytest.mark.parametrize("order", [1, 12, 20, 28])
 def test_hadamard_matrices(order: int) -> None:
     matrix = hadamard(order)
     assert bool((matrix.abs() == 1).all())

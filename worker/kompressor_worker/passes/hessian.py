@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kompressor_worker import kernels
 from kompressor_worker.errors import BadNumerics
 
 ATTEMPTS = 4
@@ -42,7 +43,7 @@ class Factor:
             share = dampening * 10**attempt
             work.diagonal().add_((share - added) * mean)
             added = share
-            inverse = inverse_factor(work)
+            inverse = kernels.inverse_factor(work)
             if inverse is not None:
                 return cls(inverse, order, share, int(dead.sum()))
         raise BadNumerics(
@@ -61,16 +62,3 @@ class Factor:
     def as_they_lay(self, codes: Tensor) -> Tensor:
         """The inverse of `ordered`."""
         return codes if self.order is None else codes[:, torch.argsort(self.order)]
-
-
-def inverse_factor(hessian: Tensor) -> Tensor | None:
-    """U upper triangular with H^-1 = U^T U, for H fp32 [n, n]; None if H is not positive definite.
-
-    From H read backwards, L L^T, comes H = V V^T with V upper triangular, and U = V^-1: no inverse of H is formed."""
-    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    if int(failed):
-        return None
-    upper = lower.flip(0, 1)
-    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
-    return inverse if bool(torch.isfinite(inverse).all()) else None

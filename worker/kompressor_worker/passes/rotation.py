@@ -11,6 +11,8 @@ import random
 import torch
 from torch import Tensor
 
+from kompressor_worker import kernels
+
 BASES = (1, 12, 20, 28)
 """Orders of Hadamard matrices that are no power of two times a smaller one, for B."""
 CHUNK = 1 << 22
@@ -32,40 +34,28 @@ class Rotation:
             self.base = q * r.diagonal().sign()
         else:
             self.base = hadamard(base) / base**0.5
-        self.power = size // len(self.base)
 
     def rows(self, x: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """x diag(scale) R for x [..., size] and scale [size], on x's device, rounded once: to `dtype`, or to x's."""
         flat = x.reshape(-1, self.size)
         made = torch.empty(flat.shape, dtype=dtype or x.dtype, device=x.device)
+        signs = self.signs.to(x.device)
+        base = None if len(self.base) == 1 else self.base.to(x.device)
         step = max(1, CHUNK // self.size)
         for start in range(0, len(flat), step):
             part = flat[start : start + step].double()
-            made[start : start + step] = self._product(part if scale is None else part * scale)
+            made[start : start + step] = kernels.hadamard((part if scale is None else part * scale) * signs, base)
         return made.view(x.shape)
 
     def columns(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """R^T x for x [size, n]."""
         return self.rows(x.T, dtype=dtype).T.contiguous()
 
-    def _product(self, x: Tensor) -> Tensor:
-        """fp64 [n, size]. With H of 2^k split into two factors: two small products instead of one large one."""
-        right = 1 << (self.power.bit_length() // 2)
-        left = self.power // right
-        x = (x * self.signs.to(x.device)).view(len(x), -1, left, right)
-        x = hadamard(left).to(x.device) @ (x @ hadamard(right).to(x.device))
-        x = self.base.T.to(x.device) @ x.view(len(x), -1, self.power)
-        product: Tensor = x.reshape(len(x), self.size) / self.power**0.5
-        return product
-
 
 def hadamard(order: int) -> Tensor:
-    """fp64 [order, order] of 1 and -1 with H H^T = order * 1: powers of two by Sylvester's doubling, 12, 20 and 28 by Paley."""
-    if _is_power_of_two(order):
-        matrix = torch.ones(1, 1, dtype=torch.float64)
-        while len(matrix) < order:
-            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        return matrix
+    """fp64 [order, order] of 1 and -1 with H H^T = order * 1, for the orders in BASES."""
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
     if order in (12, 20):
         return _paley_of_residues(order - 1)
     assert order == 28, f"no Hadamard matrix of order {order} here"
