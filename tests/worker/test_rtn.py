@@ -229,3 +229,33 @@ def test_names_the_tensor_whose_range_no_scale_covers(scheme: str) -> None:
     weight[:, 1::2] *= -1
     with pytest.raises(BadNumerics, match=r"m\.0\.down\.weight: its values span too wide a range for .*, a scale overflows"):
         applied(stage_of({"m.0.down": weight}, dtype="F32"), scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", ["W3A16", "W4A16", "W4A16_ASYM", "W8A8"])
+def test_a_searched_range_is_the_best_of_all_shares(scheme: str) -> None:
+    """Tile by tile, against plain fp64 rounding at every share of the range; nowhere worse than the range itself."""
+    weight = torch.randn(200, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight[3] = 0
+    linear = LinearLayout("m", (200, 256), "BF16")
+    layout = StageLayout("m", (SourceTensor("m.weight", "BF16", (200, 256), ()),), (linear,))
+    stage = Stage(layout, {"m.weight": weight})
+    passed = Rtn(RtnParams(scheme=scheme, observer="mse"))
+    passed._assigned = {"m": SCHEMES[scheme]}
+    passed.apply(stage)
+    found = SCHEMES[scheme]
+    columns = found.group_size or 256
+    tiles = weight.double().unflatten(1, (-1, columns))
+    ours = (decode("m", stage.encoded["m"].tensors, found, torch.float32).double().unflatten(1, (-1, columns)) - tiles).square().sum(-1)
+    low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
+    bottom, top = -(1 << found.bits - 1), (1 << found.bits - 1) - 1
+    errors = []
+    for share in torch.arange(21, 41) / 40:
+        scale = (torch.maximum(-low, high) / (top + 0.5) if found.symmetric else (high - low) / (top - bottom)) * share
+        zero_point = 0 if found.symmetric else (bottom - low * share / scale).nan_to_num().round()[..., None]
+        scale = scale.bfloat16().double().clamp(min=1e-9)[..., None]
+        errors.append((((tiles / scale + zero_point).round().clamp(bottom, top) - zero_point) * scale - tiles).square().sum(-1))
+    best = torch.stack(errors).amin(0)
+    assert (ours <= best * 1.01 + 1e-6).float().mean() > 0.99  # but for zero points that fp32 and fp64 round to either side
+    assert stage.encoded["m"].squared_error == pytest.approx(float(ours.sum()), rel=1e-4)
+    if scheme in ("W3A16", "W4A16"):
+        assert ours.sum() < 0.9 * errors[-1].sum()

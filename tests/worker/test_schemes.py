@@ -77,6 +77,10 @@ def test_takes_every_linear_and_leaves_the_rest_exact(scheme: str) -> None:
         assert "model.layers.0.mlp.gate" not in assign(mixture(), {"scheme": scheme})
 
 
+def test_steps_of_floats_are_not_searched() -> None:
+    assert "rtn: observer mse with scheme FP8_DYNAMIC" in refusal(llama(), {"scheme": "FP8_DYNAMIC", "observer": "mse"})
+
+
 def test_schemes_of_the_parameters_are_the_schemes() -> None:
     assert RtnParams.model_json_schema()["properties"]["scheme"]["enum"] == list(SCHEMES)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +31,14 @@ class Quantized:
     """NaN and Inf in the weight. Unless it is 0, nothing else here means anything."""
 
 
+GridOf = Callable[[Tensor, Scheme, Tensor | None], grid.Grid]
+"""As `grid.grid_of`, tile by tile."""
 CHUNK = 1 << 20
 """Elements worked on at once: fp32 and fp64 copies of them stay in the cache, and memory does not grow with the weight."""
 
 
-def quantize(weight: Tensor, scheme: Scheme, shared: Tensor | None = None) -> Quantized:
-    """Round to nearest: the grid of each tile's own range, codes packed as `scheme.format` stores them.
+def quantize(weight: Tensor, scheme: Scheme, shared: Tensor | None = None, grid_of: GridOf = grid.grid_of) -> Quantized:
+    """Round to nearest: the grid of each tile's own range (or of `grid_of`), codes packed as `scheme.format` stores them.
 
     shared, fp32 [1], of all tensors that are one to a loader: NVFP4's global scale (`grid.global_scale`); their largest magnitude where a
     tensor has one scale.
@@ -44,7 +46,7 @@ def quantize(weight: Tensor, scheme: Scheme, shared: Tensor | None = None) -> Qu
     assert shared is not None or scheme.strategy not in ("tensor", "tensor_group"), f"{scheme.name} needs what is shared"
     rows, columns = weight.shape
     whole = max(1, CHUNK // max(1, columns * 128)) * 128  # 128: whole blocks, and whole words of zero points
-    parts = [_quantize_rows(weight[start : start + whole], scheme, shared) for start in range(0, rows, whole)]
+    parts = [_quantize_rows(weight[start : start + whole], scheme, shared, grid_of) for start in range(0, rows, whole)]
     zero_points = [part.zero_point for part in parts if part.zero_point is not None]
     return Quantized(
         torch.cat([part.codes for part in parts]),
@@ -56,11 +58,11 @@ def quantize(weight: Tensor, scheme: Scheme, shared: Tensor | None = None) -> Qu
     )
 
 
-def _quantize_rows(weight: Tensor, scheme: Scheme, shared: Tensor | None) -> Quantized:
+def _quantize_rows(weight: Tensor, scheme: Scheme, shared: Tensor | None, grid_of: GridOf) -> Quantized:
     bad = nonfinite(weight)
     if bad:
         weight = torch.zeros_like(weight)
-    found = grid.grid_of(weight, scheme, shared)
+    found = grid_of(weight, scheme, shared)
     codes = grid.quantize(weight, found, scheme)
     source = weight.float()
     error = (grid.dequantize(codes, found, scheme) - source).double().square().sum()

@@ -7,12 +7,13 @@ where every request that a loader could not read is refused. Only where inputs a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from kompressor_api.v1alpha1 import Model
-from kompressor_worker.errors import BadNumerics
+from kompressor_worker.errors import BadNumerics, UserError
 from kompressor_worker.passes import Pass
 from kompressor_worker.passes.inputs import InputParams, input_tensors, needed_statistics
 from kompressor_worker.passes.linear_params import LinearParams, scheme_in_groups
@@ -23,7 +24,8 @@ from kompressor_worker.schemes import SCHEMES, Scheme
 if TYPE_CHECKING:
     import torch
 
-    from kompressor_worker.block import Stage
+    from kompressor_worker.block import Encoded, Stage
+    from kompressor_worker.kernels import Quantized
     from kompressor_worker.layout import LinearLayout, ModelLayout
 
 SchemeName = Literal[
@@ -43,6 +45,13 @@ class RtnParams(LinearParams, InputParams):
             "NVFP4A16 (groups of 16, weights only) or NVFP4 (groups of 16, weights and activations)."
         )
     )
+    observer: Literal["minmax", "mse"] = Field(
+        default="minmax",
+        description=(
+            "Where the ranges of weights come from: the weights' own, or (integer schemes only) the part of it with the least squared "
+            "rounding error, at some twenty times the work."
+        ),
+    )
 
 
 class Rtn(Pass):
@@ -59,6 +68,8 @@ class Rtn(Pass):
         """Linear name to scheme, from headers alone. Raises UserError that names the tensor, the value and the
         remedy."""
         scheme = scheme_in_groups(self.params.scheme, self.params.group_size, "rtn")
+        if self.params.observer == "mse" and scheme.type != "int":
+            raise UserError(f"rtn: observer mse with scheme {scheme.name}, whose steps grow with the values; leave observer out")
         chosen = select(layout, taken, self.params.targets, self.params.ignore)
         check_shapes(layout, chosen, scheme)
         self._assigned = {linear.name: scheme for linear in chosen}
@@ -71,25 +82,35 @@ class Rtn(Pass):
         shared = _shared(stage, linears, self._assigned)
         inputs = input_tensors(stage, self._assigned, self.params)
         for linear in linears:
-            _encode(stage, linear, self._assigned[linear.name], shared.get(linear.name), inputs[linear.name])
+            scheme, common = self._assigned[linear.name], shared.get(linear.name)
+            result = self._quantize(stage.weights[linear.weight], scheme, common)
+            stage.encoded[linear.name] = _encoded(linear, result, scheme, common, inputs[linear.name])
+
+    def _quantize(self, weight: torch.Tensor, scheme: Scheme, shared: torch.Tensor | None) -> Quantized:
+        from kompressor_worker import kernels
+
+        if self.params.observer == "minmax":
+            return kernels.quantize(weight, scheme, shared)
+        from kompressor_worker.passes.clipping import best_shares, grid_at
+
+        return kernels.eager.quantize(weight, scheme, shared, lambda w, s, _: grid_at(w, s, w.dtype, best_shares(w, s, w.dtype)))
 
 
-def _encode(stage: Stage, linear: LinearLayout, scheme: Scheme, shared: torch.Tensor | None, inputs: dict[str, torch.Tensor]) -> None:
-    from kompressor_worker import kernels
+def _encoded(
+    linear: LinearLayout, result: Quantized, scheme: Scheme, shared: torch.Tensor | None, inputs: dict[str, torch.Tensor]
+) -> Encoded:
     from kompressor_worker.block import Encoded
     from kompressor_worker.formats.compressed_tensors import named_tensors
 
-    weight = stage.weights[linear.weight]
-    result = kernels.quantize(weight, scheme, shared)
     if result.nonfinite:
-        raise _not_finite(linear, result.nonfinite, weight.numel())
+        raise _not_finite(linear, result.nonfinite)
     tensors = named_tensors(linear.name, linear.shape, scheme, result.codes, result.scale, result.zero_point, shared)
     if not _scales_usable(result.scale):
         raise BadNumerics(
             f"{linear.weight}: its values span too wide a range for {scheme.name}, a scale overflows; "
             "look for a corrupted weight, or list the layer under ignore"
         )
-    stage.encoded[linear.name] = Encoded(tensors | inputs, result.squared_error, result.squared_norm)
+    return Encoded(tensors | inputs, result.squared_error, result.squared_norm)
 
 
 def _scales_usable(scale: torch.Tensor) -> bool:
@@ -114,18 +135,17 @@ def _shared(stage: Stage, linears: Sequence[LinearLayout], schemes: Mapping[str,
     linears = [linear for linear in linears if schemes[linear.name].strategy in ("tensor", "tensor_group")]
     largest: dict[str, float] = {}
     for linear in linears:
-        weight = stage.weights[linear.weight]
-        value, bad = kernels.amax(weight)
+        value, bad = kernels.amax(stage.weights[linear.weight])
         if bad:
-            raise _not_finite(linear, bad, weight.numel())
+            raise _not_finite(linear, bad)
         key = linear.shared or linear.name
         largest[key] = max(largest.get(key, 0.0), value)
     amax = {linear.name: torch.tensor([largest[linear.shared or linear.name]]) for linear in linears}
     return {name: grid.global_scale(value) if schemes[name].strategy == "tensor_group" else value for name, value in amax.items()}
 
 
-def _not_finite(linear: LinearLayout, bad: int, total: int) -> BadNumerics:
+def _not_finite(linear: LinearLayout, bad: int) -> BadNumerics:
     return BadNumerics(
-        f"{linear.weight}: {bad} of {total} values are NaN or Inf; the checkpoint is damaged or its training diverged, "
+        f"{linear.weight}: {bad} of {prod(linear.shape)} values are NaN or Inf; the checkpoint is damaged or its training diverged, "
         "fetch it again, or list the layer under ignore"
     )
