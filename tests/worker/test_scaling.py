@@ -16,7 +16,7 @@ from kompressor_worker.block import Fold, Site, Stage
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, StageLayout
 from kompressor_worker.passes import Pass, build_passes
-from kompressor_worker.passes.awq import Awq
+from kompressor_worker.passes.awq import Awq, brief
 from kompressor_worker.passes.folding import divide_input
 from kompressor_worker.statistics import Statistics
 from models import held_out_tokens, token_rows
@@ -171,6 +171,13 @@ def test_the_scale_is_the_papers() -> None:
         )
     torch.testing.assert_close((high / children[1].statistics.largest).nan_to_num(1.0).double(), expected, rtol=1e-5, atol=0)
     assert not stage.notes
+
+
+def test_many_experts_are_reported_in_few_words() -> None:
+    notes = {f"experts.{e}": {"ratio": 0.5, "duo": False, "loss": 0.5} for e in range(20)}
+    left = {"experts.20": "no scale lowers the error", "experts.21": "no scale lowers the error"}
+    assert brief({"scaled": notes, "left": left}) == {"left": {"no scale lowers the error": 2}, "scaled": {"sites": 20, "loss": 0.5}}
+    assert brief({"left": left}) == {"left": left}
 
 
 # ---- what they are for

@@ -7,6 +7,7 @@ function stays the same; the rounding error of salient channels shrinks. Then ea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from kompressor_worker.statistics import Statistic
 
 SchemeName = Literal["W4A16", "W4A16_ASYM", "W3A16", "W8A16"]
+FEW = 8
+"""Sites that are reported one by one."""
 CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))
 """Shares of a tile's range that are tried: 1 down to 0.55, as AutoAWQ."""
 
@@ -79,7 +82,7 @@ class Awq(Pass):
         """Scales the inputs of this stage, then encodes its linears in `assign`'s answer. Raises BadNumerics.
 
         `stage.notes["awq"]`: `scaled`, by site the power that was chosen, whether weights are in the scale too, and the loss left of one;
-        `left`, by site why it was not scaled."""
+        `left`, by site why it was not scaled. Of many experts only how many, and the mean loss."""
         if stage.weights is not self._block:
             self._block, self._made = stage.weights, {}
         notes: dict[str, Any] = {}
@@ -91,7 +94,7 @@ class Awq(Pass):
             if linear.name in self._assigned:
                 self._clip(stage, linear)
         if notes:
-            stage.notes["awq"] = notes
+            stage.notes["awq"] = brief(notes)
 
     def _scale(self, stage: Stage, site: Site, notes: dict[str, Any]) -> None:
         from kompressor_worker.passes.folding import divide_input
@@ -155,3 +158,14 @@ class Awq(Pass):
         codes = grid.quantize(weight, found, scheme)
         saturated = clipped(weight, found, scheme) if made.shares is not None else 0
         made.stage.encoded[linear.name] = encode(linear, weight, codes, found, scheme, saturated)
+
+
+def brief(notes: dict[str, Any]) -> dict[str, Any]:
+    """Notes of a stage; those of a mixture's many experts in few words."""
+    scaled, left = notes.get("scaled", {}), notes.get("left", {})
+    if len(scaled) + len(left) <= FEW:
+        return notes
+    made: dict[str, Any] = {"left": dict(Counter(left.values()))} if left else {}
+    if scaled:
+        made["scaled"] = {"sites": len(scaled), "loss": round(sum(each["loss"] for each in scaled.values()) / len(scaled), 4)}
+    return made

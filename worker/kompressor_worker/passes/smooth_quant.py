@@ -56,7 +56,7 @@ class SmoothQuant(Pass):
         return {}
 
     def apply(self, stage: Stage) -> None:
-        """Scales the weights behind every norm and the norm itself; `stage.notes` names the sites that have none."""
+        """Scales the weights behind every norm and the norm itself; `stage.notes` names the inputs that have none."""
         from kompressor_worker.passes.folding import divide_input
 
         inner = {id(child) for site in stage.sites for child in site.children}
@@ -65,7 +65,7 @@ class SmoothQuant(Pass):
             if id(site) in inner:
                 continue
             if site.fold is None or site.fold.rows is not None:
-                left[site.name] = "no norm makes its input"
+                left[stage.layout.name] = "no norm makes its input"
             elif not site.statistics.rows:
                 left[site.name] = "no row of calibration data"
             else:
