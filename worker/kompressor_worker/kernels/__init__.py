@@ -1,10 +1,11 @@
 """Fused kernels: one read of a weight gives codes, scales and errors.
 
-Each operation stands twice: in `eager`, plain torch and its specification, and in `kernels.cpp`, compiled for this CPU
-at first use. Both are registered with torch.library, as `torch.ops.kompressor.*`. The one dispatch rule: on the CPU the
-compiled one where it could be built, else the eager one; `KOMPRESSOR_KERNELS=eager` forces that. Both give the same
-tensors bit for bit, whatever the number of threads; the fp64 sums agree to rounding. GPTQ's agree but where the last bit of a
-sum decides between two codes: the compiled one has sums of its own, which depend on nothing.
+Each operation stands up to three times: in plain torch, its specification (`eager`, `column_loop`, `activations`, `butterflies`); in
+`kernels.cpp`, compiled for this CPU at first use; in Triton for CUDA (`triton_*`). All are registered with torch.library, as
+`torch.ops.kompressor.*`. The one dispatch rule: on the CPU the compiled one where it could be built, on CUDA the one in Triton where there
+is one, else plain torch; `KOMPRESSOR_KERNELS=eager` forces that. All give the same tensors bit for bit, whatever the number of threads;
+the fp64 sums agree to rounding. GPTQ's codes agree but where the last bit of a sum decides between two: the compiled one has sums of its
+own, which depend on nothing.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def fake_quantize_input(
     assert (scale is not None) == given and (zero_point is not None) == (kind == "int8_tensor_asym"), kind
     assert (global_scale is not None) == (kind == "fp4_local"), kind
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    scale = None if scale is None else scale.float().reshape(1)
+    scale = None if scale is None else scale.to(x.device, torch.float32).reshape(1)
+    zero_point, global_scale = (None if t is None else t.to(x.device) for t in (zero_point, global_scale))
     made: Tensor = torch.ops.kompressor.fake_quantize(rows, kind, scale, zero_point, global_scale)
     return made.view(x.shape)
 
@@ -144,7 +146,7 @@ def fake_quantize_kv(x: Tensor, scale: Tensor) -> Tensor:
     """Keys or values [rows, KV heads, length, head dim] through an FP8 cache, in x's dtype. scale [1], or [KV heads, 1, 1]: one a head."""
     assert x.dim() == 4 and x.dtype in FLOATS and scale.numel() in (1, x.shape[1]), (x.shape, x.dtype, scale.shape)
     by_head = x.reshape(x.shape[0] * x.shape[1], -1).contiguous()
-    made: Tensor = torch.ops.kompressor.fake_quantize(by_head, "fp8_tensor", scale.float().reshape(-1), None, None)
+    made: Tensor = torch.ops.kompressor.fake_quantize(by_head, "fp8_tensor", scale.to(x.device, torch.float32).reshape(-1), None, None)
     return made.view(x.shape)
 
 
@@ -159,5 +161,5 @@ def hadamard(x: Tensor, base: Tensor | None = None) -> Tensor:
     power, rest = divmod(x.shape[-1], order)
     assert rest == 0 and power & (power - 1) == 0 and power > 0, f"{x.shape[-1]} is not {order} times a power of two"
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    made: Tensor = torch.ops.kompressor.hadamard(rows, None if base is None else base.double().contiguous())
+    made: Tensor = torch.ops.kompressor.hadamard(rows, None if base is None else base.to(x.device, torch.float64).contiguous())
     return made.view(x.shape)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,17 +19,24 @@ from kompressor_worker.schemes import SCHEMES, Scheme
 LIBRARY = torch.library.Library("kompressor", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _register(schema: str, reference: Callable[..., Any], fast: Callable[..., Any]) -> None:
-    """Compiled on the CPU where it could be built; else, and on every other device, eager."""
+def _register(schema: str, reference: Callable[..., Any], fast: Callable[..., Any], on_gpu: str | None = None) -> None:
+    """On the CPU compiled where it could be built, on CUDA by the module `on_gpu` where there is Triton; else eager."""
     name = schema.partition("(")[0]
 
     def on_cpu(*args: Any) -> Any:
         lib = build.library()
         return reference(*args) if lib is None else fast(lib, *args)
 
+    def on_cuda(*args: Any) -> Any:
+        if os.environ.get("KOMPRESSOR_KERNELS") == "eager" or find_spec("triton") is None:
+            return reference(*args)
+        return getattr(import_module(f"kompressor_worker.kernels.{on_gpu}"), name)(*args)
+
     LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, on_cpu, "CPU")  # type: ignore[no-untyped-call]
+    if on_gpu is not None:
+        LIBRARY.impl(name, on_cuda, "CUDA")  # type: ignore[no-untyped-call]
 
 
 def _scheme(name: str, group_size: int) -> Scheme:
@@ -78,16 +88,19 @@ _register(
     " -> (Tensor, Tensor)",
     column_loop.gptq,
     compiled.gptq,
+    "triton_column_loop",
 )
 _register(
     "gptq_groups(Tensor weight, Tensor factor, int group_size, int bits, bool symmetric, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     column_loop.gptq_groups,
     compiled.gptq_groups,
+    "triton_column_loop",
 )
 _register(
     "fake_quantize(Tensor x, str kind, Tensor? scale, Tensor? zero_point, Tensor? global_scale) -> Tensor",
     activations.fake_quantize,
     compiled.fake_quantize,
+    "triton_activations",
 )
-_register("hadamard(Tensor x, Tensor? base) -> Tensor", butterflies.hadamard, compiled.hadamard)
+_register("hadamard(Tensor x, Tensor? base) -> Tensor", butterflies.hadamard, compiled.hadamard, "triton_activations")
