@@ -99,6 +99,7 @@ class Engine:
         self._drift = frozenset[Statistic](DRIFT_STATISTICS if streams.deployment is not None else ())
         self._wanted = frozenset(s for p in passes for s in p.statistics) | self._drift
         self._kv = any(p.kv for p in passes)
+        self._embeddings = next(x.weight for x in decoder.layout.linears() if x.kind == "embedding")
         self._whole = any(p.whole_block for p in passes)
 
     def block(self, layer: int, unit: UnitLayout, weights: dict[str, Tensor]) -> Finished:
@@ -216,6 +217,12 @@ class Engine:
                 stream.spill.settle(batch)
             project.forget()
 
+    def _turned(self, hidden: Tensor) -> Tensor:
+        """Hidden states [positions, hidden] of the original as the passes turn the residual stream: like embeddings."""
+        for p in self.passes:
+            hidden = p.transform_rows(self._embeddings, hidden, None)
+        return hidden
+
     def _finish(self, work: BlockWork, began: float) -> Finished:
         finished = work.finished
         finished.record = {"cost": {"seconds": round(time.monotonic() - began, 3), "peakBytes": peak_bytes()}}
@@ -226,17 +233,18 @@ class Engine:
         if work.drift:
             finished.record["drift"] = work.drift
         if self.streams.original is not None and self.streams.compressed is not None:
-            finished.record["outputError"] = output_error(self.streams.original, self.streams.compressed)
+            finished.record["outputError"] = output_error(self.streams.original, self.streams.compressed, self._turned)
         if self.streams.calibration is not None:
             finished.record["excludedRows"] = len(self.streams.calibration.excluded)
         return finished
 
 
-def output_error(original: Activations, compressed: Activations) -> float:
-    """Relative error of the hidden states over all positions that count."""
+def output_error(original: Activations, compressed: Activations, turned: Callable[[Tensor], Tensor]) -> float:
+    """Relative error of the hidden states over all positions that count; `turned` brings the original's into the compressed one's basis."""
     error = BlockError()
     for a, b in zip(original.batches, compressed.batches, strict=True):
         h, c = a.state["hidden"], b.state["hidden"]
         valid = a.valid(h.shape[1], h.device)
-        error.add(*((h, c) if valid is None else (h[valid], c[valid])))
+        h, c = (h.flatten(0, 1), c.flatten(0, 1)) if valid is None else (h[valid], c[valid])
+        error.add(turned(h), c)
     return error.value

@@ -23,8 +23,9 @@ from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.progress import Progress
-from kompressor_worker.publish import already_published, build_report, dumps, publish, refuse_without_room
+from kompressor_worker.publish import PAGE, REPORT, already_published, build_report, dumps, publish, refuse_without_room
 from kompressor_worker.reading import read_layout
+from kompressor_worker.report_html import render
 from kompressor_worker.samples import FoundData, facts, find_samples, flows, unused_samples, wanted_samples
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import plan_output
@@ -157,10 +158,12 @@ def judge(spec: CompressionJobSpec, report: dict[str, Any], output: Output, jour
     report["gates"] = verdicts = check(spec.evaluation.gates, report["evaluation"])
     if all(v["met"] for v in verdicts):
         return
+    kept = {f"{WORK}{REPORT}": dumps(report), f"{WORK}{PAGE}": render(report)}
+    for name, data in kept.items():
+        output.write(name, data)
     for upload in journal.state.uploads:
         output.abort(upload.name, upload.id)
-    output.cleanup()
-    output.write(f"{WORK}report.json", dumps(report))
+    output.cleanup(keep=list(kept))
     enforce(verdicts)
 
 

@@ -102,8 +102,8 @@ class Output(Protocol):
         """Writes the last object (config.json), if it does not exist, and with it makes the output visible: on a file system one rename
         of the staging folder (without WORK). Raises OutputOccupied when somebody else has published here."""
 
-    def cleanup(self) -> None:
-        """Removes all working objects."""
+    def cleanup(self, keep: Sequence[str] = ()) -> None:
+        """Removes all working objects but those in `keep`, and every upload that is not complete."""
 
 
 def s3_environment(prefix: str, environ: Mapping[str, str]) -> dict[str, str]:

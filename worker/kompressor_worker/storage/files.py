@@ -214,9 +214,9 @@ class FileOutput:
             pass
         raise OutputOccupied(f"{self.uri}: {self.target} holds something else; choose another output, or remove it")
 
-    def cleanup(self) -> None:
+    def cleanup(self, keep: Sequence[str] = ()) -> None:
         with self._writing("cleaning up"):
-            self._staging.remove()
+            self._staging.remove(keep)
 
     # inside
 

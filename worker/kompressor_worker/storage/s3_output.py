@@ -141,8 +141,8 @@ class S3Output:
             if found is None or found[0] != data:
                 raise OutputOccupied(f"{self.uri}: somebody else has published {name} here; choose another output, or remove it") from None
 
-    def cleanup(self) -> None:
-        self.delete([info.name for info in self._store.list(WORK)])
+    def cleanup(self, keep: Sequence[str] = ()) -> None:
+        self.delete([info.name for info in self._store.list(WORK) if info.name not in keep])
         for name, upload in self._uploads.leftovers():
             self._uploads.abort(name, upload)
 

@@ -19,6 +19,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from kompressor_worker.errors import ClaimLost
@@ -101,11 +102,24 @@ class Staging:
         if inode != os.fstat(fd).st_ino:
             raise self.lost(f"{path} was replaced")
 
-    def remove(self) -> None:
+    def remove(self, keep: Sequence[str] = ()) -> None:
+        """All of it, but for the working objects in `keep`."""
         if self.generation is not None and max(self.data_generations(), default=0) > self.generation:
             raise self.lost(f"{self.folder} has a new owner")
-        if self.folder.is_dir():
+        if not self.folder.is_dir():
+            return
+        if not keep:
             shutil.rmtree(self.folder)
+            return
+        kept = {self.path(name) for name in keep}
+        for entry in self.folder.iterdir():
+            if entry != self.work:
+                shutil.rmtree(entry)
+        for path in sorted(self.work.rglob("*"), reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+            elif path.is_file() and path not in kept:
+                path.unlink()
 
     def lost(self, what: str) -> ClaimLost:
         return ClaimLost(f"{what}: another worker owns this output now, or has finished it; this one stops")

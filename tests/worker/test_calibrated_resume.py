@@ -1,0 +1,74 @@
+"""A calibrated job that is cut off goes on with the same activations, and ends with the same bytes as one that was left in peace."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_resume import TRIES, files_of, resumes
+
+import jobs
+
+PASSES = [{"smoothQuant": {}}, {"gptq": {"scheme": "W4A16", "groupSize": 32}}]
+
+
+def data(path: Path, rows: int, length: int, seed: int) -> str:
+    """Token ids, written once: a file's ETag is its size and time."""
+    chance = random.Random(seed)
+    if not path.exists():
+        lines = (json.dumps({"ids": [chance.randrange(3, 500) for _ in range(length)]}) for _ in range(rows))
+        path.write_text("\n".join(lines))
+    return path.as_uri()
+
+
+def job(tmp_path: Path, model: Path, out: str, rows: int) -> Path:
+    def sample(name: str, seed: int) -> dict[str, Any]:
+        dataset = {"uri": data(tmp_path / f"{name}-{rows}.jsonl", rows, 24, seed), "tokens": "ids"}
+        return {"dataset": dataset, "samples": rows, "sequenceLength": 24}
+
+    body = jobs.manifest(model.as_uri(), (tmp_path / out).as_uri(), PASSES)
+    body["spec"] |= {"calibration": sample("calibration", 1), "evaluation": sample("evaluation", 2)}
+    return jobs.write(tmp_path / f"{out}.json", body)
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty thin blocks."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = tmp_path_factory.mktemp("blocks")
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=512, tie_word_embeddings=False)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("rows", "leaves"), [(2, "snapshots"), (200, "blocks")])
+def test_killed_ten_times(rows: int, leaves: str, blocks: Path, tmp_path: Path) -> None:
+    """Few rows are smaller than a block, so every commit leaves a snapshot; many rows are larger, so it leaves the block."""
+    code, said = jobs.run(job(tmp_path, blocks, "whole", rows))
+    assert code == 0, said
+    whole = files_of(tmp_path / "whole")
+    assert json.loads(whole["kompressor.json"])["evaluation"]["kl"] > 0
+    for number, out in enumerate(TRIES):
+        resumed = resumes(job(tmp_path, blocks, out, rows), {}, kills=10, seed=rows + number)
+        cut = files_of(tmp_path / out)
+        assert cut.keys() == whole.keys()
+        assert [name for name in whole if name != "report.html" and cut[name] != whole[name]] == []
+        if resumed:
+            return
+    pytest.fail("no worker was killed in time")
+
+
+def test_other_data_is_another_job(blocks: Path, tmp_path: Path) -> None:
+    """The output holds the result of one sample; asked for another one, the field that differs is named."""
+    first = job(tmp_path, blocks, "out", 2)
+    assert jobs.run(first)[0] == 0
+    assert "already holds this result" in jobs.run(first)[1]
+    code, said = jobs.run(job(tmp_path, blocks, "out", 3))
+    assert code == 64
+    assert "a result whose calibration is" in said
