@@ -1,14 +1,16 @@
-"""Run by vLLM's own Python: perplexity of token rows under a checkpoint, as JSON on the last line.
+"""Run by vLLM's own Python: perplexity of token rows under checkpoints, one after the other in one process, which starts slowly.
 
-python vllm_perplexity.py MODEL TOKENS.json
+python vllm_perplexity.py ROWS.json OUT.json     (ROWS: {folder: [[token id]]}; OUT: {folder: perplexity, or an error's text})
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import sys
+import traceback
 from pathlib import Path
 
 os.environ.update(
@@ -16,13 +18,15 @@ os.environ.update(
 )  # before the import: vLLM reads them then
 
 
-def main() -> None:
+def perplexity(model: str, rows: list[list[int]]) -> float:
     from vllm import LLM, SamplingParams
 
-    model, tokens = sys.argv[1:]
-    rows = json.loads(Path(tokens).read_text())
     llm = LLM(model=model, enforce_eager=True, max_model_len=512)
-    outputs = llm.generate([{"prompt_token_ids": row} for row in rows], SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0))
+    outputs = llm.generate(
+        [{"prompt_token_ids": row} for row in rows],
+        SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0, detokenize=False),
+        use_tqdm=False,
+    )
     total, count = 0.0, 0
     for row, output in zip(rows, outputs, strict=True):
         logprobs = output.prompt_logprobs
@@ -32,7 +36,22 @@ def main() -> None:
             assert entry is not None
             total -= entry[row[i]].logprob
             count += 1
-    print(json.dumps({"perplexity": math.exp(total / count)}))
+    return math.exp(total / count)
+
+
+def main() -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    wanted, out = map(Path, sys.argv[1:])
+    found: dict[str, float | str] = {}
+    for model, rows in json.loads(wanted.read_text()).items():
+        try:
+            found[model] = perplexity(model, rows)
+        except Exception:  # the others are measured all the same
+            found[model] = traceback.format_exc()
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
