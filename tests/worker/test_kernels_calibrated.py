@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kompressor_worker import grid, kernels
 from kompressor_worker.grid import Grid
-from kompressor_worker.kernels import activations, build, butterflies, column_loop, compiled
+from kompressor_worker.kernels import activations, build, butterflies, column_loop, compiled, gram
 from kompressor_worker.schemes import SCHEMES, Scheme
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -314,6 +314,27 @@ def test_inverse_factor_of_what_has_none() -> None:
     assert kernels.inverse_factor(hessian) is None
     hessian[150, 150] = torch.nan
     assert kernels.inverse_factor(hessian) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (3, 5), (100, 37), (1027, 96), (600, 300)])
+def test_gram(lib: CDLL, threads: None, dtype: torch.dtype, rows: int, n: int) -> None:
+    """Compiled, eager and fp64; added to what is there, symmetric, the same bits on any number of threads."""
+    x = torch.randn(rows, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    before = torch.full((n, n), 3.0)
+    expected = x.double().T @ x.double() + 3.0
+    made = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        made.append(before.clone())
+        kernels.add_gram(made[-1], x)
+    eager_sums = before.clone()
+    gram.add_gram(eager_sums, x)
+    assert torch.equal(made[0], made[0].T)
+    for sums in (*made, eager_sums):
+        assert float((sums - expected).abs().max() / expected.diagonal().max()) < 4e-6
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
 
 
 @pytest.mark.parametrize("module", ["triton_interpreted.py", "triton_compiled.py"])

@@ -20,7 +20,6 @@ def compiles(kernel: Any, types: dict[str, str], capability: int, **constants: A
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(name),): value for name, value in constants.items()})
     assembly: str = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
-
     return assembly
 
 

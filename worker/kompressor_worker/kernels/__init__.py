@@ -17,7 +17,6 @@ from kompressor_worker.grid import Grid
 from kompressor_worker.kernels import compiled, eager, ops  # ops: registers the operations
 from kompressor_worker.kernels.cholesky import inverse_factor
 from kompressor_worker.kernels.eager import Quantized
-from kompressor_worker.kernels.gram import add_gram
 from kompressor_worker.schemes import Inputs, Scheme
 
 __all__ = [
@@ -74,6 +73,20 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """
     decoded: Tensor = torch.ops.kompressor.decode_mxfp4(blocks.contiguous(), scales.contiguous(), dtype)
     return decoded
+
+
+def add_gram(sums: Tensor, x: Tensor) -> None:
+    """sums [n, n] fp32, contiguous and symmetric, += x^T x for x [rows, n] (bf16, fp16 or fp32); sums are fp32.
+
+    In the model's dtype x costs least: bf16 is multiplied as it is where the CPU can.
+    """
+    assert sums.dtype is torch.float32 and x.dtype in FLOATS and sums.shape == (x.shape[1], x.shape[1]), (
+        sums.shape,
+        sums.dtype,
+        x.shape,
+        x.dtype,
+    )
+    torch.ops.kompressor.add_gram(sums, x.contiguous())
 
 
 def gptq(

@@ -169,3 +169,7 @@ def hadamard(lib: ctypes.CDLL, x: Tensor, base: Tensor | None) -> Tensor:
         None if base is None else _pointer(base), _threads(x), _pointer(made),
     )  # fmt: skip
     return made
+
+
+def add_gram(lib: ctypes.CDLL, sums: Tensor, x: Tensor) -> None:
+    lib.kompressor_add_gram(_pointer(x), DTYPES[x.dtype], _i64(len(x)), _i64(x.shape[1]), _pointer(sums), torch.get_num_threads())

@@ -1,18 +1,22 @@
-"""Sums of x^T x: half of a matrix product, since the result is symmetric (BLAS: SYRK)."""
+"""Sums of x^T x in plain torch: half of a matrix product, since the result is symmetric (BLAS: SYRK).
+
+rows * n^2 operations where a product takes twice that; the compiled one multiplies bf16 pairs where the CPU can (AVX512-BF16), exact
+products summed in fp32, at twice the rate of fp32.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-TILE = 512
-"""Columns of a tile: small enough that little of the diagonal tiles is wasted, large enough for the GEMM to run at its full rate."""
+WIDE = 1024
 
 
 def add_gram(sums: Tensor, x: Tensor) -> None:
-    """sums [n, n] fp32 += x^T x for x [rows, n] fp32; both triangles."""
-    n = x.shape[1]
-    for start in range(0, n, TILE):
-        stop = min(start + TILE, n)
+    """sums [n, n] fp32 += x^T x for x [rows, n], in fp32; both triangles."""
+    n, x = x.shape[1], x.float()
+    tile = 256 if n > WIDE else 128  # measured: little of the diagonal tiles wasted, and products at nearly their full rate
+    for start in range(0, n, tile):
+        stop = min(start + tile, n)
         sums[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
         if start:
             sums[:start, start:stop] = sums[start:stop, :start].T

@@ -5,3 +5,4 @@
 #include "column_loop.cpp"
 #include "activations.cpp"
 #include "butterflies.cpp"
+#include "gram.cpp"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kompressor_worker.kernels import activations, build, butterflies, column_loop, compiled, eager
+from kompressor_worker.kernels import activations, build, butterflies, column_loop, compiled, eager, gram
 from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.schemes import SCHEMES, Scheme
 
@@ -104,3 +104,4 @@ _register(
     "triton_activations",
 )
 _register("hadamard(Tensor x, Tensor? base) -> Tensor", butterflies.hadamard, compiled.hadamard, "triton_activations")
+_register("add_gram(Tensor(a!) sums, Tensor x) -> ()", gram.add_gram, compiled.add_gram)
