@@ -103,7 +103,7 @@ class Activations:
                 batch.state["hidden"] = self.spill.keep(torch.zeros(*tokens.shape, self.hidden, dtype=self.dtype, device=tokens.device))
             inside = (tokens >= first) & (tokens < first + len(rows))
             if inside.any():
-                batch.state["hidden"][inside] = rows[tokens[inside] - first].to(self.dtype)
+                batch.state["hidden"][inside] = rows.to(tokens.device)[tokens[inside] - first].to(self.dtype)
 
     def exclude_nonfinite(self, block: str) -> None:
         """Raises BadNumerics when too many rows are out."""

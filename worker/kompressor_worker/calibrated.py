@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from kompressor_worker.drift import compare
 from kompressor_worker.evaluate import BlockError
 from kompressor_worker.formats.compressed_tensors import decode
 from kompressor_worker.forward import KvObserver, Projection, Published, kv_rounding
-from kompressor_worker.layout import UnitLayout
+from kompressor_worker.layout import StageLayout, UnitLayout
 from kompressor_worker.memory import peak_bytes
+from kompressor_worker.pace import Pace, unheard
 from kompressor_worker.passes import Pass
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.sites import sites_of
@@ -101,11 +103,14 @@ class Engine:
         self._kv = any(p.kv for p in passes)
         self._embeddings = next(x.weight for x in decoder.layout.linears() if x.kind == "embedding")
         self._whole = any(p.whole_block for p in passes)
+        self._pace = Pace(0, 0, unheard)
 
-    def block(self, layer: int, unit: UnitLayout, weights: dict[str, Tensor]) -> Finished:
-        """`weights`: all tensors of the block by full name, model dtype; they are this call's to change. Raises BadNumerics."""
+    def block(self, layer: int, unit: UnitLayout, weights: dict[str, Tensor], tell: Callable[[int], None] = unheard) -> Finished:
+        """`weights`: all tensors of the block by full name, model dtype; they are this call's to change. `tell` hears of the unit's source
+        bytes, batch by batch, and may raise. Raises BadNumerics."""
         began = time.monotonic()
         block = Block(self.decoder, layer, unit)
+        self._pace = self._paced(block, unit, tell, replayed=False)
         if self.streams.original is not None:
             self._flow(block, block.steps, self.streams.original, Projection(weights))
         for p in self.passes:
@@ -117,11 +122,20 @@ class Engine:
         self._evaluate(work)
         for stream in self.streams.through_compressed():
             stream.exclude_nonfinite(unit.name)
+        self._pace.finish()
         return self._finish(work, began)
 
-    def replay(self, layer: int, unit: UnitLayout, weights: dict[str, Tensor], published: Mapping[str, Tensor]) -> None:
+    def replay(
+        self,
+        layer: int,
+        unit: UnitLayout,
+        weights: dict[str, Tensor],
+        published: Mapping[str, Tensor],
+        tell: Callable[[int], None] = unheard,
+    ) -> None:
         """The same for the streams, with a block that is done already: `published` tensors by full name."""
         block = Block(self.decoder, layer, unit)
+        self._pace = self._paced(block, unit, tell, replayed=True)
         if self.streams.original is not None:
             self._flow(block, block.steps, self.streams.original, Projection(weights))
         schemes = {x.name: self.schemes[x.name] for stage in unit.stages for x in stage.linears if x.name in self.schemes}
@@ -135,6 +149,18 @@ class Engine:
             )
         for stream in self.streams.through_compressed():
             stream.exclude_nonfinite(unit.name)
+        self._pace.finish()
+
+    def _paced(self, block: Block, unit: UnitLayout, tell: Callable[[int], None], replayed: bool) -> Pace:
+        """Work is counted in multiply-adds: a forward through a step is one a weight and token; a pass over it one a weight and column,
+        as GPTQ's is."""
+        tokens = [sum(t.numel() for t in stream.tokens) for stream in self.streams.all()]
+        expected = sum(size_of(step.layout) for step in block.steps) * sum(tokens)
+        if not replayed:
+            expected += len(self.passes) * sum(size_of(step.layout) * columns_of(step.layout) for step in block.steps)
+            if self._whole and self.streams.calibration is not None:
+                expected += sum(size_of(step.layout) for step in block.steps[:-1]) * sum(t.numel() for t in self.streams.calibration.tokens)
+        return Pace(unit.source_bytes, expected, tell)
 
     def _compress(self, work: BlockWork, steps: Sequence[Step]) -> None:
         """These steps through all passes, and the activations through what comes out."""
@@ -146,6 +172,7 @@ class Engine:
             for stage in stages if not p.kv else ():
                 self._refresh(work, steps, stages, p)
                 p.apply(stage)
+                self._pace(size_of(stage.layout) * columns_of(stage.layout))
         for stage in stages:
             work.finished.encoded |= stage.encoded
             if stage.notes:
@@ -187,8 +214,10 @@ class Engine:
             for number, (step, seen) in enumerate(zip(steps, sites, strict=True)):
                 for name, x in work.block.inputs(step, shadow, work.current).items():
                     seen[name].add(x)
+                self._pace(0)
                 if number + 1 < len(steps):
                     work.block.advance(step, shadow, work.current, project)
+                    self._pace(size_of(step.layout) * batch_tokens(batch))
 
     def _refresh(self, work: BlockWork, steps: Sequence[Step], stages: Sequence[Stage], p: Pass) -> None:
         """Measures again what an earlier pass has made wrong and this one wants."""
@@ -215,6 +244,7 @@ class Engine:
             for batch in stream.batches:
                 block.advance(step, batch, project.weights, project, kv(batch) if kv and step.name == "qkv" else None)
                 stream.spill.settle(batch)
+                self._pace(size_of(step.layout) * batch_tokens(batch))
             project.forget()
 
     def _turned(self, hidden: Tensor) -> Tensor:
@@ -225,7 +255,7 @@ class Engine:
 
     def _finish(self, work: BlockWork, began: float) -> Finished:
         finished = work.finished
-        finished.record = {"cost": {"seconds": round(time.monotonic() - began, 3), "peakBytes": peak_bytes()}}
+        finished.record = {"cost": {"seconds": round(time.monotonic() - began, 3), "peakBytes": peak_bytes(self.decoder.device.type)}}
         if any(work.expert_tokens):
             finished.record["expertTokens"] = work.expert_tokens
         if work.notes:
@@ -237,6 +267,19 @@ class Engine:
         if self.streams.calibration is not None:
             finished.record["excludedRows"] = len(self.streams.calibration.excluded)
         return finished
+
+
+def size_of(layout: StageLayout) -> int:
+    """Elements of its linears' weights."""
+    return sum(prod(x.shape) for x in layout.linears)
+
+
+def columns_of(layout: StageLayout) -> int:
+    return max(x.shape[1] for x in layout.linears)
+
+
+def batch_tokens(batch: Batch) -> int:
+    return len(batch.lengths) * max(batch.lengths)
 
 
 def output_error(original: Activations, compressed: Activations, turned: Callable[[Tensor], Tensor]) -> float:

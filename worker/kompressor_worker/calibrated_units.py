@@ -16,6 +16,7 @@ from kompressor_worker.formats import compressed_tensors
 from kompressor_worker.journal import Journal
 from kompressor_worker.last_hidden import LastHidden
 from kompressor_worker.layout import LinearLayout, SourceTensor, StageLayout, UnitLayout
+from kompressor_worker.pace import Pace
 from kompressor_worker.pipeline import Load, Loaded
 from kompressor_worker.shards import PlacedTensor
 from kompressor_worker.snapshots import Snapshots
@@ -105,11 +106,11 @@ class Calibrated:
                 self._embeddings(unit, incoming, None, step)
             case "block":
                 weights = self._block_weights(layout, incoming)
-                self.engine.replay(self._layer[unit], layout, weights, self.snapshots.block(unit))
-                step(layout.source_bytes)
+                self.engine.replay(self._layer[unit], layout, weights, self.snapshots.block(unit), step)
             case _:
                 for _ in self._plain.loads(unit):
                     next(incoming)
+                step(layout.source_bytes)
 
     def run(self, unit: int, incoming: Iterator[Loaded], writer: Writer, step: Step) -> Carry:
         layout = self.work.layout.units[unit]
@@ -133,12 +134,14 @@ class Calibrated:
             for stream in (streams.calibration, streams.compressed, streams.deployment):
                 if stream is not None:
                     stream.embed(first, decoder.embed(published))
+            pace(len(rows))
 
         for stage, placed in zip(layout.stages, self.work.plan.stages[unit], strict=True):
             matrix = matrix_of(stage)
             assert matrix is not None, f"{stage.name}: no embeddings"
+            pace = Pace(stage.source_bytes, matrix.shape[0], step)
             self._matrix(stage, matrix, placed, incoming, writer, None, meet)
-            step(stage.source_bytes)
+            pace.finish()
 
     def _matrix(
         self,
@@ -183,7 +186,7 @@ class Calibrated:
 
     def _block(self, unit: int, incoming: Iterator[Loaded], writer: Writer, step: Step) -> Carry:
         layout = self.work.layout.units[unit]
-        finished = self.engine.block(self._layer[unit], layout, self._block_weights(layout, incoming))
+        finished = self.engine.block(self._layer[unit], layout, self._block_weights(layout, incoming), step)
         made = {name: value for e in finished.encoded.values() for name, value in e.tensors.items()}
         plain = {f"{name}.weight" for name in finished.encoded}
         made |= {name: value.cpu().contiguous() for name, value in finished.weights.items() if name not in plain}
@@ -193,7 +196,6 @@ class Calibrated:
                     writer.record_linear(linear, finished.schemes[linear.name], encoded)
             for place in placed:
                 writer.write(place, as_bytes(made[place.name], place))
-        step(layout.source_bytes)
         published = {place.name: made[place.name] for placed in self.work.plan.stages[unit] for place in placed}
         return self.snapshots.carry(unit, {"block": finished.record}, published)
 
@@ -208,16 +210,17 @@ class Calibrated:
             matrix = matrix_of(stage)
             if matrix is None:
                 self._final_norm(layout, stage, placed, norms, changed, next(incoming), writer)
+                step(stage.source_bytes)
             else:
                 norm = final_norm(norms)
-                hidden = LastHidden(self.engine, norm, final_norm(changed))
+                hidden = LastHidden(self.engine, norm, final_norm(changed), stage.source_bytes, step)
                 if matrix.name in self.work.schemes:
                     self._encoded_head(stage, matrix, placed, norm, next(incoming), writer, hidden.add)
                 else:
                     self._matrix(stage, matrix, placed, incoming, writer, norm, hidden.add)
-            step(stage.source_bytes)
+                hidden.pace.finish()
         if tied := self._tied_matrix(layout):
-            hidden = LastHidden(self.engine, final_norm(norms), final_norm(changed))
+            hidden = LastHidden(self.engine, final_norm(norms), final_norm(changed), 0, step)
             for first, rows in self._rows(tied, incoming):
                 hidden.add(first, rows, rows)
         return Carry({"evaluation": hidden.result()}) if hidden is not None and hidden.comparing else NOTHING

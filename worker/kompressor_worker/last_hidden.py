@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kompressor_worker.calibrated import Engine
-from kompressor_worker.evaluate import LogitComparison, Scored, scored
+from kompressor_worker.evaluate import SCRATCH_BYTES, LogitComparison, Scored, scored
+from kompressor_worker.pace import Pace
+
+CUDA_SCRATCH_BYTES = 1 << 30
+"""A tile of some ten thousand logits a side: its dozen small kernels then cost little beside the GEMMs."""
 
 
 class LastHidden:
     """After the final norm, of the original and of the compressed model; nothing where there is no evaluation."""
 
-    def __init__(self, engine: Engine, norm: Tensor, changed: Tensor) -> None:
+    def __init__(self, engine: Engine, norm: Tensor, changed: Tensor, nbytes: int, tell: Callable[[int], None]) -> None:
+        """`tell` hears of the head's `nbytes` as its rows are met, and may raise."""
         streams, decoder = engine.streams, engine.decoder
+        self.pace = Pace(nbytes, 0, tell)
+        self._device = decoder.device
         self.comparing = streams.original is not None and streams.compressed is not None
         self._hidden: list[tuple[Tensor, Tensor]] = []
         if not self.comparing:
@@ -27,17 +35,23 @@ class LastHidden:
             part = scored(tokens, torch.tensor(a.lengths))
             parts.append(Scored(part.keep, part.targets, part.rows + rows))
             rows += len(a.lengths)
-            states = (decoder.norm(x.state["hidden"][part.keep], w).to(decoder.dtype) for x, w in ((a, norm), (b, changed)))
+            pairs = ((a, norm.to(decoder.device)), (b, changed.to(decoder.device)))
+            states = (decoder.norm(x.state["hidden"][part.keep], w).to(decoder.dtype) for x, w in pairs)
             self._hidden.append((next(states), next(states)))
         targets, belongs = torch.cat([p.targets for p in parts]), torch.cat([p.rows for p in parts])
-        self._comparison = LogitComparison(targets, belongs, int(decoder.config.vocab_size), softcap=decoder.final_softcap)
+        vocabulary = int(decoder.config.vocab_size)
+        self.pace = Pace(nbytes, vocabulary * len(targets), tell)
+        scratch = CUDA_SCRATCH_BYTES if decoder.device.type == "cuda" else SCRATCH_BYTES
+        self._comparison = LogitComparison(targets, belongs, vocabulary, softcap=decoder.final_softcap, scratch_bytes=scratch)
 
     def add(self, offset: int, original: Tensor, compressed: Tensor) -> None:
         """Rows [v, hidden] of both heads, from token id `offset`."""
         start = 0
+        original, compressed = original.to(self._device), compressed.to(self._device)
         for a, b in self._hidden:
             self._comparison.add(a, b, original, compressed, offset=offset, start=start)
             start += len(a)
+            self.pace(len(original) * len(a))
 
     def result(self) -> dict[str, Any]:
         return self._comparison.result().summary()

@@ -62,6 +62,10 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 128 << 20)
 
 
-def peak_bytes() -> int:
-    """The most that this process has had resident so far."""
+def peak_bytes(device: str = "cpu") -> int:
+    """The most that this process has had resident so far; on "cuda" the most that its tensors have taken there."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

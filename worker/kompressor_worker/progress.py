@@ -56,24 +56,27 @@ class Progress:
         self._clock = clock
         self._layout: ModelLayout | None = None
         self._began = 0.0
-        self._total = self._skipped = 0
+        self._total = self._skipped = self._first = 0
 
     def start(self, layout: ModelLayout, first_unit: int) -> None:
         self._layout = layout
         self._began = self._clock()
         self._total = layout.source_bytes  # a sum over all tensors: once, not at every stage
+        self._first = first_unit
         self._skipped = sum(u.source_bytes for u in layout.units[:first_unit])
         if first_unit < len(layout.units):
             self.done(first_unit, self._skipped)
 
     def done(self, unit: int, done: int) -> None:
-        """`done` source bytes are behind the stream, which is in unit number `unit`."""
+        """`done` source bytes are behind the stream, which is in unit number `unit`. Units that are committed and only made again to go on
+        take nothing back of what is done."""
         assert self._layout is not None
+        done = max(done, self._skipped)
         elapsed = max(1e-6, self._clock() - self._began)
         self._tell(
             Snapshot(
                 self._layout.units[unit].name,
-                unit,
+                max(unit, self._first),
                 len(self._layout.units),
                 done,
                 self._total,

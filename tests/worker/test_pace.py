@@ -1,0 +1,77 @@
+"""Progress inside a block: bytes add up whatever was expected, percent only rises, and a signal is heard between two batches."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import jobs
+from kompressor_worker.job import load_job
+from kompressor_worker.pace import Pace
+from kompressor_worker.progress import Progress, Snapshot
+from kompressor_worker.run import run
+
+SECONDS_TO_STOP = 10
+
+
+@given(st.integers(0, 1 << 50), st.floats(0, 1e15), st.lists(st.floats(0, 1e15), max_size=20))
+def test_pieces_add_up(total: int, expected: float, works: list[float]) -> None:
+    told: list[int] = []
+    pace = Pace(total, expected, told.append)
+    for work in works:
+        pace(work)
+    assert len(told) == len(works) and sum(told) <= total
+    pace.finish()
+    assert sum(told) == total and min(told) >= 0
+
+
+def job(folder: Path, hidden: int, layers: int, rows: int, length: int) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    chance = random.Random(1)
+    lines = (json.dumps({"ids": [chance.randrange(3, 500) for _ in range(length)]}) for _ in range(rows))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    sample: dict[str, Any] = {"dataset": {"uri": (folder / "rows.jsonl").as_uri(), "tokens": "ids"}, "samples": rows}
+    sample["sequenceLength"] = length
+    passes = [{"smoothQuant": {}}, {"gptq": {"scheme": "W4A16", "groupSize": 32}}]
+    body = jobs.manifest((folder / "model").as_uri(), (folder / "out").as_uri(), passes)
+    body["spec"] |= {"calibration": sample, "evaluation": sample}
+    return jobs.write(folder / "job.json", body)
+
+
+def test_percent_moves_inside_a_block_and_ends_at_all(tmp_path: Path) -> None:
+    seen: list[Snapshot] = []
+    run(load_job(job(tmp_path, 64, 2, 64, 256), {}), {}, Progress([seen.append]), threading.Event())
+    assert seen[-2].bytes_done == seen[-2].bytes_total > 0
+    assert [s.bytes_done for s in seen] == sorted(s.bytes_done for s in seen)
+    for unit in ("model.layers.0", "model.layers.1"):
+        inside = {s.bytes_done for s in seen if s.unit == unit}
+        jumps = [b - a for a, b in pairwise(sorted(inside))]
+        assert len(jumps) > 10 and max(jumps) < 0.3 * (max(inside) - min(inside)), (unit, jumps)
+
+
+def test_a_slow_block_hears_the_signal(tmp_path: Path) -> None:
+    """A block takes most of a minute here; told to stop inside the first one, the worker says so within seconds."""
+    process = jobs.worker(job(tmp_path, 512, 1, 160, 1024))
+    assert process.stderr is not None
+    while "model.layers.0" not in (line := process.stderr.readline()):
+        assert line, "it ended before it reached the block"
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, said
+    assert time.monotonic() - began < SECONDS_TO_STOP
+    assert "finished unit 1" not in said and not (tmp_path / "out").exists()
