@@ -189,6 +189,16 @@ class Drift(BaseModel):
     layersAbove: int | None = Field(default=None, description="Layers above the threshold; warnings name them.")
 
 
+class GateResult(BaseModel):
+    """A gate and what was measured for it; written by the worker."""
+
+    model_config = ConfigDict(extra="allow")
+    metric: Short | None = Field(default=None, description="perplexity or kl.")
+    value: Text | None = Field(default=None, description="What was measured: by how much perplexity rose, such as 1.2%, or nats a token.")
+    limit: Text | None = Field(default=None, description="The limit in the spec.")
+    met: bool | None = Field(default=None, description="Whether the value keeps the limit.")
+
+
 class Result(BaseModel):
     """What came out; written by the worker when the output is published."""
 
@@ -208,6 +218,7 @@ class Result(BaseModel):
         default=None, description="Share of tokens at which both models find the same next token likeliest, such as 98.5%."
     )
     evaluatedTokens: int | None = Field(default=None, description="Tokens of the evaluation data that were scored.")
+    gates: list[GateResult] | None = Field(default=None, max_length=2, description="The gates of spec.evaluation, and what was measured.")
     drift: Drift | None = Field(default=None, description="How far activations in use are from those of calibration.")
     calibrationDigest: Text | None = Field(default=None, description="Digest of the exact token ids that passes were calibrated with.")
     sourceDigest: Text | None = Field(default=None, description="Digest of the source's files and headers.")

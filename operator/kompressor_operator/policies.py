@@ -178,6 +178,8 @@ def _complete(view: View, job: ChildJob, ending: Ending) -> Verdict:
 
 def _failed(view: View, job: ChildJob, ending: Ending) -> Verdict:
     facts = _facts(view, job) | {"completionTime": job.ended_at or stamp(view.now)}
+    if ending.summary and not view.job.status.get("result"):
+        facts["result"] = _result(ending.summary)  # what was measured before a gate was not met
     message, count = ending.message, job.failures_before + job.failed
     if ending.out_of_memory and job.memory_plan >= SMALLER_PLANS:
         message = f"out of memory with the smallest memory plan too: {message}"

@@ -113,6 +113,16 @@ def test_a_summary_that_does_not_fit_the_schema_is_left_out() -> None:
     assert decision.verdict and decision.verdict.facts["result"] is None
 
 
+def test_a_gate_that_was_not_met_leaves_what_was_measured() -> None:
+    gates = [{"metric": "kl", "value": "0.08", "limit": "0.05", "met": False}]
+    told = {"reason": "GateFailed", "message": "0.08 nats", "summary": {"kl": "0.08", "perplexityAfter": "8.1", "gates": gates}}
+    decision = judge(kcj(), failed(), pod(exit=67, said=json.dumps(told)))
+    assert said(decision) == ("Failed", "GateFailed")
+    assert decision.verdict and decision.verdict.facts["result"] == told["summary"]
+    pushed = judge(kcj(status={"result": {"kl": "0.08"}}), failed(), pod(exit=67, said=json.dumps(told)))
+    assert pushed.verdict and "result" not in pushed.verdict.facts
+
+
 def test_already_compressed_is_said() -> None:
     decision = judge(kcj(), complete(), pod(exit=0, said=json.dumps({"reason": "AlreadyCompressed", "message": "same digest"})))
     assert said(decision) == ("Complete", "AlreadyCompressed")

@@ -105,6 +105,8 @@ def test_a_gate_that_is_not_met_publishes_nothing_and_says_why(tmp_path: Path) -
     code, said = jobs.run(job)
     assert code == 67, said
     assert "mean KL divergence" in said and "allowed are 1e-06" in said
+    assert "NOT met: KL divergence" in said and "met: perplexity rises by" in said
+    assert (tmp_path / ".out.kompressor/work/report.html").as_uri() in said
     assert not (tmp_path / "out").exists()
     kept = sorted(p.name for p in (tmp_path / ".out.kompressor").rglob("*") if p.is_file())
     assert kept == ["kompressor.json", "report.html"]

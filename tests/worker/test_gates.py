@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kompressor_api.datasets import Gate
-from kompressor_api.names import ExitCode, Reason
+from kompressor_api.names import ENV_TERMINATION_LOG, ExitCode, Reason
 from kompressor_worker import gates
+from kompressor_worker.cli import failed
 from kompressor_worker.errors import GateFailed
 
 PERPLEXITY = Gate.model_validate({"metric": "perplexity", "maxIncrease": "3%"})
@@ -49,3 +53,29 @@ def test_one_line_names_metric_value_limit_and_remedy_of_all_that_failed() -> No
     for part in ("perplexity rises by 4.12 % (from 8 to 8.3296), allowed are 3 %", "0.0812 nats", "allowed are 0.05", "smaller groups"):
         assert part in said
     gates.enforce(gates.check([], evaluation(9, 9)))
+
+
+def test_what_was_measured_goes_to_the_terminal_to_programs_and_to_the_operator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (log := tmp_path / "termination-log").touch()
+    monkeypatch.setenv(ENV_TERMINATION_LOG, str(log))
+    verdicts = gates.check([PERPLEXITY, KL], evaluation(0.0412, 0.03))
+    result = {
+        "perplexityBefore": "8", "perplexityAfter": "8.3296", "kl": "0.03", "topOneAgreement": "97%", "evaluatedTokens": 8128,
+        "gates": gates.status(verdicts),
+    }  # fmt: skip
+    with pytest.raises(GateFailed) as caught:
+        gates.enforce(verdicts, result, "s3://models/out/.kompressor/report.html")
+    assert failed(caught.value, Namespace(json=True, in_cluster=True)) == ExitCode.GATE_FAILED
+    printed, said = capfd.readouterr()
+    assert json.loads(printed) == {"error": {"reason": "GateFailed", "message": str(caught.value), "exitCode": 67}, "result": result}
+    told = json.loads(log.read_text())
+    assert (told["reason"], told["summary"]) == ("GateFailed", result)
+    for part in (
+        "8 -> 8.3296",
+        "NOT met: perplexity rises by 4.12%, allowed 3%",
+        "met: KL divergence 0.03, allowed 0.05",
+        ".kompressor/report.html",
+    ):
+        assert part in said

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kompressor_api.names import ENV_MEMORY_PLAN, ExitCode, Reason, Role
-from kompressor_worker.errors import KompressorError, OutOfMemory, Terminated
+from kompressor_worker.errors import GateFailed, KompressorError, OutOfMemory, Terminated
 from kompressor_worker.job import Job, load_job
 
 RUN = """\
@@ -132,6 +132,9 @@ def run_command(args: argparse.Namespace) -> int:
         try:
             summary = run(job, os.environ, Progress(listeners), stop, memory_plan())
             result = summary.result(job.spec.output.uri)
+        except GateFailed as error:
+            result = error.result
+            raise
         finally:
             if resource:
                 resource.close(result)
@@ -193,7 +196,8 @@ def as_source(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def show_result(result: dict[str, Any], already: bool, as_json: bool) -> None:
-    from kompressor_worker.terminal import human, out, table
+    from kompressor_worker.publish import PAGE
+    from kompressor_worker.terminal import human, measured_rows, out, table
 
     if as_json:
         print(json.dumps(result, indent=2))
@@ -201,8 +205,10 @@ def show_result(result: dict[str, Any], already: bool, as_json: bool) -> None:
     rows = {
         "size": f"{human(result['sourceBytes'])} -> {human(result['outputBytes'])} ({result['ratio']})",
         "quantised": f"{result['quantizedTensors']} linears, relative weight error {result['relativeError']}",
+        **measured_rows(result),
         "time": "none: the output already held this result" if already else f"{result['seconds']} s",
         "where": result["uri"],
+        "report": f"{result['uri'].rstrip('/')}/{PAGE}",
     }
     out.print(table("done", rows))
     for warning in result.get("warnings", []):
@@ -210,16 +216,22 @@ def show_result(result: dict[str, Any], already: bool, as_json: bool) -> None:
 
 
 def failed(error: KompressorError, args: argparse.Namespace) -> int:
-    """One clear error: on the terminal, for programs (--json) and for the operator."""
+    """One clear error: on the terminal, for programs (--json) and for the operator; with what was measured, where a gate was not met."""
     from kompressor_worker.report import write_termination_message
-    from kompressor_worker.terminal import err
+    from kompressor_worker.terminal import err, measured_rows, table
+
+    said: dict[str, Any] = {"reason": error.reason, "message": str(error), "exitCode": int(error.exit_code)}
+    measured = error.result if isinstance(error, GateFailed) else {}
 
     err.print(f"[bold red]{error.reason}[/]: ", end="")
     err.print(str(error), markup=False, highlight=False)
+    if measured:
+        err.print(table("measured; not published", measured_rows(measured)))
     if args.json:
-        print(json.dumps({"error": {"reason": error.reason, "message": str(error), "exitCode": int(error.exit_code)}}, indent=2))
+        print(json.dumps({"error": said} | ({"result": measured} if measured else {}), indent=2))
     if args.in_cluster:
-        write_termination_message({"reason": error.reason, "message": str(error)[:2500], "exitCode": int(error.exit_code)})
+        summary = {"summary": measured} if measured else {}
+        write_termination_message(said | {"message": str(error)[:2500]} | summary)
     return int(error.exit_code)
 
 

@@ -20,6 +20,9 @@ Every message names the object, the value and the remedy. `exit_code` and `reaso
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from kompressor_api.names import ExitCode, Reason
 
 __all__ = [
@@ -77,6 +80,11 @@ class BadNumerics(KompressorError):
 class GateFailed(KompressorError):
     exit_code = ExitCode.GATE_FAILED
     reason = Reason.GATE_FAILED
+
+    def __init__(self, message: str, result: Mapping[str, Any] | None = None) -> None:
+        """`result`: what was measured, as `status.result` has it."""
+        super().__init__(message)
+        self.result = dict(result or {})
 
 
 class OutOfMemory(KompressorError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from kompressor_api.datasets import Gate
@@ -29,10 +29,20 @@ def check(gates: Sequence[Gate], evaluation: Mapping[str, Any]) -> list[Verdict]
     return [_verdict(gate, evaluation) for gate in gates]
 
 
-def enforce(verdicts: Sequence[Verdict]) -> None:
-    """Raises GateFailed, one line for all gates that are not met."""
+def enforce(verdicts: Sequence[Verdict], result: Mapping[str, Any] | None = None, report: str | None = None) -> None:
+    """Raises GateFailed, one line for all gates that are not met, with what was measured (`result`) and where more stands (`report`)."""
     if failed := [v["says"] for v in verdicts if not v["met"]]:
-        raise GateFailed(f"evaluation: {'; '.join(failed)}: {REMEDY}")
+        where = f"; all that was measured: {report}" if report else ""
+        raise GateFailed(f"evaluation: {'; '.join(failed)}: {REMEDY}{where}", result)
+
+
+def status(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """`check`'s answer as `status.result` has it."""
+    written: dict[str, Callable[[float], str]] = {"perplexity": lambda x: f"{100 * x:.4g}%", "kl": lambda x: f"{x:.4g}"}
+    return [
+        {"metric": v["metric"], "value": written[v["metric"]](v["value"]), "limit": written[v["metric"]](v["limit"]), "met": v["met"]}
+        for v in verdicts
+    ]
 
 
 def _verdict(gate: Gate, evaluation: Mapping[str, Any]) -> Verdict:

@@ -42,7 +42,7 @@ class Resource:
         self._wake.set()
 
     def close(self, result: Mapping[str, Any] | None) -> None:
-        """Sends the last word: the latest progress, and the result if there is one."""
+        """Sends the last word: the latest progress, and the result if there is one (of a gate that was not met: what was measured)."""
         self._closed = True
         self._wake.set()
         self._thread.join(timeout=30)
@@ -51,7 +51,8 @@ class Resource:
             status["progress"] = self._latest.status()
         if result is not None:
             status["result"] = dict(result)
-            status["progress"] = {**status.get("progress", {}), "percent": 100, "etaSeconds": 0}
+            if "uri" in result:  # published
+                status["progress"] = {**status.get("progress", {}), "percent": 100, "etaSeconds": 0}
         if status:
             self._patch(status, attempts=5)
 

@@ -11,12 +11,12 @@ from importlib.metadata import version
 from typing import Any
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
+from kompressor_worker import gates
 from kompressor_worker.architectures import refuse_unknown_forward
 from kompressor_worker.calibration import Rows
 from kompressor_worker.digests import digest
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.formats.readers import reader_warnings
-from kompressor_worker.gates import check, enforce
 from kompressor_worker.job import Job
 from kompressor_worker.journal import JOURNAL, Journal, open_journal
 from kompressor_worker.layout import ModelLayout
@@ -59,27 +59,12 @@ class Summary:
             "resultDigest": made["digest"],
             "seconds": round(self.seconds),
         }
-        result |= self._measured()
+        result |= measured_result(self.report)
         if self.resumed_from is not None:
             result["resumedFromUnit"] = self.resumed_from
         if warnings := [*self.report["warnings"], *self.warnings]:
             result["warnings"] = warnings
         return result
-
-    def _measured(self) -> dict[str, Any]:
-        """What evaluation and drift say, as `status.result` has it."""
-        found: dict[str, Any] = {}
-        if evaluation := self.report.get("evaluation"):
-            from kompressor_worker import evaluate
-
-            found |= evaluate.status(evaluation)
-        if measured := self.report.get("drift"):
-            from kompressor_worker import drift
-
-            found["drift"] = drift.status(measured)
-        if calibration := self.report.get("data", {}).get("calibration"):
-            found["calibrationDigest"] = calibration["digest"]
-        return found
 
 
 def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threading.Event, limits: Limits | None = None) -> Summary:
@@ -151,11 +136,29 @@ def measured(
     return found
 
 
+def measured_result(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What evaluation, gates and drift say, as `status.result` has it."""
+    found: dict[str, Any] = {}
+    if evaluation := report.get("evaluation"):
+        from kompressor_worker import evaluate
+
+        found |= evaluate.status(evaluation)
+    if verdicts := report.get("gates"):
+        found["gates"] = gates.status(verdicts)
+    if compared := report.get("drift"):
+        from kompressor_worker import drift
+
+        found["drift"] = drift.status(compared)
+    if calibration := report.get("data", {}).get("calibration"):
+        found["calibrationDigest"] = calibration["digest"]
+    return found
+
+
 def judge(spec: CompressionJobSpec, report: dict[str, Any], output: Output, journal: Journal) -> None:
     """Checks the gates. Raises GateFailed, with nothing left of the result but the report of why."""
     if spec.evaluation is None or not spec.evaluation.gates:
         return
-    report["gates"] = verdicts = check(spec.evaluation.gates, report["evaluation"])
+    report["gates"] = verdicts = gates.check(spec.evaluation.gates, report["evaluation"])
     if all(v["met"] for v in verdicts):
         return
     kept = {f"{WORK}{REPORT}": dumps(report), f"{WORK}{PAGE}": render(report)}
@@ -164,7 +167,7 @@ def judge(spec: CompressionJobSpec, report: dict[str, Any], output: Output, jour
     for upload in journal.state.uploads:
         output.abort(upload.name, upload.id)
     output.cleanup(keep=list(kept))
-    enforce(verdicts)
+    gates.enforce(verdicts, measured_result(report), output.place(f"{WORK}{PAGE}"))
 
 
 def assign(spec: CompressionJobSpec, layout: ModelLayout) -> tuple[ModelLayout, list[Pass], dict[str, Scheme]]:

@@ -77,5 +77,28 @@ def table(title: str, rows: Mapping[str, Any]) -> Table:
     return t
 
 
+def measured_rows(result: Mapping[str, Any]) -> dict[str, str]:
+    """What evaluation, gates and drift say in `status.result`, line by line; nothing of what was not asked for."""
+    rows: dict[str, str] = {}
+    if "perplexityBefore" in result:
+        rows["perplexity"] = (
+            f"{result['perplexityBefore']} -> {result['perplexityAfter']}, on {result['evaluatedTokens']:,} held-out tokens"
+        )
+        rows["logits"] = f"KL divergence {result['kl']} nats a token, the same likeliest token at {result['topOneAgreement']}"
+    if gates := result.get("gates"):
+        rows["gates"] = "\n".join(gate_line(gate) for gate in gates)
+    if drift := result.get("drift"):
+        above = f"{drift['layersAbove']} inputs above the threshold" if drift["layersAbove"] else "nothing above the threshold"
+        rows["drift"] = (
+            f"{above}; farthest {drift['layer']}: distance {drift['distance']}; outside the calibrated range at most {drift['outside']}"
+        )
+    return rows
+
+
+def gate_line(gate: Mapping[str, Any]) -> str:
+    measured = "perplexity rises by" if gate["metric"] == "perplexity" else "KL divergence"
+    return f"{'met' if gate['met'] else 'NOT met'}: {measured} {gate['value']}, allowed {gate['limit']}"
+
+
 def is_interactive() -> bool:
     return sys.stderr.isatty()

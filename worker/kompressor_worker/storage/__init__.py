@@ -70,6 +70,9 @@ class Output(Protocol):
     def read(self, name: str) -> tuple[bytes, str] | None:
         """A working object and its ETag, or None."""
 
+    def place(self, name: str) -> str:
+        """Where a person finds a working object."""
+
     def write(self, name: str, data: bytes) -> None:
         """Writes a working object (under WORK) or a small final one, whole or not at all."""
 

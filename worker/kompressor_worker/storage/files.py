@@ -38,6 +38,9 @@ class FileOutput:
 
     # working objects
 
+    def place(self, name: str) -> str:
+        return f"{self.uri.rstrip('/').rpartition('/')[0]}/{self._staging.path(name).relative_to(self.target.parent)}"
+
     def probe(self) -> bool:
         name = f"{WORK}probe-{secrets.token_hex(8)}"
         with self._writing("probing"):

@@ -36,6 +36,9 @@ class S3Output:
 
     # working objects
 
+    def place(self, name: str) -> str:
+        return f"{self.uri.rstrip('/')}/{name}"
+
     def probe(self) -> bool:
         name = f"{WORK}probe-{secrets.token_hex(8)}"
         try:
