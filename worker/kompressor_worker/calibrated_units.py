@@ -55,7 +55,7 @@ class Calibrated:
             yield from self._plain.loads(unit)
             return
         for stage, placed in zip(layout.stages, self.work.plan.stages[unit], strict=True):
-            matrix = matrix_of(stage)
+            matrix = None if kind == "block" else matrix_of(stage)
             if matrix is None or matrix.name in self.work.schemes:
                 yield from (whole(stage) for _ in [0] if any(t.stored for t in stage.tensors))
                 continue
