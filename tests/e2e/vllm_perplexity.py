@@ -39,27 +39,29 @@ def perplexity(model: str, rows: list[list[int]]) -> float:
     return math.exp(total / count)
 
 
-def add_missing_fp8_rounding() -> None:
-    """vLLM rounds every FP8 weight that has one scale again as it loads it, and its CPU build lacks that operation: here it is in plain torch.
+def make_static_fp8_run() -> None:
+    """vLLM's CPU build (0.32) loads nobody's FP8 weights with one scale and static inputs: two operations it calls for them exist on GPUs
+    only. Here one is written out in torch, and the other, which fuses SiLU with rounding, is left out: vLLM then does these apart.
 
-    It is missing for anyone's file, so no file of ours can do without; and with one scale for all that vLLM fuses it changes no code.
+    The first rounds every weight again as it is loaded, to the largest scale of what vLLM fuses; ours have one there, so no code changes.
     """
     import torch
     from vllm import _custom_ops
-
-    if torch.ops._C.static_scaled_fp8_quant.default._schema.arguments:  # this build has it
-        return
+    from vllm.model_executor.layers.fusion import fused_act_quant
 
     def scaled_fp8_quant(values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (values.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
-    _custom_ops.scaled_fp8_quant = scaled_fp8_quant
+    if not torch.ops._C.static_scaled_fp8_quant.default._schema.arguments:  # declared, for the CPU, without any
+        _custom_ops.scaled_fp8_quant = scaled_fp8_quant
+    if not hasattr(torch.ops._C, "silu_and_mul_quant"):
+        fused_act_quant._FUSED_ACT_QUANT.clear()
 
 
 def main() -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    add_missing_fp8_rounding()
+    make_static_fp8_run()
     wanted, out = map(Path, sys.argv[1:])
     found: dict[str, float | str] = {}
     for model, rows in json.loads(wanted.read_text()).items():
