@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import TRIES, files_of, resumes
+from nursery import Nursery
+from test_resume import TRIES, files_of, nursery, resumes
 
 import jobs
+
+__all__ = ["nursery"]  # a fixture
 
 PASSES = [{"smoothQuant": {}}, {"gptq": {"scheme": "W4A16", "groupSize": 32}}]
 
@@ -48,14 +51,14 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("rows", "leaves"), [(2, "snapshots"), (200, "blocks")])
-def test_killed_ten_times(rows: int, leaves: str, blocks: Path, tmp_path: Path) -> None:
+def test_killed_ten_times(nursery: Nursery, rows: int, leaves: str, blocks: Path, tmp_path: Path) -> None:
     """Few rows are smaller than a block, so every commit leaves a snapshot; many rows are larger, so it leaves the block."""
     code, said = jobs.run(job(tmp_path, blocks, "whole", rows))
     assert code == 0, said
     whole = files_of(tmp_path / "whole")
     assert json.loads(whole["kompressor.json"])["evaluation"]["kl"] > 0
     for number, out in enumerate(TRIES):
-        resumed = resumes(job(tmp_path, blocks, out, rows), {}, kills=10, seed=rows + number)
+        resumed = resumes(nursery, job(tmp_path, blocks, out, rows), {}, kills=10, seed=rows + number)
         cut = files_of(tmp_path / out)
         assert cut.keys() == whole.keys()
         assert [name for name in whole if name != "report.html" and cut[name] != whole[name]] == []

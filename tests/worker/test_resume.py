@@ -8,9 +8,11 @@ import random
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nursery import Forked, Nursery
 
 import jobs
 from jobs import Bucket
@@ -24,7 +26,10 @@ TRIES = [f"try{number}" for number in range(5)]
 """Outputs, one after the other, until the signal hits the moment that is meant: a test that does not run for a while is too late."""
 
 
-def kill_after(process: jobs.subprocess.Popen[str], units: int, delay: float, how: signal.Signals) -> tuple[list[int], str]:
+Worker = jobs.subprocess.Popen[str] | Forked
+
+
+def kill_after(process: Worker, units: int, delay: float, how: signal.Signals) -> tuple[list[int], str]:
     """Lets a worker finish some units, waits a little more, then ends it; which units it had finished, and all it said."""
     assert process.stderr is not None
     said, finished = "", []
@@ -43,31 +48,38 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def resumes(job: Path, environ: dict[str, str], kills: int, seed: int) -> bool:
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as ready:
+        yield ready
+
+
+def resumes(nursery: Nursery, job: Path, environ: dict[str, str], kills: int, seed: int) -> bool:
     """Kills `kills` workers at random moments; no unit but the last finished one may be done twice. The final run goes to the end.
 
     False where a busy machine let a worker come to its end before it could be killed: then nothing was left to resume."""
     chance = random.Random(seed)
     before: list[int] = []
     for _ in range(kills):
-        finished, said = kill_after(jobs.worker(job, environ), chance.randrange(0, 4), chance.uniform(0, 0.02), signal.SIGKILL)
+        finished, said = kill_after(nursery.worker(job, environ), chance.randrange(0, 4), chance.uniform(0, 0.02), signal.SIGKILL)
         if finished and before:
             assert finished[0] >= before[-1], f"unit {finished[0]} done again, {before[-1]} was the last to be finished\n{said}"
         before = finished or before
-    code, said = jobs.run(job, environ)
-    assert code == 0, said
+    last = nursery.worker(job, environ)
+    said = last.communicate()[1]
+    assert last.returncode == 0, said
     assert "going on at unit" in said or "already holds this result" in said
     return "going on at unit" in said
 
 
-def test_killed_twenty_times_on_s3(bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
+def test_killed_twenty_times_on_s3(nursery: Nursery, bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
     bucket.upload(deep_model, "source")
     endpoint = bucket.server.endpoint
     whole = jobs.write(tmp_path / "whole.json", jobs.manifest(bucket.uri("source"), bucket.uri("whole"), endpoint=endpoint))
     assert jobs.run(whole, bucket.environ)[0] == 0
     for cut in TRIES:
         job = jobs.write(tmp_path / "cut.json", jobs.manifest(bucket.uri("source"), bucket.uri(cut), endpoint=endpoint))
-        resumed = resumes(job, bucket.environ, kills=20, seed=1)
+        resumed = resumes(nursery, job, bucket.environ, kills=20, seed=1)
         assert bucket.files(cut) == bucket.files("whole")
         assert bucket.uploads(cut) == [], "an upload was left behind"
         if resumed:
@@ -75,13 +87,13 @@ def test_killed_twenty_times_on_s3(bucket: Bucket, deep_model: Path, tmp_path: P
     pytest.fail("no worker was killed in time")
 
 
-def test_killed_on_a_file_system(deep_model: Path, tmp_path: Path) -> None:
+def test_killed_on_a_file_system(nursery: Nursery, deep_model: Path, tmp_path: Path) -> None:
     def job(name: str) -> Path:
         return jobs.write(tmp_path / f"{name}.json", jobs.manifest(deep_model.as_uri(), (tmp_path / name).as_uri()))
 
     assert jobs.run(job("whole"))[0] == 0
     for number, cut in enumerate(TRIES, 2):
-        resumed = resumes(job(cut), {}, kills=6, seed=2)
+        resumed = resumes(nursery, job(cut), {}, kills=6, seed=2)
         assert files_of(tmp_path / cut) == files_of(tmp_path / "whole")
         assert len([p for p in tmp_path.iterdir() if not p.suffix]) == number, "a staging folder was left behind"
         if resumed:
