@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Corpus
-from models import RECIPES
 
+from corpus import Corpus
 from kompressor_worker.calibration import read_rows
 from kompressor_worker.job import load_job
 from kompressor_worker.storage.locations import open_data, open_source
 from kompressor_worker.tokenizer import ModelTokenizer
+from models import RECIPES
 
 __all__ = ["evaluation_rows", "samples", "write_data"]
 

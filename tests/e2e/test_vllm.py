@@ -22,6 +22,8 @@ pytestmark = pytest.mark.vllm
 avx512, amx = torch.cpu._is_avx512_supported, torch.cpu._is_amx_tile_supported
 TOLERANCE = 0.005
 """Relative difference of the perplexity that the job reports and the one that vLLM measures."""
+TRUNCATED = 0.01
+"""The same with a KV cache in FP8: vLLM's CPU kernel rounds keys and values towards zero, transformers and what GPUs do to nearest."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Case:
     passes: list[dict[str, Any]]
     measures: bool = True
     """A job with calibration and evaluation; else data-free, and transformers measures its result."""
+    tolerance: float = TOLERANCE
     runs: Callable[[], bool] = field(default=lambda: True)
     """Whether vLLM's CPU build has kernels for it here; W8A16, MXFP4 and NVFP4A16 need a GPU there."""
 
@@ -44,8 +47,9 @@ CASES = {
     "rtn FP8": Case(rtn("FP8")),
     "rotate, gptq W4A16": Case([{"rotate": {}}, {"gptq": {"scheme": "W4A16", "groupSize": 64}}], runs=avx512),
     "awq W4A16_ASYM": Case([{"awq": {"scheme": "W4A16_ASYM", "groupSize": 64}}], runs=avx512),
-    "gptq W8A8, kvCache": Case([{"gptq": {"scheme": "W8A8"}}, {"kvCache": {}}], runs=avx512),
-    "kvCache by head": Case([{"kvCache": {"strategy": "head"}}], runs=avx512),
+    "gptq W8A8, kvCache": Case([{"gptq": {"scheme": "W8A8"}}, {"kvCache": {}}], tolerance=TRUNCATED, runs=avx512),
+    # vLLM's CPU kernel takes the largest of a layer's scales: what this shows is that its loader reads one a head.
+    "kvCache by head": Case([{"kvCache": {"strategy": "head"}}], tolerance=TRUNCATED, runs=avx512),
     "data-free W8A8": Case(rtn("W8A8"), measures=False),
     "data-free FP8_DYNAMIC": Case(rtn("FP8_DYNAMIC"), measures=False),
     "data-free W4A16": Case(rtn("W4A16"), measures=False, runs=avx512),
@@ -64,7 +68,8 @@ class Seen:
 @pytest.fixture(scope="module")
 def seen(request: pytest.FixtureRequest, trained_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
     """Every case that was asked for and can run, all loaded by one vLLM process."""
-    chosen = {item.callspec.params["case"] for item in request.session.items if request.node.nodeid == item.parent.nodeid}
+    here = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    chosen = {item.callspec.params["case"] for item in here}
     folder = tmp_path_factory.mktemp("vllm")
     data = samples({section: path.as_uri() for section, path in write_data(folder, "llama").items()})
     ours, rows = {}, {}
@@ -112,4 +117,4 @@ def test_vllm_sees_the_model_that_the_job_reports(case: str, seen: dict[str, See
     ours, theirs = seen[case].ours, seen[case].theirs
     assert not isinstance(theirs, str), theirs
     print(f"{case}: {'reported' if CASES[case].measures else 'transformers'} {ours:.4f}, vLLM {theirs:.4f}")
-    assert theirs == pytest.approx(ours, rel=TOLERANCE)
+    assert theirs == pytest.approx(ours, rel=CASES[case].tolerance)
