@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kompressor_worker import grid, kernels
 from kompressor_worker.grid import Grid
-from kompressor_worker.kernels import activations, build, butterflies, column_loop, compiled, gram
+from kompressor_worker.kernels import activations, build, butterflies, column_loop, compiled, eager, gram
 from kompressor_worker.schemes import SCHEMES, Scheme
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -335,6 +335,38 @@ def test_gram(lib: CDLL, threads: None, dtype: torch.dtype, rows: int, n: int) -
         assert float((sums - expected).abs().max() / expected.diagonal().max()) < 4e-6
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES.values() if s.strategy != "tensor"], ids=lambda s: s.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 128), (130, 384), (300, 96)])
+def test_chosen_codes_are_stored_as_rounded_ones_are(lib: CDLL, scheme: Scheme, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Codes of the weight's own grid: the file and the errors are those of `kernels.quantize`."""
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)
+    found = of_range(weight, scheme)
+    codes = grid.quantize(weight, found, scheme)
+    expected = kernels.quantize(weight, scheme, found.global_scale)
+    for form in (codes, codes.to(torch.float8_e4m3fn)) if scheme.type == "float" and scheme.bits == 4 else (codes,):
+        packed, scale, zero_point = kernels.stored(form, found, scheme, dtype)
+        assert torch.equal(packed.view(torch.uint8), expected.codes.view(torch.uint8))
+        assert torch.equal(scale.view(torch.uint8), expected.scale.view(torch.uint8))
+        assert (zero_point is None) == (expected.zero_point is None)
+        assert zero_point is None or torch.equal(zero_point, expected.zero_point)
+        seen = grid.dequantize(codes, found, scheme).to(dtype)
+        assert torch.equal(kernels.dequantize(packed, shape[1], found, scheme, dtype), seen)
+        error, norm = kernels.code_errors(weight, form, found, scheme)
+        assert error == pytest.approx(expected.squared_error, rel=1e-9)
+        assert norm == pytest.approx(expected.squared_norm, rel=1e-9)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("columns", [1, 7, 8, 33, 96, 131])
+def test_codes_of_any_width_are_packed(lib: CDLL, bits: int, columns: int) -> None:
+    codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (5, columns)).to(torch.int8)
+    packed = compiled.pack(lib, codes, bits)
+    assert torch.equal(packed, eager.pack(codes, bits))
+    seen = compiled.dequantize(lib, packed, bits, columns, torch.full((5, 1), 0.5), None, (1, columns), torch.float32)
+    assert torch.equal(seen, codes * 0.5)
 
 
 @pytest.mark.parametrize("module", ["triton_interpreted.py", "triton_compiled.py"])

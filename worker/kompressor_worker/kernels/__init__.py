@@ -20,8 +20,8 @@ from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.schemes import Inputs, Scheme
 
 __all__ = [
-    "Quantized", "add_gram", "amax", "decode_fp8_block", "decode_mxfp4", "fake_quantize_input", "fake_quantize_kv", "gptq", "gptq_groups",
-    "hadamard", "inverse_factor", "nonfinite", "ops", "quantize",
+    "Quantized", "add_gram", "amax", "code_errors", "decode_fp8_block", "decode_mxfp4", "dequantize", "fake_quantize_input",
+    "fake_quantize_kv", "gptq", "gptq_groups", "hadamard", "inverse_factor", "nonfinite", "ops", "quantize", "stored",
 ]  # fmt: skip
 
 FLOATS = tuple(compiled.DTYPES)
@@ -73,6 +73,32 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """
     decoded: Tensor = torch.ops.kompressor.decode_mxfp4(blocks.contiguous(), scales.contiguous(), dtype)
     return decoded
+
+
+def stored(codes: Tensor, found: Grid, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes [out, in] on the grid `found`, scales and zero points as the file holds them, as in `Quantized`, for a weight of `dtype`.
+
+    Codes as `gptq` or `grid.quantize` make them: int8, float8_e4m3fn, or FP4 values in fp32."""
+    if scheme.format in eager.PACKED:
+        codes = torch.ops.kompressor.pack(codes.contiguous(), scheme.bits)
+    return codes, *eager.stored_grid(found, scheme, dtype)
+
+
+def dequantize(codes: Tensor, columns: int, found: Grid, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """The weight [out, columns] in `dtype` (bf16, fp16 or fp32) that a reader sees: (code - zero point) * step in fp32, then rounded.
+
+    Codes as the file holds them: int8, float8_e4m3fn, int32 words, or FP4 pairs in uint8; the grid unpacked."""
+    tile = scheme.tile((len(codes), columns))
+    step, zero_point = found.step.float(), found.zero_point
+    made: Tensor = torch.ops.kompressor.dequantize(codes.contiguous(), scheme.bits, columns, step, zero_point, tile, dtype)
+    return made
+
+
+def code_errors(weight: Tensor, codes: Tensor, found: Grid, scheme: Scheme) -> tuple[float, float]:
+    """Sums of (dequantised - weight)^2 and of weight^2, as `Quantized.squared_error` and `squared_norm`. Codes as for `stored`."""
+    tile = scheme.tile((weight.shape[0], weight.shape[1]))
+    error, norm = torch.ops.kompressor.code_errors(weight.contiguous(), codes.contiguous(), found.step, found.zero_point, tile).tolist()
+    return error, norm
 
 
 def add_gram(sums: Tensor, x: Tensor) -> None:

@@ -24,7 +24,17 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("kernels.cpp", "lanes.cpp", "quantize.cpp", "decode.cpp", "column_loop.cpp", "activations.cpp", "butterflies.cpp", "gram.cpp")
+SOURCES = (
+    "kernels.cpp",
+    "lanes.cpp",
+    "quantize.cpp",
+    "decode.cpp",
+    "column_loop.cpp",
+    "activations.cpp",
+    "butterflies.cpp",
+    "gram.cpp",
+    "encode.cpp",
+)
 # No fast-math and no contraction to FMA: results are to equal the eager reference bit for bit.
 FLAGS = [
     "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kompressor_worker.formats import packing
 from kompressor_worker.grid import integer_range
+from kompressor_worker.kernels import eager
 from kompressor_worker.kernels.activations import KINDS
 from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.schemes import Scheme
@@ -173,3 +174,55 @@ def hadamard(lib: ctypes.CDLL, x: Tensor, base: Tensor | None) -> Tensor:
 
 def add_gram(lib: ctypes.CDLL, sums: Tensor, x: Tensor) -> None:
     lib.kompressor_add_gram(_pointer(x), DTYPES[x.dtype], _i64(len(x)), _i64(x.shape[1]), _pointer(sums), torch.get_num_threads())
+
+
+def pack(lib: ctypes.CDLL, codes: Tensor, bits: int) -> Tensor:
+    if codes.dtype is torch.float32:
+        return eager.pack(codes, bits)
+    (rows, columns), floating = codes.shape, codes.dtype is not torch.int8
+    packed = (
+        torch.empty((rows, columns // 2), dtype=torch.uint8)
+        if floating
+        else torch.empty((rows, -(-columns * bits // 32)), dtype=torch.int32)
+    )
+    stride = packed.shape[1] * packed.element_size()
+    lib.kompressor_pack(
+        _pointer(codes), _i64(rows), _i64(columns), bits, floating, _threads(codes), _pointer(packed), _i64(stride),
+    )  # fmt: skip
+    return packed
+
+
+def code_errors(lib: ctypes.CDLL, weight: Tensor, codes: Tensor, step: Tensor, zero_point: Tensor | None, tile: Sequence[int]) -> Tensor:
+    if codes.dtype is torch.float32:
+        return eager.code_errors(weight, codes, step, zero_point, tile)
+    (rows, columns), stats = weight.shape, torch.empty(2, dtype=torch.float64)
+    zero_point = None if zero_point is None else zero_point.float().contiguous()
+    lib.kompressor_code_errors(
+        _pointer(codes), codes.dtype is not torch.int8, _pointer(weight), DTYPES[weight.dtype], _i64(rows), _i64(columns),
+        _pointer(step.contiguous()), None if zero_point is None else _pointer(zero_point), _i64(tile[0]), _i64(tile[1]),
+        _threads(weight), _pointer(stats),
+    )  # fmt: skip
+    return stats
+
+
+HELD = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.int32: 2, torch.uint8: 3}
+
+
+def dequantize(
+    lib: ctypes.CDLL,
+    codes: Tensor,
+    bits: int,
+    columns: int,
+    step: Tensor,
+    zero_point: Tensor | None,
+    tile: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    made = torch.empty((len(codes), columns), dtype=dtype)
+    zero_point = None if zero_point is None else zero_point.float().contiguous()
+    lib.kompressor_dequantize(
+        _pointer(codes), _i64(codes.shape[1] * codes.element_size()), HELD[codes.dtype], bits, _i64(len(codes)), _i64(columns),
+        _pointer(step.contiguous()), None if zero_point is None else _pointer(zero_point), _i64(tile[0]), _i64(tile[1]), DTYPES[dtype],
+        _threads(made), _pointer(made),
+    )  # fmt: skip
+    return made

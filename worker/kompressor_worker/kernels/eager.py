@@ -73,15 +73,55 @@ def _quantize_rows(weight: Tensor, scheme: Scheme, shared: Tensor | None, grid_o
 def stored(codes: Tensor, found: grid.Grid, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points of `grid.quantize` as the file holds them: `Quantized`'s first three, for a weight
     of `dtype`."""
+    if scheme.format in PACKED:
+        codes = pack(codes, scheme.bits)
+    return codes, *stored_grid(found, scheme, dtype)
+
+
+PACKED = ("pack-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized")
+"""Formats that hold codes of less than a byte, or integers with an offset."""
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Integer codes as int32 words [out, ceil(in * bits / 32)]; FP4 values (fp32 or float8_e4m3fn) as pairs, uint8 [out, in / 2]."""
+    return packing.pack_int32(codes, bits) if codes.dtype is torch.int8 else packing.pack_fp4(codes.float())
+
+
+def stored_grid(found: grid.Grid, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points as the file holds them, for a weight of `dtype`."""
     if scheme.format == "mxfp4-pack-quantized":
         exponent = torch.where(found.scale.isinf(), 255, found.scale.contiguous().view(torch.int32) >> 23)
-        return packing.pack_fp4(codes), exponent.to(torch.uint8), None
+        return exponent.to(torch.uint8), None
     if scheme.format == "nvfp4-pack-quantized":
-        return packing.pack_fp4(codes), found.scale.to(torch.float8_e4m3fn), None
-    if scheme.format == "pack-quantized":
-        codes = packing.pack_int32(codes, scheme.bits)
+        return found.scale.to(torch.float8_e4m3fn), None
     zero_point = None if found.zero_point is None else packing.pack_int32(found.zero_point, scheme.bits, dim=0)
-    return codes, found.scale.to(dtype), zero_point
+    return found.scale.to(dtype), zero_point
+
+
+def dequantize(
+    codes: Tensor, bits: int, columns: int, step: Tensor, zero_point: Tensor | None, tile: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The weight [out, columns] in `dtype`: codes as the file holds them (int8, float8_e4m3fn, int32 words, FP4 pairs in uint8), step fp32
+    and zero_point int8 [out tiles, in tiles], of tiles of `tile` rows and columns."""
+    if codes.dtype is torch.int32:
+        codes = packing.unpack_int32(codes, bits, columns)
+    elif codes.dtype is torch.uint8:
+        codes = packing.unpack_fp4(codes)
+    return grid.dequantize(codes, grid.Grid(step, zero_point), _scheme_of_tiles(tile)).to(dtype)
+
+
+def _scheme_of_tiles(tile: Sequence[int]) -> Scheme:
+    return Scheme("", "", 8, "float", "block", block=(tile[0], tile[1]))
+
+
+def code_errors(weight: Tensor, codes: Tensor, step: Tensor, zero_point: Tensor | None, tile: Sequence[int]) -> Tensor:
+    """fp64 [2] on the CPU: sums of (dequantised - weight)^2 and of weight^2, differences in fp32, squares and sums in fp64.
+
+    step fp32 and zero_point int8 [out tiles, in tiles], of tiles of `tile` rows and columns.
+    """
+    source = weight.float()
+    error = (grid.dequantize(codes, grid.Grid(step, zero_point), _scheme_of_tiles(tile)) - source).double().square().sum()
+    return torch.stack([error, source.double().square().sum()]).cpu()
 
 
 def amax(weight: Tensor) -> tuple[float, int]:

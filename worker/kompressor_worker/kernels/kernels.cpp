@@ -6,3 +6,4 @@
 #include "activations.cpp"
 #include "butterflies.cpp"
 #include "gram.cpp"
+#include "encode.cpp"

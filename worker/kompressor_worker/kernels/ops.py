@@ -105,3 +105,14 @@ _register(
 )
 _register("hadamard(Tensor x, Tensor? base) -> Tensor", butterflies.hadamard, compiled.hadamard, "triton_activations")
 _register("add_gram(Tensor(a!) sums, Tensor x) -> ()", gram.add_gram, compiled.add_gram)
+_register("pack(Tensor codes, int bits) -> Tensor", eager.pack, compiled.pack)
+_register(
+    "code_errors(Tensor weight, Tensor codes, Tensor step, Tensor? zero_point, int[] tile) -> Tensor",
+    eager.code_errors,
+    compiled.code_errors,
+)
+_register(
+    "dequantize(Tensor codes, int bits, int columns, Tensor step, Tensor? zero_point, int[] tile, ScalarType dtype) -> Tensor",
+    eager.dequantize,
+    compiled.dequantize,
+)
