@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,14 @@ from hypothesis import strategies as st
 from published import Published, publish
 from safetensors.torch import save_file
 from sources import folder_source
+from torch.nn.functional import kl_div, nll_loss
 
+import jobs
+from calibrated_jobs import evaluation_rows, samples, write_data
 from independent import expand
 from kompressor_worker import kernels
 from kompressor_worker.block import KvStatistics
+from kompressor_worker.cli import run_cli
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import build_passes
@@ -89,6 +94,46 @@ def test_transformers_rounds_with_them(passes: list[Mapping[str, Any]], strategy
     absurd = {name: tensor / 64 for name, tensor in made.tensors.items() if name in PLACES}  # everything saturates
     save_file({**made.tensors, **absurd}, made.folder / "model.safetensors", {"format": "pt"})
     assert (logits(load(made.folder)) - without).norm() > 0.2 * without.norm()
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        [{"kvCache": {}}],
+        [{"kvCache": {"strategy": "head"}}],
+        [{"smoothQuant": {}}, {"gptq": {"scheme": "W8A8"}}, {"kvCache": {}}],
+    ],
+    ids=str,
+)
+def test_what_the_job_reports_is_measured_with_the_cache_in_use(
+    passes: list[Mapping[str, Any]], trained_llama: Path, tmp_path: Path
+) -> None:
+    body = jobs.manifest(trained_llama.as_uri(), (tmp_path / "out").as_uri(), passes)
+    body["spec"] |= samples({section: path.as_uri() for section, path in write_data(tmp_path, "llama", rows=32).items()}, rows=32)
+    job = jobs.write(tmp_path / "job.json", body)
+    assert run_cli(["run", str(job)]) == 0
+    said, tokens = json.loads((tmp_path / "out" / "kompressor.json").read_text())["evaluation"], evaluation_rows(job)
+    before, after = (log_probabilities(folder, tokens) for folder in (trained_llama, tmp_path / "out"))
+    for word, found in (("perplexityBefore", before), ("perplexityAfter", after)):
+        perplexity = math.exp(nll_loss(found.flatten(0, 1), tokens[:, 1:].flatten()).item())
+        assert perplexity == pytest.approx(said[word], rel=0.005)
+    # The cache moves perplexity by less than that: what tells a rounded cache from another is the divergence.
+    kl = kl_div(after, before, log_target=True, reduction="none").sum(dim=-1).mean().item()
+    print(passes, f"KL reported {said['kl']:.6f}, measured {kl:.6f}; perplexity reported {said['perplexityAfter']:.4f}, {perplexity:.4f}")
+    assert kl == pytest.approx(said["kl"], rel=0.15)
+
+
+def log_probabilities(folder: Path, tokens: torch.Tensor, piece: int = 32) -> torch.Tensor:
+    """Of each token's successor, fp32 [rows, length - 1, vocabulary]. Rows are read as a runtime reads a conversation: `piece` tokens at a
+    time, all before them from the cache."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        found = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in tokens.split(piece, dim=1)]
+    assert cache.get_seq_length() == tokens.shape[1]
+    return torch.cat(found, dim=1)[:, :-1].log_softmax(dim=-1)
 
 
 def without_cache(made: Published, folder: Path) -> Path:
