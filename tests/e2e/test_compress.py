@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 
 import independent
 import jobs
+from calibrated_jobs import samples, write_data
 from cluster_access import Cluster, CommandError
 from jobs import Bucket
 from kompressor_worker.formats.readers import EXPERTS
@@ -36,6 +38,7 @@ SCHEMES = {
     "MXFP4": ({}, 1.08),
     "NVFP4A16": ({}, 1.05),
 }
+CALIBRATED = [{"smoothQuant": {}}, {"gptq": {"scheme": "W8A8"}}, {"kvCache": {}}]
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,56 @@ def test_status_tells_the_story(published: Callable[..., Path], installed: Insta
     assert status["observedGeneration"] == 1
     log = installed.cluster.kubectl("logs", f"job/{status['jobName']}")
     assert "finished unit" in log
+
+
+@pytest.fixture(scope="module")
+def data(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """`calibration` and `evaluation` of a spec, in the bucket, for a Secret of their own."""
+    server = installed.bucket.server
+    keys = {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
+    installed.cluster.kubectl("create", "secret", "generic", "data-s3", *(f"--from-literal={k}={v}" for k, v in keys.items()))
+    folder = tmp_path_factory.mktemp("data")
+    files = write_data(folder, "llama", rows=16)
+    installed.bucket.upload(folder, "data")
+    uris = {section: installed.bucket.uri(f"data/{file.name}") for section, file in files.items()}
+    return samples(uris, rows=16, endpoint=server.endpoint, credentialsSecret="data-s3")
+
+
+def test_a_calibrated_job_says_what_it_measured(installed: Installed, data: dict[str, Any], trained_llama: Path) -> None:
+    installed.bucket.upload(trained_llama, "llama")
+    gates = [{"metric": "perplexity", "maxIncrease": "2%"}, {"metric": "kl", "maxKL": 0.05}]
+    installed.apply("calibrated", "llama", CALIBRATED, **data | {"evaluation": data["evaluation"] | {"gates": gates}})
+    status = installed.wait("calibrated", "Complete")
+    assert {c["type"]: c["reason"] for c in status["conditions"]}["Complete"] == "Completed"
+    assert status["progress"]["percent"] == 100
+    files = installed.bucket.files("calibrated")
+    assert "report.html" in files and not [name for name in files if name.startswith(".kompressor/")]
+    report, result = json.loads(files["kompressor.json"]), status["result"]
+    for name in ("perplexityBefore", "perplexityAfter", "kl"):
+        assert float(result[name]) == pytest.approx(report["evaluation"][name], rel=1e-3), name
+    agreement = float(result["topOneAgreement"].removesuffix("%")) / 100
+    assert agreement == pytest.approx(report["evaluation"]["topOneAgreement"], rel=1e-3)
+    assert report["evaluation"]["tokens"] == 16 * 127
+    assert 0 < float(result["kl"]) < 0.05 and 0.9 < agreement <= 1
+    assert result["calibrationDigest"] == report["data"]["calibration"]["digest"]
+    assert [gate["met"] for gate in report["gates"]] == [True, True]
+
+
+def test_a_gate_that_is_not_met_publishes_nothing(installed: Installed, data: dict[str, Any], trained_llama: Path) -> None:
+    installed.bucket.upload(trained_llama, "llama")
+    gates = [{"metric": "perplexity", "maxIncrease": "50%"}, {"metric": "kl", "maxKL": 0.00001}]
+    installed.apply("gated", "llama", CALIBRATED, **data | {"evaluation": data["evaluation"] | {"gates": gates}})
+    status = installed.wait("gated", "Failed")
+    conditions = {c["type"]: c for c in status["conditions"]}
+    assert conditions["Failed"]["reason"] == "GateFailed"
+    assert conditions["Stalled"]["status"] == "True" and conditions["Ready"]["status"] == "False"
+    said = re.search(r"mean KL divergence is (\S+) nats a token, allowed are 1e-05", conditions["Failed"]["message"])
+    assert said and float(said[1]) > 1e-5, conditions["Failed"]["message"]
+    assert "perplexity" not in said.string.partition("allowed are")[0]  # that gate is met
+    kept = installed.bucket.files("gated")
+    assert sorted(kept) == [".kompressor/kompressor.json", ".kompressor/report.html"]
+    kl = json.loads(kept[".kompressor/kompressor.json"])["evaluation"]["kl"]
+    assert kl == pytest.approx(float(said[1]), rel=1e-3)
 
 
 @pytest.mark.parametrize(
