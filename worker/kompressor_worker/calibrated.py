@@ -152,12 +152,12 @@ class Engine:
         self._pace.finish()
 
     def _paced(self, block: Block, unit: UnitLayout, tell: Callable[[int], None], replayed: bool) -> Pace:
-        """Work is counted in multiply-adds: a forward through a step is one a weight and token; a pass over it one a weight and column,
-        as GPTQ's is."""
+        """Work is counted in multiply-adds: a forward through a step is one a weight and token, a product with a Hessian one a weight and
+        column."""
         tokens = [sum(t.numel() for t in stream.tokens) for stream in self.streams.all()]
-        expected = sum(size_of(step.layout) for step in block.steps) * sum(tokens)
+        expected: float = sum(size_of(step.layout) for step in block.steps) * sum(tokens)
         if not replayed:
-            expected += len(self.passes) * sum(size_of(step.layout) * columns_of(step.layout) for step in block.steps)
+            expected += sum(p.products for p in self.passes) * sum(size_of(step.layout) * columns_of(step.layout) for step in block.steps)
             if self._whole and self.streams.calibration is not None:
                 expected += sum(size_of(step.layout) for step in block.steps[:-1]) * sum(t.numel() for t in self.streams.calibration.tokens)
         return Pace(unit.source_bytes, expected, tell)
@@ -172,7 +172,7 @@ class Engine:
             for stage in stages if not p.kv else ():
                 self._refresh(work, steps, stages, p)
                 p.apply(stage)
-                self._pace(size_of(stage.layout) * columns_of(stage.layout))
+                self._pace(p.products * size_of(stage.layout) * columns_of(stage.layout))
         for stage in stages:
             work.finished.encoded |= stage.encoded
             if stage.notes:

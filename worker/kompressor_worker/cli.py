@@ -26,9 +26,30 @@ Runs a CompressionJob manifest here, without a cluster: the same file that `kube
   kompressor run examples/quickstart.yaml
   SOURCE_AWS_ACCESS_KEY_ID=... OUTPUT_AWS_ACCESS_KEY_ID=... kompressor run job.yaml
 
-Credentials come from SOURCE_AWS_* and OUTPUT_AWS_* (and SOURCE_HF_TOKEN; for data from DATA_*, EVALUATION_* and DRIFT_*), else from the
-usual AWS chain. A run that was cut off goes on at
-its last committed block when it is started again. Readers of the output see nothing until all of it is there.
+A pass that measures activations (gptq, awq, smoothQuant, kvCache, static schemes) needs calibration; evaluation flows held-out rows through
+the original and the result and says perplexity, KL divergence and top-1 agreement; drift compares activations on data from use:
+
+  spec:
+    model: {source: {uri: s3://models/llama-3-8b}}
+    output: {uri: s3://models/llama-3-8b-w4a16}
+    passes:
+      - gptq: {scheme: W4A16, groupSize: 128}
+    calibration:                       # field: plain text, messages: chats, tokens: token ids
+      dataset: {uri: s3://data/chats.jsonl, messages: messages}
+      samples: 512
+      sequenceLength: 2048
+    evaluation:
+      dataset: {uri: s3://data/held-out.parquet, field: text}
+      packing: true
+      gates:                           # one that is not met: exit code 67, and nothing is published
+        - {metric: perplexity, maxIncrease: 3%}
+        - {metric: kl, maxKL: 0.05}
+    drift:                             # a warning above the threshold, never a failure
+      dataset: {uri: s3://data/requests/, messages: messages}
+
+Credentials come from SOURCE_AWS_* and OUTPUT_AWS_* (and SOURCE_HF_TOKEN), for calibration data from DATA_AWS_*, for evaluation from
+EVALUATION_AWS_*, for drift from DRIFT_AWS_*, else from the usual AWS chain. A run that was cut off goes on at its last committed block when
+it is started again. Readers of the output see nothing until all of it is there; report.html in it says how good it is.
 
 exit codes: 0 done, 64 the job cannot work as written, 65 corrupt source, 66 NaN or Inf, 67 gate failed, 71 out of memory,
             74 storage trouble (try again), 75 told to stop (start again to go on)
@@ -38,6 +59,11 @@ Says what a job would do, from headers alone, in a second or two: sizes, memory,
 
   kompressor plan job.yaml
   kompressor plan job.yaml --json | jq .outputBytes
+
+For a job with calibration or evaluation it says what the activations take too: in memory, on disk, and how many multiply-adds the forwards,
+the statistics, the passes and the evaluation are. Data is looked at, not read: DATA_*, EVALUATION_* and DRIFT_* credentials as in `run`.
+
+  kompressor plan examples/calibrated.yaml
 """
 VERIFY = """\
 Reads a published result and checks it: every file and tensor there and as written (config.json and tokenizer too), shapes as the scheme
@@ -148,7 +174,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 def plan_command(args: argparse.Namespace) -> int:
     from kompressor_worker.plan import make_plan
-    from kompressor_worker.terminal import human, out, table
+    from kompressor_worker.terminal import flow_rows, human, out, table
 
     job = load_job(args.manifest, os.environ)
     plan = make_plan(job, os.environ, memory_plan()).as_json()
@@ -160,7 +186,8 @@ def plan_command(args: argparse.Namespace) -> int:
         "schemes": ", ".join(f"{k}: {n} linears" for k, n in plan["schemes"].items()) + f"; exact: {plan['exact']}",
         "size": f"{human(plan['sourceBytes'])} -> {human(plan['outputBytes'])} ({plan['ratio']}x smaller), {plan['shards']} shard(s)",
         "peak memory": human(plan["peakMemoryBytes"]),
-        "time": "none" if plan["alreadyCompressed"] else f"about {plan['estimatedSeconds']} s: a few to start, then 300 MB/s of source",
+        "time": "none" if plan["alreadyCompressed"] else f"about {plan['estimatedSeconds']:,} s: a few to start, then 300 MB/s of source",
+        **flow_rows(plan),
         "output": "already holds this result" if plan["alreadyCompressed"] else "free",
     }
     out.print(table(f"plan of {job.name}", rows))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from kompressor_worker.formats.readers import reader_warnings
+from kompressor_worker.estimate import FlowBytes, FlowOperations, flow_bytes, flow_operations
 from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_unusable_journal
 from kompressor_worker.layout import ModelLayout
@@ -16,7 +17,8 @@ from kompressor_worker.pipeline import Limits
 from kompressor_worker.publish import already_published, refuse_without_room
 from kompressor_worker.reading import read_layout
 from kompressor_worker.run import assign, make_fingerprint
-from kompressor_worker.samples import find_samples, wanted_samples
+from kompressor_worker.sample_warnings import size_warnings
+from kompressor_worker.samples import find_samples, flows, wanted_samples
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import OutputPlan, plan_output
 from kompressor_worker.storage.locations import open_output, open_source
@@ -30,6 +32,14 @@ BYTES_PER_SECOND = 300e6
 """Source bytes a second that the time estimate assumes: a gigabit and a half to and from object storage, two cores."""
 START_SECONDS = 3
 """Until the stream begins: imports, headers, the claim."""
+FLOW_IDLE_BYTES = 700 << 20
+"""The same worker with transformers' config and rotary classes, and the compiled kernels."""
+FLOW_START_SECONDS = 6
+"""Until activations begin to flow, beside: transformers' imports, the data."""
+CORE_RATE = 30e9
+"""Multiply-adds a second of one AVX-512 core in fp32, all that happens between the matrix products included."""
+GPU_RATE = 10e12
+"""The same of a GPU: assumed, not measured."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,26 @@ class Plan:
     output: OutputPlan
     peak_bytes: int
     already: bool
+    flow: FlowBytes | None = None
+    """Where activations flow: what they take."""
+    operations: FlowOperations | None = None
+    gpu: bool = False
+    """Whether the worker asks for one."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def rate(self) -> float:
+        """Multiply-adds a second."""
+        return GPU_RATE if self.gpu else CORE_RATE * cores()
+
+    @property
+    def seconds(self) -> int:
+        if self.already:
+            return 0
+        products = self.operations.total / self.rate if self.operations else 0.0
+        return (
+            START_SECONDS + (FLOW_START_SECONDS if self.operations else 0) + round(self.layout.source_bytes / BYTES_PER_SECOND + products)
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -51,9 +81,24 @@ class Plan:
             "schemes": dict(Counter(s.name for s in self.schemes.values())),
             "exact": sum(1 for x in self.layout.linears() if x.name not in self.schemes),
             "peakMemoryBytes": self.peak_bytes,
-            "estimatedSeconds": 0 if self.already else START_SECONDS + round(self.layout.source_bytes / BYTES_PER_SECOND),
+            "estimatedSeconds": self.seconds,
+            **self._flow_as_json(),
             "alreadyCompressed": self.already,
-            "warnings": [*self.layout.warnings, *reader_warnings(self.layout, self.schemes)],
+            "warnings": [*self.layout.warnings, *self.warnings],
+        }
+
+    def _flow_as_json(self) -> dict[str, Any]:
+        if self.flow is None or self.operations is None:
+            return {}
+        return {
+            "activationBytes": self.flow.activations,
+            "spilledBytes": self.flow.spilled,
+            "blockBytes": self.flow.block,
+            "stepBytes": self.flow.step,
+            "statisticsBytes": self.flow.statistics,
+            "headBytes": self.flow.head,
+            "multiplyAdds": {k: round(v) for k, v in asdict(self.operations).items()},
+            "multiplyAddsPerSecond": round(self.rate),
         }
 
 
@@ -70,7 +115,24 @@ def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None
     if not already:
         refuse_unusable_journal(output, fingerprint)
         refuse_without_room(output, planned)
-    return Plan(layout, schemes, planned, peak_memory(layout, planned, schemes, limits or Limits()), already)
+    limits, flow, operations = limits or Limits(), None, None
+    peak = peak_memory(layout, planned, schemes, limits)
+    if flows(job.spec, passes):
+        flow = flow_bytes(job.spec, layout, passes, schemes, planned, limits)
+        operations = flow_operations(job.spec, layout, passes, schemes)
+        peak = FLOW_IDLE_BYTES + SCRATCH_BYTES + flow.peak + ahead_and_behind(layout, planned, limits)
+    gpu = "nvidia.com/gpu" in str(job.spec.worker.resources)
+    return Plan(layout, schemes, planned, peak, already, flow, operations, gpu, size_warnings(data))
+
+
+def ahead_and_behind(layout: ModelLayout, planned: OutputPlan, limits: Limits) -> int:
+    """What is read ahead and what waits to be uploaded; a small model has less than the limits."""
+    largest = max(s.source_bytes for s in layout.stages())
+    return min(layout.source_bytes, max(limits.lookahead, largest)) + min(planned.tensor_bytes, limits.pending)
+
+
+def cores() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
 
 
 def peak_memory(layout: ModelLayout, planned: OutputPlan, schemes: Mapping[str, Scheme], limits: Limits) -> int:

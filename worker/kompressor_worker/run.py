@@ -26,6 +26,7 @@ from kompressor_worker.progress import Progress
 from kompressor_worker.publish import PAGE, REPORT, already_published, build_report, dumps, publish, refuse_without_room
 from kompressor_worker.reading import read_layout
 from kompressor_worker.report_html import render
+from kompressor_worker.sample_warnings import shape_warnings, size_warnings
 from kompressor_worker.samples import FoundData, facts, find_samples, flows, unused_samples, wanted_samples
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import plan_output
@@ -85,6 +86,7 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     refuse_without_room(output, plan)
     if not output.probe():
         warnings.append(f"{output.uri}: the store ignores conditional writes; two workers on this output would not notice each other")
+    warnings += size_warnings(data)
     for warning in [*layout.warnings, *warnings]:
         log.warning("%s", warning)
 
@@ -180,7 +182,12 @@ def assign(spec: CompressionJobSpec, layout: ModelLayout) -> tuple[ModelLayout, 
         schemes |= p.assign(layout, schemes)
     if flows(spec, passes):
         refuse_unknown_forward(layout.family, layout.config)
-    warnings = (*layout.warnings, *reader_warnings(layout, schemes), *unused_samples(spec, passes))
+    warnings = (
+        *layout.warnings,
+        *reader_warnings(layout, schemes),
+        *unused_samples(spec, passes),
+        *(shape_warnings(spec, layout, passes, schemes) if flows(spec, passes) else ()),
+    )
     return replace(layout, warnings=warnings), passes, schemes
 
 

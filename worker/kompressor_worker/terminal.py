@@ -77,6 +77,25 @@ def table(title: str, rows: Mapping[str, Any]) -> Table:
     return t
 
 
+def flow_rows(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What a plan says of activations that flow; nothing where none do."""
+    if "activationBytes" not in plan:
+        return {}
+    on_disk = f", {human(plan['spilledBytes'])} of them on disk" if plan["spilledBytes"] else ""
+    total = max(1, sum(plan["multiplyAdds"].values()))
+    shares = ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in plan["multiplyAdds"].items() if n)
+    rows = {
+        "  activations": f"{human(plan['activationBytes'] + plan['spilledBytes'])}{on_disk}",
+        "  one block": f"{human(plan['blockBytes'])}; a step in fp32 and its rows {human(plan['stepBytes'])}",
+    }
+    if plan["statisticsBytes"]:
+        rows["  statistics"] = human(plan["statisticsBytes"])
+    if plan["headBytes"]:
+        rows["  evaluation"] = f"{human(plan['headBytes'])} at the head"
+    rate = f"{plan['multiplyAddsPerSecond'] / 1e9:,.0f} G a second"
+    return rows | {"  computing": f"{total / 1e12:,.3g} T multiply-adds at {rate}: {shares}"}
+
+
 def measured_rows(result: Mapping[str, Any]) -> dict[str, str]:
     """What evaluation, gates and drift say in `status.result`, line by line; nothing of what was not asked for."""
     rows: dict[str, str] = {}

@@ -49,6 +49,8 @@ class Pass:
     """Whether it needs the statistics of all stages of a block before the first weight changes, since it folds scales across stages."""
     transforms: bool = False
     """Whether it changes weights before anything is measured (`transform`, `transform_rows`)."""
+    products: float = 0.0
+    """How many products of a weight [out, in] with its Hessian [in, in] encoding it takes: for estimates of time, and progress."""
 
     def __init__(self, params: Any) -> None: ...
 

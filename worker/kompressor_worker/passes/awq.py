@@ -63,6 +63,7 @@ class Awq(Pass):
 
     def __init__(self, params: AwqParams) -> None:
         self.params = params
+        self.products = 2.0 * params.grid
         self._assigned: dict[str, Scheme] = {}
         self._taken: frozenset[str] = frozenset()
         self._block: dict[str, torch.Tensor] = {}
