@@ -103,7 +103,7 @@ def test_memory_grows_with_rows_and_width_alone(tmp_path: Path) -> None:
     }
     tight = plan(job(tmp_path, GPTQ), replace(Limits(), activations=1000))
     assert (tight["activationBytes"], tight["spilledBytes"]) == (1000, few["activationBytes"] - 1000)
-    assert tight["peakMemoryBytes"] == few["peakMemoryBytes"] - tight["spilledBytes"]
+    assert tight["peakMemoryBytes"] < few["peakMemoryBytes"] - tight["spilledBytes"]
     assert "activationBytes" not in plan(job(tmp_path, [{"rtn": {"scheme": "W4A16", "groupSize": 64}}], calibration=0, evaluation=0))
 
 
