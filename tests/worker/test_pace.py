@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import jobs
 from kompressor_worker.job import load_job
+from kompressor_worker.layout import ModelLayout, SourceTensor, StageLayout, StoredTensor, UnitLayout
 from kompressor_worker.pace import Pace
 from kompressor_worker.progress import Progress, Snapshot
 from kompressor_worker.run import run
@@ -34,6 +35,22 @@ def test_pieces_add_up(total: int, expected: float, works: list[float]) -> None:
     assert len(told) == len(works) and sum(told) <= total
     pace.finish()
     assert sum(told) == total and min(told) >= 0
+
+
+def test_units_that_are_made_again_take_nothing_back() -> None:
+    units = tuple(
+        UnitLayout(name, (StageLayout(name, (SourceTensor(name, "U8", (8,), (StoredTensor(name, "U8", (8,), "f", 0, 8),)),)),))
+        for name in "abcd"
+    )
+    layout = ModelLayout({}, "BF16", None, units, (), "")
+    seen: list[Snapshot] = []
+    ticks = iter(range(100))
+    progress = Progress([seen.append], clock=lambda: float(next(ticks)))
+    progress.start(layout, 2)
+    for unit, done in ((0, 4), (0, 8), (1, 16), (2, 20)):
+        progress.done(unit, done)
+    assert [(s.units_done, s.percent) for s in seen] == [(2, 50), (2, 50), (2, 50), (2, 50), (2, 62)]
+    assert all(s.bytes_per_second >= 0 and (s.eta_seconds or 0) >= 0 for s in seen)
 
 
 def job(folder: Path, hidden: int, layers: int, rows: int, length: int) -> Path:

@@ -253,7 +253,7 @@ def failed(error: KompressorError, args: argparse.Namespace) -> int:
     err.print(f"[bold red]{error.reason}[/]: ", end="")
     err.print(str(error), markup=False, highlight=False)
     if measured:
-        err.print(table("measured; not published", measured_rows(measured)))
+        err.print(table("measured", measured_rows(measured)))
     if args.json:
         print(json.dumps({"error": said} | ({"result": measured} if measured else {}), indent=2))
     if args.in_cluster:

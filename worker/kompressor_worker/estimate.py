@@ -1,7 +1,7 @@
 """What activations that flow through a model cost, from shapes alone: bytes at the worst moment, and multiply-adds. No torch.
 
 Beside six real runs on one AVX-512 core (random Llamas of 2 blocks, hidden 512 and 1024, 32 to 128 rows of 512 tokens, with and without
-evaluation; gptq, smoothQuant + gptq, awq, static W8A8) the plan's peak was 0.97 to 1.11 of the worker's largest resident set (1.1 to 1.7 GiB,
+evaluation; gptq, smoothQuant + gptq, awq, static W8A8) the plan's peak was 0.97 to 1.11 of the largest resident set (1.1 to 1.7 GiB,
 0.7 of it idle), and its time without the start 1.05 to 1.3 of the CPU seconds. Not measured: mixtures, GPUs (blocks and activations are in
 their memory instead, the sum is the same), statistics measured again (a static scheme behind awq).
 """
