@@ -264,7 +264,8 @@ def test_no_credentials(setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_missing_bucket(setting: Setting) -> None:
     source = open_source(SourceLocation(uri="s3://no-such-bucket/x", endpoint=setting.proxy.endpoint), setting.environ)
-    with pytest.raises(NotFound, match=r"no bucket no-such-bucket at http://127.0.0.1:\d+; create it or correct model.source.uri") as caught:
+    said = r"no bucket no-such-bucket at http://127.0.0.1:\d+; create it or correct model.source.uri"
+    with pytest.raises(NotFound, match=said) as caught:
         source.list()
     assert caught.value.reason == Reason.SOURCE_NOT_FOUND
     output = open_output(OutputSpec(uri="s3://no-such-bucket/x", endpoint=setting.proxy.endpoint), setting.environ)

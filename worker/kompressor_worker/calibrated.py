@@ -88,9 +88,9 @@ class BlockWork:
 
 
 def effective(
-    weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme], dtype: torch.dtype
+    weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    return {**weights, **{f"{name}.weight": decode(name, tensors, scheme, dtype) for name, scheme in schemes.items()}}
+    return {**weights, **{f"{name}.weight": decode(name, tensors, scheme, dtype).to(device) for name, scheme in schemes.items()}}
 
 
 class Engine:
@@ -140,7 +140,7 @@ class Engine:
             self._flow(block, block.steps, self.streams.original, Projection(weights))
         schemes = {x.name: self.schemes[x.name] for stage in unit.stages for x in stage.linears if x.name in self.schemes}
         plain = {name: tensor for name, tensor in published.items() if name in weights or name.endswith("_scale")}
-        current = effective(plain, published, schemes, self.decoder.dtype)
+        current = effective(plain, published, schemes, self.decoder.dtype, self.decoder.device)
         for stream in self.streams.through_compressed():
             self._flow(block, block.steps, stream, Projection(current))
         if self.streams.compressed is not None:
@@ -178,7 +178,7 @@ class Engine:
             if stage.notes:
                 work.notes[stage.layout.name] = stage.notes
             for name, encoded in stage.encoded.items():
-                decoded = decode(name, encoded.tensors, work.finished.schemes[name], self.decoder.dtype)
+                decoded = decode(name, encoded.tensors, work.finished.schemes[name], self.decoder.dtype).to(self.decoder.device)
                 work.current[f"{name}.weight"] = decoded
         work.take_up()
         for stream in self.streams.through_compressed():

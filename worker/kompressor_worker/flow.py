@@ -15,6 +15,7 @@ from kompressor_worker.calibrated import Engine, Streams
 from kompressor_worker.calibrated_units import Calibrated
 from kompressor_worker.calibration import Rows
 from kompressor_worker.decoder import Decoder
+from kompressor_worker.kernels import build
 from kompressor_worker.snapshots import Snapshots
 from kompressor_worker.storage import Output
 from kompressor_worker.stream import Work
@@ -52,7 +53,7 @@ def device_fingerprint() -> str:
         kind = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     else:
         kind = f"{processor()}, {torch.get_num_threads()} threads"
-    return f"{kind}, torch {version('torch')}, kernels {os.environ.get('KOMPRESSOR_KERNELS') or 'compiled'}"
+    return f"{kind}, torch {version('torch')}, kernels {os.environ.get('KOMPRESSOR_KERNELS') or build.source_digest()}"
 
 
 def processor() -> str:

@@ -10,7 +10,7 @@ from kompressor_worker.errors import GateFailed
 
 REMEDY = (
     "choose a scheme with more bits or smaller groups, a calibrated pass (gptq, awq) or more calibration samples, "
-    "or a wider limit in spec.evaluation.gates; nothing was published"
+    "or a wider limit in spec.evaluation.gates; "
 )
 
 
@@ -29,11 +29,15 @@ def check(gates: Sequence[Gate], evaluation: Mapping[str, Any]) -> list[Verdict]
     return [_verdict(gate, evaluation) for gate in gates]
 
 
-def enforce(verdicts: Sequence[Verdict], result: Mapping[str, Any] | None = None, report: str | None = None) -> None:
-    """Raises GateFailed, one line for all gates that are not met, with what was measured (`result`) and where more stands (`report`)."""
+def enforce(
+    verdicts: Sequence[Verdict], result: Mapping[str, Any] | None = None, report: str | None = None, published: bool = False
+) -> None:
+    """Raises GateFailed, one line for all gates that are not met, with what was measured (`result`) and where more stands (`report`).
+    `published`: the output holds this result from an earlier job."""
     if failed := [v["says"] for v in verdicts if not v["met"]]:
+        after = "the result of an earlier job with other gates stays published" if published else "nothing was published"
         where = f"; all that was measured: {report}" if report else ""
-        raise GateFailed(f"evaluation: {'; '.join(failed)}: {REMEDY}{where}", result)
+        raise GateFailed(f"evaluation: {'; '.join(failed)}: {REMEDY}{after}{where}", result)
 
 
 def status(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

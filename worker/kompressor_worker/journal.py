@@ -133,8 +133,10 @@ def refuse_other_job(state: State, fingerprint: Mapping[str, str], uri: str) -> 
     for key in sorted({*state.fingerprint, *fingerprint}):
         old, new = state.fingerprint.get(key), fingerprint.get(key)
         if old != new:
+            where = "run it on the same kind of node, with as many threads, or " if key == "device" else ""
             raise UserError(
-                f"{uri}: an unfinished job is here whose {key} was {old}, this one's is {new}; {remedy(uri)}", Reason.JOURNAL_MISMATCH
+                f"{uri}: an unfinished job is here whose {key} was {old}, this one's is {new}; {where}{remedy(uri)}",
+                Reason.JOURNAL_MISMATCH,
             )
 
 

@@ -82,6 +82,9 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     fingerprint = make_fingerprint(job.spec, layout, data)
     if (report := already_published(output, fingerprint)) is not None:
         log.info("%s already holds this result", output.uri)
+        if job.spec.evaluation is not None:  # its gates may be stricter than those of the job that published it
+            verdicts = gates.check(job.spec.evaluation.gates, report["evaluation"])
+            gates.enforce(verdicts, measured_result(report), f"{output.uri}/{PAGE}", published=True)
         return Summary(report, time.monotonic() - began, already=True)
     refuse_without_room(output, plan)
     if not output.probe():

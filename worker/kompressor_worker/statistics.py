@@ -54,11 +54,11 @@ class Statistics:
         self.rows += len(x)
         if "histogram" in self.wanted:
             self.histogram = _plus(self.histogram, bf16_histogram(x))
-        x = x.float()
         if "hessian" in self.wanted:
             if self.hessian is None:
-                self.hessian = x.new_zeros(self.columns, self.columns)
+                self.hessian = torch.zeros(self.columns, self.columns, device=x.device)
             kernels.add_gram(self.hessian, x)
+        x = x.float()
         if "norms" in self.wanted:
             self.squares = _plus(self.squares, x.square().sum(0))
         if "range" in self.wanted:

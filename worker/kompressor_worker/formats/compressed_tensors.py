@@ -167,7 +167,7 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme, dtype
     by full name."""
     import torch
 
-    from kompressor_worker import grid
+    from kompressor_worker import grid, kernels
     from kompressor_worker.formats import packing
 
     def tensor(suffix: str) -> torch.Tensor:
@@ -180,18 +180,21 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme, dtype
     match scheme.format:
         case "int-quantized" | "float-quantized":
             codes = tensor("weight")
+            columns = codes.shape[1]
         case "pack-quantized":
             rows, columns = (int(n) for n in tensor("weight_shape"))
-            codes = packing.unpack_int32(tensor("weight_packed"), scheme.bits, columns)
+            codes = tensor("weight_packed")
             if not scheme.symmetric:
                 zero_point = packing.unpack_int32(tensor("weight_zero_point"), scheme.bits, rows, dim=0)
         case "mxfp4-pack-quantized":
-            codes, scale = packing.unpack_fp4(tensor("weight_packed")), grid.mx_scale(scale)
+            codes, scale = tensor("weight_packed"), grid.mx_scale(scale)
+            columns = 2 * codes.shape[1]
         case "nvfp4-pack-quantized":
-            codes, global_scale = packing.unpack_fp4(tensor("weight_packed")), tensor("weight_global_scale")
+            codes, global_scale = tensor("weight_packed"), tensor("weight_global_scale")
+            columns = 2 * codes.shape[1]
         case _:
             raise AssertionError(f"{scheme.name}: no layout for format {scheme.format}")
-    return grid.dequantize(codes, grid.Grid(scale.to(torch.float32), zero_point, global_scale), scheme).to(dtype)
+    return kernels.dequantize(codes, columns, grid.Grid(scale.to(torch.float32), zero_point, global_scale), scheme, dtype)
 
 
 def _words(count: int, bits: int) -> int:

@@ -9,7 +9,6 @@ from kompressor_worker import grid, kernels
 from kompressor_worker.block import Encoded
 from kompressor_worker.errors import BadNumerics
 from kompressor_worker.formats.compressed_tensors import named_tensors
-from kompressor_worker.kernels import eager
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.schemes import Scheme
 
@@ -18,17 +17,16 @@ def encode(linear: LinearLayout, weight: Tensor, codes: Tensor, found: grid.Grid
     """The encoding of `linear` by codes [out, in] as `grid.quantize` makes them; errors against weight [out, in], the one they stand for.
 
     Raises BadNumerics: a scale overflows the dtype that it is stored in."""
-    packed, scale, zero_point = eager.stored(codes, found, scheme, weight.dtype)
+    packed, scale, zero_point = kernels.stored(codes, found, scheme, weight.dtype)
     if kernels.nonfinite(scale):
         raise BadNumerics(
             f"{linear.weight}: its values span too wide a range for {scheme.name}, a scale overflows; "
             "look for a corrupted weight, or list the layer under ignore"
         )
-    source = weight.float()
-    error = (grid.dequantize(codes, found, scheme) - source).double().square().sum()
+    error, norm = kernels.code_errors(weight, codes, found, scheme)
     tensors = named_tensors(linear.name, linear.shape, scheme, packed, scale, zero_point)
     stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    return Encoded(stored, float(error), float(source.double().square().sum()), saturated)
+    return Encoded(stored, error, norm, saturated)
 
 
 def round_to_nearest(linear: LinearLayout, weight: Tensor, scheme: Scheme) -> Encoded:
