@@ -38,8 +38,10 @@ crds: venv ## generate the CRD, the chart's copy and its admission policy from t
 lock: venv ## compile the lock files from pyproject.toml
 	$(PYTHON) tools/lock.py
 
-bench: venv ## throughput beside cp, boto3 and llm-compressor; latency from apply to Job (minutes)
+bench: venv ## throughput, memory and quality beside cp, boto3 and llm-compressor; kernels; latency from apply to Job (an hour)
 	$(BIN)/python benchmarks/data_free.py
+	$(BIN)/python benchmarks/calibrated.py
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/apply_latency.py
 
 image-check: venv ## build both images with buildah, without a container engine, and start them

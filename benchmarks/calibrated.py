@@ -150,7 +150,7 @@ def small_model() -> tuple[Path, str]:
     from models import SHAPE, Recipe, trained_model
 
     shape = {**SHAPE, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64}
-    KINDS["bench"] = Recipe("LlamaConfig", {**shape, "intermediate_size": 1024}, steps=240, batch=4, length=512)
+    KINDS["bench"] = Recipe("LlamaConfig", {**shape, "intermediate_size": 1024}, steps=200, batch=2, length=512)
     return trained_model("bench"), "bench"
 
 

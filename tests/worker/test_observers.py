@@ -119,7 +119,7 @@ def plain_divergence(x: Tensor, low: float, high: float, quantiser: Scheme) -> f
 def test_divergence_is_what_it_says(name: str, kind: str) -> None:
     x, quantiser = drawn(kind, 1000, seed=1), input_grid(SCHEMES[name])
     cost = observers.divergence(*observers.occurring(bf16_histogram(x)), quantiser, torch.bfloat16)
-    ends = x.float().abs().max() * torch.tensor([1.0, 0.9, 0.7, 0.5, 0.11, 0.1, 0.08])
+    ends = x.float().abs().max() * torch.tensor([1.0, 0.9, 0.7, 0.5, 0.2, 0.15, 0.11, 0.1, 0.09, 0.08, 0.06, 0.04])
     theirs = [plain_divergence(x, -float(end), float(end), quantiser) for end in ends]
     assert sum(t < float("inf") for t in theirs) > 2
     torch.testing.assert_close(cost(-ends, ends), torch.tensor(theirs, dtype=torch.float64), rtol=1e-6, atol=1e-9)
