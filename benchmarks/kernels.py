@@ -72,7 +72,7 @@ def calibrated(wide: int) -> None:
             f"x^T x {dtype}", 2048 * 4096.0**2, lambda n=narrow: kernels.add_gram(sums, n), lambda: torch.mm(x, sums), 2 * 2048 * 4096.0**2
         )
     hessian = x.T @ x + 100 * torch.eye(4096)
-    products("inverse factor 4096", 4096.0**3, lambda: kernels.inverse_factor(hessian), lambda: torch.mm(hessian, hessian), 2 * 4096.0**3)
+    products("inverse factor 4096", 4096.0**3, lambda: kernels.inverse_factor(hessian.clone()), lambda: torch.mm(hessian, hessian), 2 * 4096.0**3)
 
 
 def main() -> None:

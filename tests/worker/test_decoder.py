@@ -10,12 +10,12 @@ import torch
 import transformers
 from families import BASE
 from safetensors.torch import load_file
-from torch.nn.functional import linear
 
 from kompressor_api.v1alpha1 import SourceLocation
 from kompressor_worker.decoder import Batch, Decoder
 from kompressor_worker.decoder_block import Block
 from kompressor_worker.errors import UserError
+from kompressor_worker.forward import Projection
 from kompressor_worker.reading import read_layout
 from kompressor_worker.sites import sites_of
 from kompressor_worker.storage.locations import open_source
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 LENGTHS = (24, 17)
 
 
-def saved(case: str, folder: Path) -> transformers.PreTrainedModel:
+def saved(case: str, folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     name, extra = CASES[case]
     torch.manual_seed(3)
     config = getattr(transformers, name)(**{**SMALL, **extra}, initializer_range=0.2)
@@ -57,7 +57,7 @@ def saved(case: str, folder: Path) -> transformers.PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=0.6, std=0.3)  # norms and biases that matter
-    model.eval().save_pretrained(folder)
+    model.eval().to(dtype).save_pretrained(folder)
     return model
 
 
@@ -65,15 +65,11 @@ def layout_of(folder: Path) -> Any:
     return read_layout(open_source(SourceLocation(uri=f"file://{folder}"), {}))
 
 
-def ours(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Final hidden states [rows, length, hidden] before the final norm."""
+def ours(folder: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Final hidden states [rows, length, hidden] before the final norm; products in `dtype`."""
     layout = layout_of(folder)
     weights = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    decoder = Decoder(layout, torch.device("cpu"))
-
-    def project(name: str, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
+    decoder, project = Decoder(layout, torch.device("cpu")), Projection(weights, dtype)
     batch = Batch(LENGTHS, {"hidden": decoder.embed(weights["model.embed_tokens.weight"][tokens])})
     for number, unit in enumerate(u for u in layout.units if ".layers." in u.name):
         block = Block(decoder, number, unit)
@@ -96,6 +92,22 @@ def test_the_steps_are_the_models_function(case: str, tmp_path: Path) -> None:
         normed = Decoder(layout_of(tmp_path), torch.device("cpu")).norm(got, model.get_decoder().norm.weight)
     torch.testing.assert_close(normed[0], expected.hidden_states[-1][0], rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(normed[1, : LENGTHS[1]], expected.hidden_states[-1][1, : LENGTHS[1]], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_bf16_the_steps_are_as_near_to_the_function_as_the_model_itself(case: str, tmp_path: Path) -> None:
+    model = saved(case, tmp_path, torch.bfloat16)
+    tokens = torch.randint(3, 120, (2, max(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    norm = Decoder(layout_of(tmp_path), torch.device("cpu")).norm
+    with torch.inference_mode():
+        native = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states[-1]
+        exact = model.float()(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states[-1]
+        got = norm(ours(tmp_path, tokens, torch.bfloat16), model.get_decoder().norm.weight)
+
+    def distance(h: torch.Tensor) -> float:
+        return float(sum((h[row, :n] - exact[row, :n]).square().sum() for row, n in enumerate(LENGTHS))) ** 0.5
+
+    assert 0 < distance(got) < 1.5 * distance(native) < 0.2 * float(exact.norm())
 
 
 def test_padding_and_excluded_rows_count_in_no_statistic(tmp_path: Path) -> None:

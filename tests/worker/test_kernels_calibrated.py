@@ -292,16 +292,14 @@ def test_hadamard(lib: CDLL, threads: None, dtype: torch.dtype, order: int, powe
     assert torch.allclose(matrix @ matrix.T, torch.eye(len(matrix), dtype=torch.float64), atol=1e-12)
 
 
-@pytest.mark.parametrize("n", [1, 5, 128, 129, 300, 700])
+@pytest.mark.parametrize("n", [1, 5, 128, 129, 300, 1301])
 def test_inverse_factor(n: int) -> None:
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(3 * n, n, generator=generator) * torch.randn(n, generator=generator).exp()
     hessian = x.T @ x
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
-    before = hessian.clone()
-    factor = kernels.inverse_factor(hessian)
+    factor = kernels.inverse_factor(hessian.clone())
     assert factor is not None
-    assert torch.equal(hessian, before)
     assert factor.is_contiguous()
     assert torch.equal(factor, factor.triu())
     reference = torch.linalg.cholesky(torch.linalg.inv(hessian.double()), upper=True)
@@ -311,9 +309,9 @@ def test_inverse_factor(n: int) -> None:
 def test_inverse_factor_of_what_has_none() -> None:
     hessian = torch.eye(200)
     hessian[150, 150] = -1
-    assert kernels.inverse_factor(hessian) is None
+    assert kernels.inverse_factor(hessian.clone()) is None
     hessian[150, 150] = torch.nan
-    assert kernels.inverse_factor(hessian) is None
+    assert kernels.inverse_factor(hessian.clone()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kompressor_worker import kernels
 from kompressor_worker.decoder import Batch
 from kompressor_worker.errors import BadNumerics
 
@@ -109,6 +110,8 @@ class Activations:
         """Raises BadNumerics when too many rows are out."""
         for batch in self.batches:
             hidden = batch.state["hidden"]
+            if not kernels.nonfinite(hidden):
+                continue
             bad = ~torch.isfinite(hidden).flatten(1).all(1)
             if bad.any():
                 fresh = [bool(b) and not out for b, out in zip(bad.tolist(), batch.excluded, strict=True)]

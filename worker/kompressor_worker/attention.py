@@ -31,6 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, so
     else:
         out = torch.empty_like(q)
         mask = visible(length, window, q.device)
+        q, k, v = q.float(), k.float(), v.float()
         for row in range(rows):  # scores of a few heads at a time: they are the one matrix that grows with length squared
             for head in range(k.shape[1]):
                 mine = slice(head * shared, (head + 1) * shared)

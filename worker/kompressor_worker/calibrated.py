@@ -142,7 +142,7 @@ class Engine:
         plain = {name: tensor for name, tensor in published.items() if name in weights or name.endswith("_scale")}
         current = effective(plain, published, schemes, self.decoder.dtype, self.decoder.device)
         for stream in self.streams.through_compressed():
-            self._flow(block, block.steps, stream, Projection(current))
+            self._flow(block, block.steps, stream, self._runtime(current))
         if self.streams.compressed is not None:
             self._flow(
                 block, block.steps, self.streams.compressed, Published(current, schemes, published), kv_rounding(unit.name, published)
@@ -183,7 +183,7 @@ class Engine:
         work.take_up()
         for stream in self.streams.through_compressed():
             observer = work.observer if stream is self.streams.calibration and self._kv else None
-            self._flow(work.block, steps, stream, Projection(work.current), observer.of if observer else None)
+            self._flow(work.block, steps, stream, self._runtime(work.current), observer.of if observer else None)
         for p in self.passes:
             for stage in stages if p.kv else ():  # now that keys and values have been seen as the published weights make them
                 p.apply(stage)
@@ -208,7 +208,7 @@ class Engine:
                 work.drift |= {name: site for name, site in found.items() if site is not None}
 
     def _observe(self, work: BlockWork, steps: Sequence[Step], stream: Activations, sites: Sequence[Mapping[str, Statistics]]) -> None:
-        project = Projection(work.current)
+        project = self._runtime(work.current)
         for batch in stream.batches:
             shadow = Batch(batch.lengths, dict(batch.state), batch.excluded)
             for number, (step, seen) in enumerate(zip(steps, sites, strict=True)):
@@ -237,6 +237,9 @@ class Engine:
         tensors = {**work.finished.weights, **{n: t for e in work.finished.encoded.values() for n, t in e.tensors.items()}}
         rounding = kv_rounding(work.block.prefix[:-1], tensors)
         self._flow(work.block, work.block.steps, self.streams.compressed, Published(work.current, work.finished.schemes, tensors), rounding)
+
+    def _runtime(self, weights: Mapping[str, Tensor]) -> Projection:
+        return Projection.as_a_runtime(weights, self.decoder.dtype, self.decoder.device)
 
     def _flow(self, block: Block, steps: Sequence[Step], stream: Activations, project: Projection, kv: KvHook | None = None) -> None:
         """A stream through these steps, one step after the other, so that a step's weights are widened once."""

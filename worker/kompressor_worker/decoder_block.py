@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +18,17 @@ from kompressor_worker.decoder import Batch, Decoder
 from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
 from kompressor_worker.mixture import Routing
 
-Linear = Callable[[str, Tensor], Tensor]
-"""(full module name, x [..., columns] fp32) to x W^T + b in fp32."""
+
+
+class Linear(Protocol):
+    dtype: torch.dtype
+    """What it computes in."""
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        """x [..., columns] W^T + b of this full module name, in `dtype`."""
+        ...
+
+
 Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """What happens to keys (after rotary) and values [rows, KV heads, length, head_dim] on their way into the cache: nothing, or rounding."""
 
@@ -65,7 +75,7 @@ class Block:
 
     def advance(self, step: Step, batch: Batch, weights: Mapping[str, Tensor], linear: Linear, cache: Cache | None = None) -> None:
         """The step's outputs, up to the input of the next one."""
-        x = self._input(step, batch, weights).float()
+        x = self._input(step, batch, weights).to(linear.dtype)
         state, dtype = batch.state, self.decoder.dtype
         match step.name:
             case "qkv":
@@ -112,7 +122,7 @@ class Block:
         if (norm := weights.get(f"{self.prefix}self_attn.q_norm.weight")) is not None:
             q, k = d.norm(q, norm), d.norm(k, weights[f"{self.prefix}self_attn.k_norm.weight"])
         cos, sin = d.positions(length, self.layer)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
             k, v = cache(k, v)
         return attend(q, k, v, d.scale, d.window(self.layer), d.softcap)
@@ -146,7 +156,7 @@ class Block:
     def _experts_out(self, step: Step, x: Tensor, batch: Batch, linear: Linear) -> Tensor:
         routing, hidden = Routing.of(batch.state), batch.state["hidden"]
         downs = expert_linears(step.layout.linears, 1)
-        out = x.new_zeros(len(routing.experts), hidden.shape[-1])
+        out = x.new_zeros(len(routing.experts), hidden.shape[-1], dtype=torch.float32)
         gates = routing.gates_by_expert()
         for (expert, tokens), (_, rows) in zip(routing.tokens_by_expert(), routing.rows_by_expert(), strict=True):
             out.index_add_(0, tokens, linear(downs[expert][0].name, x[rows]) * gates[rows, None])

@@ -29,8 +29,8 @@ FRAGMENTED = 1.25
 """What activations take of the allocator for what they are: they come and go in pieces, between larger ones."""
 TRIAL_COPIES = 4
 """fp32 copies of a site's weights while a scale is tried on them."""
-COPIES = 3
-"""Matrices of a Hessian's size beside it while it is factorised: in order, as the factor, and one between."""
+COPIES = 2
+"""Matrices of a Hessian's size beside it: the one that is factorised in its place, and the factor as the column loop reads it."""
 SCORED_BYTES = 104
 """A position of the evaluation: sums of its logits, and token ids."""
 

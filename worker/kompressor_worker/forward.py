@@ -16,17 +16,22 @@ from kompressor_worker.schemes import Scheme
 
 
 class Projection:
-    """x W^T + b in fp32 with `weights` (full names, model dtype), widened once a step."""
+    """x W^T + b with `weights` (full names, model dtype), computed in fp32: weights are widened once a step."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self.weights = weights
+    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+        self.weights, self.dtype = weights, dtype
         self._wide: dict[str, Tensor] = {}
+
+    @classmethod
+    def as_a_runtime(cls, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Projection:
+        """For calibration: in the model's `dtype`, as runtimes compute, where the device multiplies bf16 faster than fp32."""
+        return cls(weights, dtype if dtype is torch.bfloat16 and kernels.fast_bf16(device) else torch.float32)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         if name not in self._wide:
-            self._wide[name] = self.weights[f"{name}.weight"].float()
+            self._wide[name] = self.weights[f"{name}.weight"].to(self.dtype)
         bias = self.weights.get(f"{name}.bias")
-        return F.linear(x, self._wide[name], None if bias is None else bias.float())
+        return F.linear(x.to(self.dtype), self._wide[name], None if bias is None else bias.to(self.dtype))
 
     def forget(self) -> None:
         """The next step has other weights."""

@@ -17,11 +17,12 @@ from kompressor_worker.grid import Grid
 from kompressor_worker.kernels import compiled, eager, ops  # ops: registers the operations
 from kompressor_worker.kernels.cholesky import inverse_factor
 from kompressor_worker.kernels.eager import Quantized
+from kompressor_worker.kernels.fast_bf16 import fast_bf16
 from kompressor_worker.schemes import Inputs, Scheme
 
 __all__ = [
     "Quantized", "add_gram", "amax", "code_errors", "decode_fp8_block", "decode_mxfp4", "dequantize", "fake_quantize_input",
-    "fake_quantize_kv", "gptq", "gptq_groups", "hadamard", "inverse_factor", "nonfinite", "ops", "quantize", "stored",
+    "fake_quantize_kv", "fast_bf16", "gptq", "gptq_groups", "hadamard", "inverse_factor", "nonfinite", "ops", "quantize", "stored",
 ]  # fmt: skip
 
 FLOATS = tuple(compiled.DTYPES)

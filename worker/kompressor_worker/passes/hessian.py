@@ -10,6 +10,7 @@ from torch import Tensor
 from kompressor_worker import kernels
 from kompressor_worker.errors import BadNumerics
 
+ROWS = 512
 ATTEMPTS = 4
 """Ten times the dampening each time; after these the Hessian is no sum of squares any more."""
 
@@ -35,19 +36,15 @@ class Factor:
         diagonal = hessian.diagonal()
         dead = diagonal <= 0
         order = torch.argsort(diagonal, descending=True, stable=True) if ordered else None
-        work = hessian.clone() if order is None else hessian[order][:, order]
         mean = float(diagonal.sum() / (~dead).sum().clamp(min=1))
-        work.diagonal()[dead if order is None else dead[order]] = mean
-        added = 0.0
+        share = dampening
         for attempt in range(ATTEMPTS):
             share = dampening * 10**attempt
-            work.diagonal().add_((share - added) * mean)
-            added = share
-            inverse = kernels.inverse_factor(work)
+            inverse = kernels.inverse_factor(_dampened(hessian, order, dead, mean, share))
             if inverse is not None:
                 return cls(inverse, order, share, int(dead.sum()))
         raise BadNumerics(
-            f"{name}: the Hessian of its input is not positive definite even with dampening {added:g}; "
+            f"{name}: the Hessian of its input is not positive definite even with dampening {share:g}; "
             "use more calibration samples, or look for NaN in the blocks before it"
         )
 
@@ -62,3 +59,16 @@ class Factor:
     def as_they_lay(self, codes: Tensor) -> Tensor:
         """The inverse of `ordered`."""
         return codes if self.order is None else codes[:, torch.argsort(self.order)]
+
+
+def _dampened(hessian: Tensor, order: Tensor | None, dead: Tensor, mean: float, share: float) -> Tensor:
+    """A copy in this order of columns; `share` of the mean diagonal added, and the mean in place of what no activation reached."""
+    if order is None:
+        work = hessian.clone()
+    else:
+        work, dead = torch.empty_like(hessian), dead[order]
+        for top in range(0, len(order), ROWS):  # a third matrix would be needed otherwise
+            work[top : top + ROWS] = hessian[order[top : top + ROWS]].index_select(1, order)
+    work.diagonal()[dead] = mean
+    work.diagonal().add_(share * mean)
+    return work
