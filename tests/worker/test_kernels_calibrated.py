@@ -390,6 +390,20 @@ def test_cuda_equals_eager() -> None:
         moved_ones = {name: value.cuda() for name, value in constants(kind, x.float()).items()}
         ours = kernels.fake_quantize_input(x.cuda(), kind, **moved_ones)  # type: ignore[arg-type]
         assert torch.equal(ours.cpu(), kernels.fake_quantize_input(x, kind, **constants(kind, x.float())))  # type: ignore[arg-type]
+    for name in SCHEMES:
+        shared = torch.tensor([300.0])
+        half = weight.bfloat16()
+        ours, theirs = kernels.quantize(half.cuda(), SCHEMES[name], shared), kernels.quantize(half, SCHEMES[name], shared)
+        assert torch.equal(ours.codes.cpu().view(torch.uint8), theirs.codes.view(torch.uint8))
+        assert torch.equal(ours.scale.cpu().view(torch.uint8), theirs.scale.view(torch.uint8))
+        assert ours.squared_error == pytest.approx(theirs.squared_error, rel=1e-9)
+    for dtype in (torch.bfloat16, torch.float32):
+        x, sums = torch.randn(1000, 300).to(dtype), torch.zeros(300, 300)
+        moved_sums = sums.cuda()
+        kernels.add_gram(moved_sums, x.cuda())
+        kernels.add_gram(sums, x)
+        assert torch.allclose(moved_sums.cpu(), sums, atol=1e-3)
+        assert torch.equal(moved_sums, moved_sums.T)
     x = torch.randn(10, 12 * 512, dtype=torch.float64)
     base = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0]
     assert torch.allclose(kernels.hadamard(x.cuda(), base).cpu(), kernels.hadamard(x, base), atol=1e-13)

@@ -1,41 +1,120 @@
-"""The Triton kernels compiled for GPUs that need not be there: `python triton_compiled.py`. Says what an interpreter cannot: that they
-compile, and that divisions are rounded as IEEE 754 says."""
+"""The Triton kernels compiled for GPUs that need not be there, by the calls that would launch them: `python triton_compiled.py`.
+
+Says what an interpreter cannot: that every operation reaches its kernels by the dispatcher, that they compile as they are called and fit a
+processor's shared memory, that divisions are rounded as IEEE 754 says, and that sums of bf16 go through tensor cores."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import triton
+import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from kompressor_worker.kernels import triton_activations, triton_column_loop
+from kompressor_worker import grid
+from kompressor_worker.kernels import ops
+from kompressor_worker.schemes import SCHEMES
 
-LOOP = {"weight": "*fp32", "factor": "*fp32", "steps": "*fp32", "zero_points": "*i8", "group_of": "*i32", "codes": "*i8", "errors": "*fp32"}
-LOOP |= dict.fromkeys(("rows", "columns", "groups", "start", "count"), "i32")
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+SHARED = 99 << 10
+"""Bytes that a program may have on sm_86 and sm_89, which have the least."""
 
 
-def compiles(kernel: Any, types: dict[str, str], capability: int, **constants: Any) -> str:
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(name),): value for name, value in constants.items()})
-    assembly: str = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
-    return assembly
+class Absent:
+    """A GPU that is only compiled for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # one cache of kernels each
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launches(capability: int) -> dict[str, list[Any]]:
+    """What is compiled from now on, by name; nothing runs, so that results are whatever the memory held."""
+    compiled: dict[str, list[Any]] = {}
+    launch = JITFunction.run
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        assert all(0 < size < 1 << 16 for size in grid[1:]) and grid[0] > 0, (self, grid)
+        compiled.setdefault(self.fn.__name__, []).append(original(self, *args, grid=grid, warmup=True, **kwargs))
+
+    original = getattr(launch, "original", launch)
+    compile_only.original = original  # type: ignore[attr-defined]
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    driver.set_active(Absent(capability))
+    return compiled
+
+
+def on_cuda(operation: str, *arguments: Any) -> Any:
+    """As the dispatcher calls it for tensors on a GPU."""
+    return getattr(torch.ops.kompressor, operation).default.redispatch(CUDA, *arguments)
+
+
+def call(rows: int = 300, columns: int = 384) -> None:
+    """Every operation, every kernel."""
+    weight, factor = torch.randn(rows, columns), torch.eye(columns)
+    tiles = torch.zeros(columns, dtype=torch.int32)
+    for floating, bits, symmetric in ((False, 4, False), (True, 8, True), (True, 4, True)):
+        zero_point = None if symmetric else torch.zeros(rows, 1, dtype=torch.int8)
+        on_cuda("gptq", weight, factor, torch.ones(rows, 1), zero_point, tiles, floating, bits, 128)
+    on_cuda("gptq_groups", weight, factor, 128, 4, True, torch.bfloat16)
+    half, one = weight.bfloat16(), torch.ones(1)
+    for kind in ("int8_token", "fp8_token", "fp8_group"):
+        on_cuda("fake_quantize", half, kind, None, None, None)
+    on_cuda("fake_quantize", half, "fp4_local", None, None, one)
+    on_cuda("fake_quantize", half, "int8_tensor_asym", one, torch.zeros(1, dtype=torch.int8), None)
+    for dtype in (torch.float64, torch.float32):
+        on_cuda("hadamard", torch.randn(3, 4096, dtype=dtype), None)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        on_cuda("add_gram", torch.zeros(2048, 2048), torch.zeros(64, 2048, dtype=dtype))
+    on_cuda("add_gram", torch.zeros(384, 384), half)
+    on_cuda("amax", half)
+    for name in ("W8A8", "W4A16_ASYM", "W3A16", "FP8", "FP8_BLOCK", "MXFP4", "NVFP4"):
+        scheme = SCHEMES[name]
+        codes, *_ = on_cuda("quantize", half, name, scheme.group_size or -1, one)
+        found, tile = grid.grid_of(half, scheme, one), scheme.tile((rows, columns))
+        on_cuda("dequantize", codes, scheme.bits, columns, found.step, found.zero_point, tile, torch.bfloat16)
+        chosen = torch.zeros(rows, columns, dtype=torch.int8 if scheme.type == "int" else torch.float8_e4m3fn)
+        on_cuda("code_errors", half, chosen, found.step, found.zero_point, tile)
+        on_cuda("pack", chosen, scheme.bits)
+
+
+KERNELS = {
+    "round_block", "quantize_rows", "quantize_groups", "transform", "add_triangle", "find_ranges", "encode_some", "pack_some",
+    "price_some", "decode_some",
+}  # fmt: skip
+
+
+DIVIDING = {"round_block", "quantize_rows", "quantize_groups", "encode_some", "transform"}
+DECODING = {"kompressor::decode_fp8_block", "kompressor::decode_mxfp4"}
+"""What is read is decoded before it reaches a GPU: plain torch there."""
 
 
 def main() -> None:
-    made = {"x": "*bf16", "made": "*bf16", "rows": "i32", "columns": "i32"}
-    for floating, bits, symmetric in ((False, 4, False), (True, 8, True), (True, 4, True)):
-        kind = {"floating": floating, "bits": bits, "symmetric": symmetric}
-        loop = compiles(triton_column_loop.round_block, LOOP, 90, **kind, height=triton_column_loop.ROWS, width=triton_column_loop.BLOCK)
-        assert loop.count("div.rn.f32") >= 2
-    rows = made | {"scale": "*fp32", "zero_points": "*i8", "scales": "i32"}
-    dynamic = compiles(triton_activations.quantize_rows, rows, 80, given=False, asymmetric=False, floating=True, bits=8, chunk=2048)
-    compiles(triton_activations.quantize_rows, rows, 90, given=True, asymmetric=True, floating=False, bits=8, chunk=2048)
-    groups = made | {"shared": "*fp32", "width": "i32"}
-    compiles(triton_activations.quantize_groups, groups, 90, floating=True, bits=4, tile=16, height=128, has_shared=True)
-    assert "div.rn.f32" in dynamic and "div.full" not in dynamic
-    compiles(triton_activations.transform, {"x": "*fp64", "made": "*fp64"}, 80, size=4096, levels=12, root=64.0)
+    assert ops.LIBRARY.ns == "kompressor"
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kompressor::")}
+    assert {name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")} == DECODING
+    for capability in (80, 90):
+        compiled = launches(capability)
+        call()
+        assert compiled.keys() == KERNELS, compiled.keys() ^ KERNELS
+        for name, kernels in compiled.items():
+            for kernel in kernels:
+                assembly = kernel.asm["ptx"]
+                assert f".target sm_{capability}" in assembly
+                assert kernel.metadata.shared <= SHARED, (name, kernel.metadata.shared)
+                assert "div.full" not in assembly and "div.approx" not in assembly and "tf32" not in assembly, name
+                assert ("div.rn" in assembly) == (name in DIVIDING), name
+        tensor_cores = ["mma" in kernel.asm["ptx"] for kernel in compiled["add_triangle"]]
+        assert tensor_cores == [True, True, False, True], "bf16, fp16, fp32, bf16"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,17 @@ import os
 import torch
 
 from kompressor_worker import grid
-from kompressor_worker.kernels import activations, butterflies, column_loop, triton_activations, triton_column_loop
+from kompressor_worker.kernels import (
+    activations,
+    butterflies,
+    column_loop,
+    eager,
+    triton_activations,
+    triton_column_loop,
+    triton_encode,
+    triton_gram,
+    triton_quantize,
+)
 from kompressor_worker.schemes import SCHEMES, Scheme
 
 ROWS, COLUMNS = 20, 150
@@ -61,9 +71,77 @@ def transforms() -> None:
             assert torch.allclose(triton_activations.hadamard(x, base), butterflies.hadamard(x, base), atol=precision, rtol=precision)
 
 
+def grams() -> None:
+    for dtype in (torch.float32, torch.float16):  # the interpreter multiplies bf16 as if they were integers
+        for rows, n in ((1, 1), (100, 37), (70, 150)):
+            x = torch.randn(rows, n).to(dtype)
+            sums = torch.full((n, n), 3.0)
+            triton_gram.add_gram(sums, x)
+            expected = x.double().T @ x.double() + 3.0
+            assert torch.equal(sums, sums.T)
+            assert float((sums - expected).abs().max() / expected.diagonal().max()) < 1e-6
+    wide = torch.randn(5, 2050)  # two sizes of tiles
+    sums = torch.zeros(2050, 2050)
+    triton_gram.add_gram(sums, wide)
+    assert torch.allclose(sums, wide.T @ wide, atol=1e-5)
+
+
+def equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+def weights() -> None:
+    """Round to nearest in every scheme, and back; the codes on their own packed and priced."""
+    odd = [SCHEMES["W4A16"].with_group_size(-1), SCHEMES["W3A16"].with_group_size(40), SCHEMES["W4A16_ASYM"].with_group_size(24)]
+    for number, scheme in enumerate([*SCHEMES.values(), *odd]):
+        shape = (130, 300) if scheme.block else (5, 544)
+        weight = torch.randn(shape) * torch.randn(shape[1]).exp() * 0.02
+        weight[0, :32], weight[1, 5] = 0, -1e-6
+        weight = weight.to((torch.float32, torch.float16, torch.bfloat16)[number % 3])
+        most = weight.abs().max().float().reshape(1)
+        shared = {"tensor": most, "tensor_group": grid.global_scale(most)}.get(scheme.strategy)
+        ours = triton_quantize.quantize(weight, scheme.name, scheme.group_size or -1, shared)
+        theirs = eager.tensors(eager.quantize(weight, scheme, shared))
+        assert all(map(equal, ours[:3], theirs[:3])), scheme
+        assert torch.allclose(ours[3], theirs[3], rtol=1e-9), scheme
+        found, tile = grid.grid_of(weight, scheme, shared), scheme.tile(shape)
+        wide = grid.quantize(weight, found, scheme)
+        codes = wide.to(torch.float8_e4m3fn) if wide.dtype is torch.float32 else wide
+        if scheme.format in eager.PACKED:
+            assert equal(triton_encode.pack(codes, scheme.bits), ours[0])
+        assert torch.allclose(triton_encode.code_errors(weight, codes, found.step, found.zero_point, tile), theirs[3][:2], rtol=1e-9)
+        given = ours[0], scheme.bits, shape[1], found.step, found.zero_point, tile, torch.float16
+        assert equal(triton_encode.dequantize(*given), eager.dequantize(*given)), scheme
+
+
+def packing() -> None:
+    for bits in range(2, 9):
+        for columns in (7, 33, 131):
+            codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (5, columns)).to(torch.int8)
+            packed = triton_encode.pack(codes, bits)
+            assert equal(packed, eager.pack(codes, bits))
+            seen = triton_encode.dequantize(packed, bits, columns, torch.full((5, 1), 0.5), None, (1, columns), torch.float32)
+            assert torch.equal(seen, codes * 0.5)
+
+
+def damaged() -> None:
+    for shape in ((3, 20000), (130, 300)):
+        weight = torch.randn(shape)
+        assert triton_quantize.amax(weight).tolist() == list(eager.amax(weight))
+        weight[0, 0] = weight[-1, -1] = torch.nan
+        weight[1, 200], weight[1, 201] = torch.inf, -torch.inf
+        assert triton_quantize.amax(weight).tolist() == list(eager.amax(weight))
+        for scheme in ("W8A8", "FP8_BLOCK", "FP8"):
+            assert triton_quantize.quantize(weight[:, :300].contiguous(), scheme, -1, torch.ones(1))[3][2] == 4 - (shape[1] > 300)
+
+
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.manual_seed(0)
     column_loops()
     inputs()
     transforms()
+    grams()
+    weights()
+    packing()
+    damaged()

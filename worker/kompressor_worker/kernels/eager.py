@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kompressor_worker import grid
 from kompressor_worker.formats import packing
-from kompressor_worker.schemes import Scheme
+from kompressor_worker.schemes import SCHEMES, Scheme
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def quantize(weight: Tensor, scheme: Scheme, shared: Tensor | None = None, grid_
     tensor has one scale.
     """
     assert shared is not None or scheme.strategy not in ("tensor", "tensor_group"), f"{scheme.name} needs what is shared"
+    shared = None if shared is None else shared.to(weight.device)
     rows, columns = weight.shape
     whole = max(1, CHUNK // max(1, columns * 128)) * 128  # 128: whole blocks, and whole words of zero points
     parts = [_quantize_rows(weight[start : start + whole], scheme, shared, grid_of) for start in range(0, rows, whole)]
@@ -56,6 +57,19 @@ def quantize(weight: Tensor, scheme: Scheme, shared: Tensor | None = None, grid_
         sum(part.squared_norm for part in parts),
         sum(part.nonfinite for part in parts),
     )
+
+
+def scheme_of(name: str, group_size: int) -> Scheme:
+    """In groups of so many columns, where they can be chosen; -1: one scale a channel."""
+    scheme = SCHEMES[name]
+    return scheme.with_group_size(group_size) if scheme.choosable_groups else scheme
+
+
+def tensors(result: Quantized) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What an operation may return: tensors, an empty one where there is no zero point; fp64 [3], errors, squares, what is not finite."""
+    zero_point = torch.empty(0, dtype=torch.int32) if result.zero_point is None else result.zero_point
+    stats = torch.tensor([result.squared_error, result.squared_norm, result.nonfinite], dtype=torch.float64)
+    return result.codes, result.scale, zero_point, stats
 
 
 def _quantize_rows(weight: Tensor, scheme: Scheme, shared: Tensor | None, grid_of: GridOf) -> Quantized:

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from kompressor_worker.kernels import activations, build, butterflies, column_loop, compiled, eager, gram
-from kompressor_worker.kernels.eager import Quantized
-from kompressor_worker.schemes import SCHEMES, Scheme
 
 LIBRARY = torch.library.Library("kompressor", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _register(schema: str, reference: Callable[..., Any], fast: Callable[..., Any], on_gpu: str | None = None) -> None:
-    """On the CPU compiled where it could be built, on CUDA by the module `on_gpu` where there is Triton; else eager."""
+    """On the CPU compiled where it could be built, on CUDA by the module `on_gpu` where there is Triton; else eager. Only the decoders of
+    what is read have no kernel for CUDA: they work before anything is moved there."""
     name = schema.partition("(")[0]
 
     def on_cpu(*args: Any) -> Any:
@@ -39,24 +38,12 @@ def _register(schema: str, reference: Callable[..., Any], fast: Callable[..., An
         LIBRARY.impl(name, on_cuda, "CUDA")  # type: ignore[no-untyped-call]
 
 
-def _scheme(name: str, group_size: int) -> Scheme:
-    scheme = SCHEMES[name]
-    return scheme.with_group_size(group_size) if scheme.choosable_groups else scheme
-
-
-def _tensors(result: Quantized) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What an operation may return: tensors, an empty one where there is no zero point."""
-    zero_point = torch.empty(0, dtype=torch.int32) if result.zero_point is None else result.zero_point
-    stats = torch.tensor([result.squared_error, result.squared_norm, result.nonfinite], dtype=torch.float64)
-    return result.codes, result.scale, zero_point, stats
-
-
 def _quantize_eager(weight: Tensor, scheme: str, group_size: int, shared: Tensor | None) -> tuple[Tensor, ...]:
-    return _tensors(eager.quantize(weight, _scheme(scheme, group_size), shared))
+    return eager.tensors(eager.quantize(weight, eager.scheme_of(scheme, group_size), shared))
 
 
 def _quantize_compiled(lib: ctypes.CDLL, weight: Tensor, scheme: str, group_size: int, shared: Tensor | None) -> tuple[Tensor, ...]:
-    return _tensors(compiled.quantize(lib, weight, _scheme(scheme, group_size), shared))
+    return eager.tensors(compiled.quantize(lib, weight, eager.scheme_of(scheme, group_size), shared))
 
 
 def _amax_eager(weight: Tensor) -> Tensor:
@@ -71,8 +58,9 @@ _register(
     "quantize(Tensor weight, str scheme, int group_size, Tensor? shared) -> (Tensor, Tensor, Tensor, Tensor)",
     _quantize_eager,
     _quantize_compiled,
+    "triton_quantize",
 )
-_register("amax(Tensor weight) -> Tensor", _amax_eager, _amax_compiled)
+_register("amax(Tensor weight) -> Tensor", _amax_eager, _amax_compiled, "triton_quantize")
 _register(
     "decode_fp8_block(Tensor weight, Tensor scale_inv, int[] block, ScalarType dtype) -> Tensor",
     eager.decode_fp8_block,
@@ -104,15 +92,17 @@ _register(
     "triton_activations",
 )
 _register("hadamard(Tensor x, Tensor? base) -> Tensor", butterflies.hadamard, compiled.hadamard, "triton_activations")
-_register("add_gram(Tensor(a!) sums, Tensor x) -> ()", gram.add_gram, compiled.add_gram)
-_register("pack(Tensor codes, int bits) -> Tensor", eager.pack, compiled.pack)
+_register("add_gram(Tensor(a!) sums, Tensor x) -> ()", gram.add_gram, compiled.add_gram, "triton_gram")
+_register("pack(Tensor codes, int bits) -> Tensor", eager.pack, compiled.pack, "triton_encode")
 _register(
     "code_errors(Tensor weight, Tensor codes, Tensor step, Tensor? zero_point, int[] tile) -> Tensor",
     eager.code_errors,
     compiled.code_errors,
+    "triton_encode",
 )
 _register(
     "dequantize(Tensor codes, int bits, int columns, Tensor step, Tensor? zero_point, int[] tile, ScalarType dtype) -> Tensor",
     eager.dequantize,
     compiled.dequantize,
+    "triton_encode",
 )

@@ -114,11 +114,12 @@ def transform(x, made, size: tl.constexpr, levels: tl.constexpr, root: tl.conste
         pairs = tl.permute(tl.reshape(v, (size >> (level + 1), 2, 1 << level)), (0, 2, 1))
         first, second = tl.split(pairs)
         v = tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 2, 1)), (size,))
-    tl.store(made + at, v / root)
+    root = tl.full((size,), root, v.dtype)
+    tl.store(made + at, tl.math.div_rn(v, root) if v.dtype == tl.float32 else v / root)
 
 
 def hadamard(x: Tensor, base: Tensor | None) -> Tensor:
-    """As `butterflies.hadamard`; the small factor by torch. Division in fp32 may differ in the last bit."""
+    """As `butterflies.hadamard`; the small factor by torch, whose sums may differ in the last bit."""
     order = 1 if base is None else len(base)
     power = x.shape[1] // order
     if power * x.element_size() > 4 * TRANSFORM or not x.numel():

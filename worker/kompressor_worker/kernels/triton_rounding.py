@@ -1,4 +1,5 @@
-"""Rounding to the grids in Triton, as `grid.quantize`: shared by the kernels for CUDA. Imported only where Triton is."""
+"""Rounding to the grids in Triton, as `grid.quantize`, and codes back to values: shared by the kernels for CUDA. Imported only where
+Triton is."""
 # mypy: disable-error-code="import-untyped,import-not-found,untyped-decorator,no-untyped-def,no-untyped-call,misc"
 
 from __future__ import annotations
@@ -53,3 +54,30 @@ def round_to(x, floating: tl.constexpr, bits: tl.constexpr):
         value = (clamp(x, -top - 1.0, top * 1.0) + MAGIC) - MAGIC
         code = value.to(tl.int32)
     return value, code
+
+
+@triton.jit
+def nibble_of(code):
+    """E2M1's four bits of the same value as an E4M3 byte (int32)."""
+    magnitude = code & 0x7F  # 0.5 is 0x30; from 1 (0x38) on every fourth code is in E2M1, too
+    some = tl.where(magnitude < 0x38, 1, (magnitude - 0x38) // 4 + 2)
+    return tl.where(magnitude < 0x30, 0, some) | ((code >> 4) & 8)
+
+
+@triton.jit
+def value_of_byte(code):
+    """fp32 of an E4M3 byte (int32), exactly; 0x7F and 0xFF are NaN."""
+    magnitude = code & 0x7F
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)  # 2^-9
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return (value.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def value_of_nibble(code):
+    """fp32 of four bits of E2M1 (int32), exactly."""
+    magnitude = code & 7
+    normal = ((magnitude << 22) + (126 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 2, magnitude.to(tl.float32) * 0.5, normal)
+    return (value.to(tl.int32, bitcast=True) | ((code & 8) << 28)).to(tl.float32, bitcast=True)
