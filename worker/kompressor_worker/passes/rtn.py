@@ -110,7 +110,8 @@ def _encoded(
             f"{linear.weight}: its values span too wide a range for {scheme.name}, a scale overflows; "
             "look for a corrupted weight, or list the layer under ignore"
         )
-    return Encoded(tensors | inputs, result.squared_error, result.squared_norm)
+    stored = {name: tensor.cpu() for name, tensor in tensors.items()}
+    return Encoded(stored | inputs, result.squared_error, result.squared_norm)
 
 
 def _scales_usable(scale: torch.Tensor) -> bool:
