@@ -55,7 +55,7 @@ class Bucket:
     def environ(self) -> dict[str, str]:
         """Credentials as the operator gives them to a worker."""
         keys = {"AWS_ACCESS_KEY_ID": self.server.access_key, "AWS_SECRET_ACCESS_KEY": self.server.secret_key}
-        return {f"{role}_{k}": v for role in ("SOURCE", "OUTPUT") for k, v in keys.items()}
+        return {f"{role}_{k}": v for role in ("SOURCE", "OUTPUT", "DATA", "EVALUATION") for k, v in keys.items()}
 
 
 def manifest(source: str, output: str, passes: Sequence[Mapping[str, Any]] = RTN_W4, endpoint: str | None = None) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import http.client
 import re
+import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 Kind = Literal[
@@ -43,6 +45,8 @@ class Fault:
     method: str
     path: re.Pattern[str]
     after: int
+    then: Callable[[], object] = lambda: None
+    """Called when a connection ends by drop or lose-answer, before the client can notice."""
 
 
 @dataclass
@@ -85,7 +89,7 @@ class FaultServer:
         class Handler(_Handler):
             owner = proxy
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -95,6 +99,12 @@ class FaultServer:
         self._over.set()
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # clients are killed here
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -109,7 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        if kind == "drop":
+        if fault and kind == "drop":
+            fault.then()
             self.close_connection = True
             return
         if kind in ANSWERS:
@@ -119,7 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(status, [("ETag", '"0"'), ("Content-Type", "application/xml"), ("Content-Length", str(len(text)))], text)
             return
         status, headers, data = self._forward(body)
-        if kind == "lose-answer":
+        if fault and kind == "lose-answer":
+            fault.then()
             self.close_connection = True
             return
         if kind == "corrupt" and data:

@@ -17,10 +17,11 @@ from types import TracebackType
 from typing import TextIO
 
 PARENT = """
-import json, os, sys
+import gc, json, os, sys
 import torch, transformers.models.llama.modeling_llama
 import kompressor_worker.flow, kompressor_worker.stream
 from kompressor_worker.cli import main
+gc.freeze()  # or each child would look through all that was imported, and copy its pages
 print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)

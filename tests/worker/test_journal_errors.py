@@ -13,9 +13,9 @@ from test_resume import kill_after
 import jobs
 from jobs import Bucket
 from kompressor_worker.cli import run_cli
-from kompressor_worker.journal import JOURNAL, decode
+from kompressor_worker.journal import decode
 from kompressor_worker.publish import already_published
-from kompressor_worker.storage import ObjectInfo
+from kompressor_worker.storage import JOURNAL, ObjectInfo
 
 GOOD: dict[str, Any] = {
     "version": 1,

@@ -7,15 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
 import pytest
+from fault_server import FaultServer
 
 import jobs
 from jobs import Bucket
 from kompressor_worker.cli import run_cli
 from kompressor_worker.publish import CHUNK
+from kompressor_worker.storage import staging
 
 MANIFESTS = {
     "cut JSON": ("job.json", b'{"kind": "CompressionJob",', "is not JSON"),
@@ -95,6 +98,54 @@ def test_nothing_is_left_of_the_sources_quantisation(key: str, inner: bool, mode
     assert made["quantization_config"]["quant_method"] == "compressed-tensors"
     assert not {"quantization_config", "compression_config"} & set(made.get("text_config", {}))
     assert "compression_config" not in made
+
+
+LAST = {
+    "listing uploads": ("GET", "uploads&"),
+    "aborting an upload": ("DELETE", "uploadId"),
+    "listing working objects": ("GET", "prefix=out%2F.kompressor%2F"),
+    "deleting them": ("DELETE", "units/00001"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("request_", LAST)
+def test_cut_off_while_clearing_up(request_: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result is published, its worker is gone before all else is: the next one finds it done, and clears up."""
+    bucket.upload(families.tiny_model("llama"), "model")
+    client = bucket.server.client()
+    client.create_multipart_upload(Bucket=bucket.name, Key="out/model.safetensors")  # of a worker that was killed before its first commit
+    for name, value in {**bucket.environ, "KOMPRESSOR_STORAGE_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with FaultServer(bucket.server.endpoint) as proxy:
+        body = jobs.manifest(bucket.uri("model"), bucket.uri("out"), [{"rtn": {"scheme": "W8A16"}}], proxy.endpoint)
+        job = jobs.write(tmp_path / "job.json", body)
+        method, path = LAST[request_]
+        proxy.inject("drop", method=method, path=path)
+        assert run_cli(["run", str(job)]) == 74
+        published = set(bucket.names("out"))
+        assert "config.json" in published and ".kompressor/journal.json" in published
+        assert run_cli(["run", str(job)]) == 0
+    assert set(bucket.names("out")) == {name for name in published if not name.startswith(".kompressor/")}
+    assert bucket.uploads("out") == []
+
+
+def test_cut_off_while_clearing_up_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[Path] = []
+
+    def rmtree(folder: Path) -> None:
+        if removed:
+            raise OSError("gone")
+        removed.append(folder)
+        shutil.rmtree(folder)
+
+    body = jobs.manifest(families.tiny_model("llama").as_uri(), (tmp_path / "out").as_uri(), [{"rtn": {"scheme": "W8A16"}}])
+    job = jobs.write(tmp_path / "job.json", body)
+    with monkeypatch.context() as patched:
+        patched.setattr(staging, "shutil", SimpleNamespace(rmtree=rmtree))
+        assert run_cli(["run", str(job)]) != 0
+    assert (tmp_path / ".out.kompressor").exists()
+    assert run_cli(["run", str(job)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.json", "out"]
 
 
 def test_memory_that_is_refused_is_said(tmp_path: Path) -> None:

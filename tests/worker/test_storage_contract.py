@@ -20,10 +20,9 @@ from jobs import Bucket
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import OutputSpec, SourceLocation
 from kompressor_worker.errors import ClaimLost, CorruptSource, NotFound, OutputOccupied, StorageError
-from kompressor_worker.storage import WORK, Output, Part, Source
+from kompressor_worker.storage import JOURNAL, WORK, Output, Part, Source
 from kompressor_worker.storage.locations import open_output, open_source
 
-JOURNAL = f"{WORK}journal.json"
 PART = 5 << 20
 
 

@@ -16,11 +16,10 @@ from typing import Any
 from kompressor_api.names import Reason
 from kompressor_worker.errors import UserError
 from kompressor_worker.shards import OutputPlan, Position
-from kompressor_worker.storage import WORK, Output, Part
+from kompressor_worker.storage import JOURNAL, WORK, Output, Part
 
 log = logging.getLogger(__name__)
 
-JOURNAL = f"{WORK}journal.json"
 VERSION = 1
 
 

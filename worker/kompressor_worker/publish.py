@@ -16,10 +16,10 @@ import xxhash
 
 from kompressor_worker.errors import NoSpaceLeft, OutputOccupied, UploadLost
 from kompressor_worker.formats.compressed_tensors import other_modules, quantization_config
-from kompressor_worker.journal import JOURNAL, Journal
+from kompressor_worker.journal import Journal
 from kompressor_worker.report_html import UnitTime, render
 from kompressor_worker.shards import OutputPlan
-from kompressor_worker.storage import Output, Source
+from kompressor_worker.storage import JOURNAL, Output, Source
 
 if TYPE_CHECKING:
     from kompressor_worker.stream import Work

@@ -18,7 +18,7 @@ from kompressor_worker.digests import digest
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.formats.readers import reader_warnings
 from kompressor_worker.job import Job
-from kompressor_worker.journal import JOURNAL, Journal, open_journal
+from kompressor_worker.journal import Journal, open_journal
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.pipeline import Limits
@@ -30,7 +30,7 @@ from kompressor_worker.sample_warnings import shape_warnings, size_warnings
 from kompressor_worker.samples import FoundData, facts, find_samples, flows, unused_samples, wanted_samples
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import plan_output
-from kompressor_worker.storage import WORK, Output
+from kompressor_worker.storage import JOURNAL, WORK, Output
 from kompressor_worker.storage.locations import open_output, open_source
 from kompressor_worker.tokenizer import ModelTokenizer
 
@@ -82,6 +82,8 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     fingerprint = make_fingerprint(job.spec, layout, data)
     if (report := already_published(output, fingerprint)) is not None:
         log.info("%s already holds this result", output.uri)
+        if output.read(JOURNAL) is not None:  # who published it was cut off before all was cleared away
+            output.cleanup()
         if job.spec.evaluation is not None:  # its gates may be stricter than those of the job that published it
             verdicts = gates.check(job.spec.evaluation.gates, report["evaluation"])
             gates.enforce(verdicts, measured_result(report), f"{output.uri}/{PAGE}", published=True)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 WORK = ".kompressor/"
 """Prefix of working objects at an output: journal, unit records, pending bytes. Gone once published."""
+JOURNAL = f"{WORK}journal.json"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Output(Protocol):
         of the staging folder (without WORK). Raises OutputOccupied when somebody else has published here."""
 
     def cleanup(self, keep: Sequence[str] = ()) -> None:
-        """Removes all working objects but those in `keep`, and every upload that is not complete."""
+        """Removes all working objects but those in `keep`, and every upload that is not complete; the journal last, so that whoever
+        finds none has nothing to clear away. Several may do it at once."""
 
 
 def s3_environment(prefix: str, environ: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kompressor_worker.errors import ClaimLost, OutputOccupied
-from kompressor_worker.storage import WORK, ObjectInfo, Part
+from kompressor_worker.storage import JOURNAL, WORK, ObjectInfo, Part
 from kompressor_worker.storage.s3 import S3Store
 from kompressor_worker.storage.s3_errors import ABSENT, PRECONDITION, UNSUPPORTED, code_of, may_be_done, status_of
 from kompressor_worker.storage.s3_uploads import Uploads, encoded
@@ -145,9 +145,10 @@ class S3Output:
                 raise OutputOccupied(f"{self.uri}: somebody else has published {name} here; choose another output, or remove it") from None
 
     def cleanup(self, keep: Sequence[str] = ()) -> None:
-        self.delete([info.name for info in self._store.list(WORK) if info.name not in keep])
         for name, upload in self._uploads.leftovers():
             self._uploads.abort(name, upload)
+        names = [info.name for info in self._store.list(WORK) if info.name not in keep]
+        self.delete(sorted(names, key=lambda name: name == JOURNAL))
 
     # inside
 

@@ -14,6 +14,7 @@ more. A write that was already under way is seen by its file lock: the new owner
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -109,7 +110,7 @@ class Staging:
         if not self.folder.is_dir():
             return
         if not keep:
-            shutil.rmtree(self.folder)
+            self._remove_all()
             return
         kept = {self.path(name) for name in keep}
         for entry in self.folder.iterdir():
@@ -120,6 +121,14 @@ class Staging:
                 path.rmdir()
             elif path.is_file() and path not in kept:
                 path.unlink()
+
+    def _remove_all(self) -> None:
+        """The claims last: where they are, somebody has to clear up. Another worker may be at it too."""
+        while self.folder.is_dir():
+            with contextlib.suppress(FileNotFoundError):
+                for entry in sorted(self.folder.iterdir(), key=lambda entry: entry == self.claims.folder):
+                    shutil.rmtree(entry)
+                self.folder.rmdir()
 
     def lost(self, what: str) -> ClaimLost:
         return ClaimLost(f"{what}: another worker owns this output now, or has finished it; this one stops")
