@@ -38,7 +38,7 @@ ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_CERT
 LABEL org.opencontainers.image.title="kompressor worker"
-# g++ and Python's headers compile kernels on the machine that runs them (C++, Triton, Inductor)
+# g++ and Python's headers compile kernels on the machine that runs them (Triton, Inductor; C++ where the image has none for its CPU)
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
       python3 python3-dev python3-venv g++ ca-certificates \
@@ -55,6 +55,8 @@ RUN mkdir /src/operator && touch /src/README.md \
  && /opt/kompressor/bin/pip uninstall --quiet --yes pip \
  && echo "kompressor:x:65532:65532:kompressor:/var/cache/kompressor:/usr/sbin/nologin" >> /etc/passwd \
  && mkdir -p /var/cache/kompressor && chown 65532:65532 /var/cache/kompressor
+# the kernels for each level of x86-64, so that no pod begins by compiling them
+RUN /opt/kompressor/bin/python -c "from kompressor_worker.kernels import build; build.build_ahead()"
 # everything that is compiled or downloaded at run time goes to one writable folder; in a cluster an emptyDir is mounted there
 ENV PATH=/opt/kompressor/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 \

@@ -34,6 +34,18 @@ USER = 65532
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PIP_SETTINGS = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")
 START_SECONDS = 30.0
+KERNELS = """
+import os, platform, time
+from kompressor_worker.kernels import build, prebuilt
+began = time.monotonic()
+loaded = build.library()._name
+took = time.monotonic() - began
+brought = platform.machine() == "x86_64" and prebuilt.V3 <= prebuilt.cpu_features()
+assert loaded.startswith(str(prebuilt.FOLDER)) == brought, loaded
+assert build.build().exists()
+print(f"{os.path.basename(loaded)} loaded in {took:.2f} s, others compiled")
+"""
+"""What the image brought along is what is loaded, wherever the CPU can run it."""
 
 # A mount namespace of its own, so that nothing is left mounted however this ends; chroot's user is the image's.
 ENTER = """
@@ -197,13 +209,12 @@ def check_operator(image: Image, scratch: Path) -> None:
 
 
 def check_worker(image: Image, scratch: Path) -> None:
-    """Prints its version, has torch, compiles its kernels with its own compiler, is not root."""
+    """Prints its version, has torch, brings its kernels along and can compile them with its own compiler, is not root."""
     check_user(image, scratch)
     home = {"HOME": "/tmp", "XDG_CACHE_HOME": "/tmp/cache"}
     version = image.run(*image.entry, "--version", scratch=scratch)
     torch = image.run("python3", "-c", "import torch; print(torch.__version__, torch.version.cuda)", scratch=scratch, extra=home)
-    compiled = "from kompressor_worker.kernels import build; build.build(); print('compiled')"
-    kernels = image.run("python3", "-c", compiled, scratch=scratch, extra=home)
+    kernels = image.run("python3", "-c", KERNELS, scratch=scratch, extra=home)
     print(f"    {version}, torch {torch}, kernels {kernels}, as user {image.user}, {size(image)}", flush=True)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_rtn import ALL, DTYPES, same_bytes, shared_scale, weights
 
 from kompressor_worker import kernels
-from kompressor_worker.kernels import build, compiled, eager
+from kompressor_worker.kernels import build, compiled, eager, prebuilt
 from kompressor_worker.schemes import SCHEMES, Scheme
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -192,9 +192,10 @@ def test_warns_once_where_nothing_can_compile(monkeypatch: pytest.MonkeyPatch, t
 
 
 @needs_compiler
-def test_is_compiled_once_and_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_is_compiled_once_and_whole(lib: CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KOMPRESSOR_CACHE", str(tmp_path))
-    monkeypatch.setattr(build, "FLAGS", [flag for flag in build.FLAGS if flag not in ("-O3", "-march=native")])
+    monkeypatch.setattr(build, "FLAGS", [flag for flag in build.FLAGS if flag != "-O3"])
+    monkeypatch.setattr(build, "NATIVE", ())
     first = build.build()
     assert [path.name for path in (tmp_path / "kernels").iterdir()] == [first.name]
     stamp = first.stat().st_mtime_ns
@@ -202,9 +203,79 @@ def test_is_compiled_once_and_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert first.stat().st_mtime_ns == stamp
     # a CPU without AVX gives the same bytes and the same sums
     weight = torch.randn(40, 256).bfloat16()
-    plain, native = CDLL(str(first)), build.library()
-    assert native is not None
+    plain = CDLL(str(first))
     for scheme in ALL:
-        one, other = (compiled.quantize(x, weight, scheme, torch.tensor([100.0])) for x in (plain, native))
+        one, other = (compiled.quantize(x, weight, scheme, torch.tensor([100.0])) for x in (plain, lib))
         equal(one, other)
         assert one.squared_error == other.squared_error
+
+
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A small one in place of the kernels' own, an empty cache, and an image's folder to build into."""
+    path = tmp_path / "kernels.cpp"
+    path.write_text('extern "C" int answer() { return 1; }')
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "SOURCES", (path.name,))
+    monkeypatch.setattr(build, "library", build.library.__wrapped__)
+    monkeypatch.setattr(prebuilt, "FOLDER", tmp_path / "image")
+    monkeypatch.setenv("KOMPRESSOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("KOMPRESSOR_KERNELS", raising=False)
+    return path
+
+
+def answer(library: CDLL | None) -> int | None:
+    return None if library is None else library.answer()
+
+
+@needs_compiler
+@pytest.mark.skipif(not prebuilt.cpu_features() >= prebuilt.V3, reason="not a CPU that an image's libraries are for")
+def test_an_image_brings_the_library_along(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(build.build_ahead()) == 3
+    with monkeypatch.context() as without_compiler:
+        without_compiler.setenv("CXX", "false")
+        assert answer(build.library()) == 1
+        source.write_text('extern "C" int answer() { return 2; }')
+        assert build.library() is None, "what the image brought along is of another source"
+        source.write_text('extern "C" int answer() { return 1; }')
+        without_compiler.setattr(build, "FLAGS", [*build.FLAGS, "-DOTHER"])
+        assert build.library() is None, "and of other flags"
+    source.write_text('extern "C" int answer() { return 2; }')
+    assert answer(build.library()) == 2
+
+
+@needs_compiler
+@pytest.mark.skipif(not prebuilt.paths(""), reason="an image's libraries are for x86-64")
+def test_a_cpu_gets_the_best_library_that_it_can_run(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.build_ahead()
+    for features, expected in (
+        (prebuilt.V4 | {"avx512_bf16", "amx_tile"}, "v4-bf16"),
+        (prebuilt.V4, "v4"),
+        (prebuilt.V4 - {"avx512dq"}, "v3"),
+        (prebuilt.V3 - {"fma"}, None),
+        (frozenset(), None),
+    ):
+        monkeypatch.setattr(prebuilt, "cpu_features", lambda features=features: features)
+        found = prebuilt.find(build._digest())
+        assert (found and found.name.rpartition("-")[0]) == expected
+
+
+@needs_compiler
+@pytest.mark.skipif(not prebuilt.cpu_features() >= prebuilt.V3, reason="not a CPU that an image's libraries are for")
+def test_levels_give_the_bits_of_a_library_for_this_cpu(lib: CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Vectors half as wide, same bits: a job may go on where its image's library is another one."""
+    monkeypatch.setenv("KOMPRESSOR_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", [flag for flag in build.FLAGS if flag != "-O3"])
+    monkeypatch.setattr(build, "NATIVE", prebuilt.LEVELS[-1].flags)
+    other = CDLL(str(build.build()))
+    weight, x = torch.randn(70, 200) * 0.02, torch.randn(100, 200)
+    factor = torch.eye(200) + torch.randn(200, 200).triu(1) * 0.1
+    for symmetric in (True, False):
+        grouped = weight, factor, 40, 4, symmetric, torch.bfloat16
+        ours, theirs = compiled.gptq_groups(lib, *grouped), compiled.gptq_groups(other, *grouped)
+        assert all(map(torch.equal, ours[:3], theirs[:3]))  # the loss is a sum over panels of rows
+    sums = [torch.zeros(200, 200), torch.zeros(200, 200)]
+    compiled.add_gram(lib, sums[0], x)
+    compiled.add_gram(other, sums[1], x)
+    assert torch.equal(*sums)
+    assert torch.equal(compiled.hadamard(lib, x[:, :128].contiguous(), None), compiled.hadamard(other, x[:, :128].contiguous(), None))

@@ -1,4 +1,4 @@
-"""Compiles `kernels.cpp` for the CPU at hand, once, and loads it.
+"""Compiles `kernels.cpp` for the CPU at hand, once, and loads it; an image brings it along compiled (`prebuilt`).
 
 The compiler is $CXX, or the first of g++, clang++ and zig that works. The library is kept under
 `${KOMPRESSOR_CACHE:-${XDG_CACHE_HOME:-~/.cache}/kompressor}/kernels`, named after everything that it depends on:
@@ -17,13 +17,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from kompressor_worker.kernels import prebuilt
+
 log = logging.getLogger(__name__)
 
+HERE = Path(__file__).parent
 SOURCES = (
     "kernels.cpp",
     "lanes.cpp",
@@ -37,9 +40,10 @@ SOURCES = (
 )
 # No fast-math and no contraction to FMA: results are to equal the eager reference bit for bit.
 FLAGS = [
-    "-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
+    "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
     "-shared", "-fPIC", "-pthread",
 ]  # fmt: skip
+NATIVE = ("-march=native",)
 COMPILE_SECONDS = 300
 
 
@@ -53,7 +57,7 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("KOMPRESSOR_KERNELS") == "eager":
         return None
     try:
-        return ctypes.CDLL(str(build()))
+        return ctypes.CDLL(str(prebuilt.find(_digest()) or build()))
     except (CannotCompile, OSError) as error:
         log.warning(
             "kernels: %s. Quantisation runs in plain PyTorch: the same result, several times slower. Install g++ or clang++, or set CXX; "
@@ -65,14 +69,26 @@ def library() -> ctypes.CDLL | None:
 
 def build() -> Path:
     """The shared library for this CPU, compiled unless the cache has it. Raises CannotCompile."""
-    source = Path(__file__).with_name(SOURCES[0])
+    return _first_that_works(NATIVE, lambda compiler: _cache() / f"{_key(compiler)}.so")
+
+
+def build_ahead() -> list[Path]:
+    """Those for CPUs yet unknown, for `library` to find: what the build of an image runs. Raises CannotCompile."""
+
+    def to(path: Path) -> Callable[[list[str]], Path]:
+        return lambda compiler: path
+
+    return [_first_that_works(level.flags, to(path)) for level, path in prebuilt.paths(_digest()).items()]
+
+
+def _first_that_works(target: Sequence[str], place: Callable[[list[str]], Path]) -> Path:
     failures = []
     for compiler in _compilers():
-        path = _cache() / f"{_key(compiler)}.so"
+        path = place(compiler)
         if path.exists():
             return path
         try:
-            _compile(compiler, source, path)
+            _compile([*compiler, *FLAGS, *target], path)
             return path
         except (CannotCompile, OSError, subprocess.TimeoutExpired) as error:
             failures.append(f"{shlex.join(compiler)}: {error}")
@@ -92,14 +108,14 @@ def _compilers() -> Iterator[list[str]]:
         yield [sys.executable, "-m", "ziglang", "c++"]
 
 
-def _compile(compiler: list[str], source: Path, path: Path) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     """Writes beside the target and renames, so that a second process sees all of the library or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     os.close(descriptor)
     try:
-        log.info("compiling the kernels for this CPU with %s", compiler[0])
-        command = [*compiler, *FLAGS, str(source), "-o", scratch]
+        log.info("compiling the kernels with %s", compiler[0])
+        command = [*compiler, str(HERE / SOURCES[0]), "-o", scratch]
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
         if done.returncode != 0:
             raise CannotCompile(f"exit code {done.returncode}: {done.stderr.strip()[-500:]}")
@@ -112,16 +128,17 @@ def source_digest() -> str:
     """Of the kernels' source: another one may round another way."""
     digest = hashlib.sha256()
     for name in SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+        digest.update((HERE / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
+def _digest() -> str:
+    return hashlib.sha256(repr((source_digest(), FLAGS)).encode()).hexdigest()[:16]
+
+
 def _key(compiler: list[str]) -> str:
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
-    digest.update(repr((compiler, _version(tuple(compiler)), FLAGS, _cpu())).encode())
-    return digest.hexdigest()[:32]
+    parts = _digest(), compiler, _version(tuple(compiler)), NATIVE, _cpu()
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 @cache
