@@ -50,7 +50,8 @@ def status_writers(status: Schema) -> Schema:
             },
             {
                 "expression": "!('authentication.kubernetes.io/pod-name' in request.userInfo.?extra.orValue({})) || "
-                f"!has(oldObject.status.jobName) || {pod}.startsWith(oldObject.status.jobName + '-')",
+                f"(has(oldObject.status.jobName) && {pod}.startsWith(oldObject.status.jobName + '-') && "
+                "request.userInfo.username.startsWith('system:serviceaccount:' + request.namespace + ':'))",
                 "message": "this token belongs to a pod that is not of this CompressionJob's current attempt",
                 "reason": "Forbidden",
             },

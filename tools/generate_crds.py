@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from admission_policy import known_names, status_writers
-from kompressor_api.schema import SIZE_LIMIT, SchemaError, crd, pass_schemas
+from kompressor_api.schema import SIZE_LIMIT, SchemaError, crd, pass_schemas, recipe_crds
 from kompressor_api.v1alpha1 import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,20 +41,21 @@ def passes_of_worker() -> dict[str, type[Model]]:
 
 def generate(passes: Mapping[str, type[Model]]) -> dict[str, str]:
     """Path in the repository to content. Raises SchemaError."""
-    definition = crd(passes)
-    (version,) = definition["spec"]["versions"]
-    schema = version["schema"]["openAPIV3Schema"]["properties"]
-    text = _yaml(definition)
-    if len(json.dumps(definition)) >= SIZE_LIMIT:
-        raise SchemaError(f"the CRD takes {len(json.dumps(definition))} bytes; client-side apply allows {SIZE_LIMIT}")
+    definitions = (crd(passes), *recipe_crds(passes))
+    job, recipe = (d["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"] for d in definitions[:2])
     parameters = {name: list(s.get("properties", {})) for name, s in pass_schemas(passes).items()}
-    return {
-        "crds/compressionjobs.yaml": text,
+    files = {
         "crds/kompressor_api/pass_parameters.json": json.dumps(parameters, indent=2) + "\n",
-        "charts/kompressor/files/compressionjobs.yaml": text,
-        "charts/kompressor/files/known-names.yaml": _yaml(known_names(schema["spec"])),
-        "charts/kompressor/files/status-writers.yaml": _yaml(status_writers(schema["status"])),
+        "charts/kompressor/files/known-names.yaml": _yaml(known_names(job["spec"])),
+        "charts/kompressor/files/recipe-names.yaml": _yaml(known_names(recipe["spec"])),
+        "charts/kompressor/files/status-writers.yaml": _yaml(status_writers(job["status"])),
     }
+    for definition in definitions:
+        name = definition["spec"]["names"]["plural"]
+        if len(json.dumps(definition)) >= SIZE_LIMIT:
+            raise SchemaError(f"the CRD {name} takes {len(json.dumps(definition))} bytes; client-side apply allows {SIZE_LIMIT}")
+        files |= {f"{folder}/{name}.yaml": _yaml(definition) for folder in ("crds", "charts/kompressor/files")}
+    return files
 
 
 def stale(files: Mapping[str, str], root: Path) -> str:
@@ -68,7 +69,7 @@ def stale(files: Mapping[str, str], root: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Generate the CRD and what follows from it.")
+    parser = argparse.ArgumentParser(description="Generate the CRDs and what follows from it.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 with a diff if a file is stale")
     check = parser.parse_args(arguments).check
     try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, Strict, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, Strict, StringConstraints, model_validator
 
 from kompressor_api.fields import Count, Flag, Model
 from kompressor_api.locations import SourceLocation
 from kompressor_api.names import Role
 
-__all__ = ["CalibrationSpec", "Dataset", "DriftSpec", "EvaluationSpec", "Gate", "Sample"]
+__all__ = ["CalibrationSpec", "Dataset", "DriftSpec", "EvaluationSpec", "Gate", "Sample", "one_gate_a_metric"]
 
 Column = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 Percent = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,3})(\.[0-9]{1,6})?%$", max_length=12)]
@@ -114,6 +114,14 @@ class Gate(Model):
         return float(self.max_increase.removesuffix("%")) / 100
 
 
+def one_gate_a_metric(gates: list[Gate]) -> list[Gate]:
+    """Raises ValueError for two of a metric."""
+    metrics = [gate.metric for gate in gates]
+    if twice := next((metric for metric in metrics if metrics.count(metric) > 1), None):
+        raise ValueError(f"a metric has one gate, {twice} has two; keep the stricter one")
+    return gates
+
+
 class EvaluationSpec(Sample):
     """Held-out data that the original and the compressed model are both measured with."""
 
@@ -121,18 +129,11 @@ class EvaluationSpec(Sample):
     SECTION = "evaluation"
 
     samples: Count = Field(default=64, ge=1, le=MAX_SAMPLES, description="Rows of token ids to draw from the dataset.")
-    gates: list[Gate] = Field(
+    gates: Annotated[list[Gate], AfterValidator(one_gate_a_metric)] = Field(
         default_factory=list,
         max_length=2,
         description="Limits that the result must keep, at most one a metric; if one is not kept, the job fails and publishes nothing.",
     )
-
-    @model_validator(mode="after")
-    def _one_gate_a_metric(self) -> EvaluationSpec:
-        metrics = [gate.metric for gate in self.gates]
-        if twice := next((metric for metric in metrics if metrics.count(metric) > 1), None):
-            raise ValueError(f"gates: a metric has one gate, {twice} has two; keep the stricter one")
-        return self
 
 
 class DriftSpec(Sample):

@@ -10,12 +10,25 @@ API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "CompressionJob"
 PLURAL = "compressionjobs"
 SHORT_NAME = "kcj"
+RECIPE_KIND = "CompressionRecipe"
+RECIPE_PLURAL = "compressionrecipes"
+RECIPE_SHORT_NAME = "kcr"
+CLUSTER_RECIPE_KIND = "ClusterCompressionRecipe"
+CLUSTER_RECIPE_PLURAL = "clustercompressionrecipes"
+CLUSTER_RECIPE_SHORT_NAME = "kccr"
 TOP_LEVEL = ("apiVersion", "kind", "metadata", "spec", "status")
 """All that a manifest may have at its top."""
 
 LABEL_JOB_UID = f"{GROUP}/job-uid"
 """On every child: the CompressionJob's uid; also the watch selector of child Jobs and Pods."""
 LABEL_ATTEMPT = f"{GROUP}/attempt"
+LABEL_STEP = f"{GROUP}/step"
+"""On a child Job and its pods: a Step. Those of older releases lack it and compress."""
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+"""On the child Job that compresses, never on its pods."""
+QUEUE_GROUP = "kueue.x-k8s.io"
+FINALIZER = f"{GROUP}/cleanup"
+"""Only with deletionPolicy Delete, put on before the first child."""
 ANNOTATION_MEMORY_PLAN = f"{GROUP}/memory-plan"
 """On a child Job: how many times smaller than usual its memory plan is; 0 for the first try, so the Jobs alone tell the history."""
 ANNOTATION_FAILURES_BEFORE = f"{GROUP}/failures-before"
@@ -28,6 +41,8 @@ FIELD_MANAGER = "kompressor-operator"
 WORKER_FIELD_MANAGER = "kompressor-worker"
 
 WORKER_CONTAINER = "worker"
+PLANNER_CONTAINER = WORKER_CONTAINER
+"""The preflight's container is called alike, so that failure rules and parsing are the same."""
 JOB_DIRECTORY = "/etc/kompressor/job"
 JOB_FILE = "job.json"
 """The job's immutable ConfigMap: one key `job.json`, mounted at JOB_DIRECTORY; {apiVersion, kind, metadata, spec}."""
@@ -37,6 +52,7 @@ CLAIM_DIRECTORY = "/var/run/kompressor/claims"
 """pvc://CLAIM/path is CLAIM_DIRECTORY/CLAIM/path in the worker's pod; the operator mounts the claim there."""
 SCRATCH_DIRECTORY = "/var/cache/kompressor"
 """A writable emptyDir: kernel, Triton, Inductor and Hugging Face caches; HOME points at it too."""
+SHARED_MEMORY_DIRECTORY = "/dev/shm"
 TERMINATION_LOG = "/dev/termination-log"
 
 ENV_POD_UID = "KOMPRESSOR_POD_UID"
@@ -44,9 +60,21 @@ ENV_POD_NAME = "POD_NAME"
 ENV_POD_NAMESPACE = "POD_NAMESPACE"
 ENV_MEMORY_PLAN = "KOMPRESSOR_MEMORY_PLAN"
 """How often the worker ran out of memory before: 1 or 2; absent at first. Each step asks for a smaller memory plan."""
+ENV_OUTPUT = "KOMPRESSOR_OUTPUT"
+"""For `kompressor clean --in-cluster`: spec.output as JSON, since the job's ConfigMap may be gone already."""
+ENV_JOB_UID = "KOMPRESSOR_JOB_UID"
+"""For `kompressor clean --in-cluster`: whose output it may delete."""
 ENV_TERMINATION_LOG = "KOMPRESSOR_TERMINATION_LOG"
 ENV_CLAIM_DIRECTORY = "KOMPRESSOR_CLAIM_DIRECTORY"
 ENV_CA_DIRECTORY = "KOMPRESSOR_CA_DIRECTORY"
+
+
+class Step(StrEnum):
+    """What a child Job is for."""
+
+    COMPRESS = "compress"
+    PREFLIGHT = "preflight"
+    CLEANUP = "cleanup"
 
 
 class Role(StrEnum):
@@ -106,12 +134,18 @@ class Reason(StrEnum):
 
     # on the way
     PENDING = "Pending"
+    PREFLIGHT = "Preflight"
     QUEUED = "Queued"
     COMPRESSING = "Compressing"
     RETRYING = "Retrying"
     SUSPENDED = "Suspended"
     RESUMED = "Resumed"
     VALID = "Valid"
+    RESOURCES_BELOW_PLAN = "ResourcesBelowPlan"
+    """A warning: the job's own resources are smaller than what the preflight estimates."""
+    CLEANING_UP = "CleaningUp"
+    CLEANED_UP = "CleanedUp"
+    CLEANUP_FAILED = "CleanupFailed"
     # early truth: still Reconciling, something outside must change
     IMAGE_PULL_FAILED = "ImagePullFailed"
     UNSCHEDULABLE = "Unschedulable"
@@ -124,6 +158,7 @@ class Reason(StrEnum):
     CONTAINER_NOT_STARTED = "ContainerNotStarted"
     """The kubelet cannot start the container, for another reason than image or Secret."""
     VOLUME_NOT_MOUNTED = "VolumeNotMounted"
+    RECIPE_NOT_FOUND = "RecipeNotFound"
     FORBIDDEN = "Forbidden"
     """The API server refuses what the operator asks for: its role, or an admission policy."""
     # the ends

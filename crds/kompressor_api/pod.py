@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetCoreSchemaHandler, StringConstraints
 from pydantic_core import CoreSchema, core_schema
 
 from kompressor_api.fields import Count, Model, Name, Short
+from kompressor_api.names import WORKER_CONTAINER
 
-__all__ = ["PlainDict", "Quantity", "ResourceClaim", "Resources", "Toleration"]
+__all__ = ["PlainDict", "Quantity", "ResourceClaim", "Resources", "Toleration", "accelerators"]
 
 Quantity = (
     Count
@@ -73,3 +76,17 @@ class Toleration(Model):
         default=None, description="NoSchedule, PreferNoSchedule or NoExecute. Default: all of them."
     )
     toleration_seconds: Count | None = Field(default=None, description="Seconds that a NoExecute taint is tolerated. Default: for ever.")
+
+
+_ACCELERATOR = re.compile(r"(^|[/.])gpu$|/mig-|(^|/)gpu\.")
+"""nvidia.com/gpu, nvidia.com/gpu.shared, nvidia.com/mig-1g.10gb, amd.com/gpu, gpu.intel.com/i915."""
+
+
+def accelerators(worker: Mapping[str, Any]) -> int:
+    """How many GPUs (or slices of one) `spec.worker`, as it is on the wire, asks for: by resources, or by podTemplate, which wins."""
+    limits = dict((worker.get("resources") or {}).get("limits") or {})
+    containers = ((worker.get("podTemplate") or {}).get("spec") or {}).get("containers")
+    for container in containers if isinstance(containers, list) else ():
+        if isinstance(container, dict) and container.get("name") == WORKER_CONTAINER:
+            limits |= (container.get("resources") or {}).get("limits") or {}
+    return sum(int(amount) for name, amount in limits.items() if _ACCELERATOR.search(name) and str(amount).isdigit())

@@ -1,4 +1,4 @@
-"""From the pydantic models to the CustomResourceDefinition: a structural OpenAPI v3 schema with CEL rules.
+"""From the pydantic models to the CustomResourceDefinitions: structural OpenAPI v3 schemas with CEL rules.
 
 The root and every object under `spec` keep unknown names (`x-kubernetes-preserve-unknown-fields` beside typed properties): a
 misspelt name that the API server prunes would silently mean the default, one that it keeps can be refused, by the
@@ -8,16 +8,15 @@ admission policy of the chart and by the operator.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import BaseModel
 
 from kompressor_api import names
+from kompressor_api.recipe import RecipeSpec
+from kompressor_api.structural import PRESERVE, Schema, SchemaError, structural
 from kompressor_api.v1alpha1 import CompressionJobSpec, CompressionJobStatus
 
-__all__ = ["MUTABLE", "SIZE_LIMIT", "SchemaError", "crd", "pass_schemas", "structural"]
-
-Schema = dict[str, Any]
+__all__ = ["MUTABLE", "SIZE_LIMIT", "SchemaError", "crd", "pass_schemas", "recipe_crds", "structural"]
 
 SIZE_LIMIT = 262_144
 """Bytes; client-side `kubectl apply` stores the whole object in an annotation of at most this size."""
@@ -25,28 +24,31 @@ SIZE_LIMIT = 262_144
 MUTABLE = ("suspend", "retry", "ttlSecondsAfterFinished")
 """The fields of a spec that may change while the job lives."""
 
-PRESERVE = "x-kubernetes-preserve-unknown-fields"
 RULES = "x-kubernetes-validations"
 
-_KEPT = {"type", "description", "default", "enum", "format", "pattern", "minimum", "maximum", "exclusiveMinimum"}
-_KEPT |= {"exclusiveMaximum", "multipleOf", "minLength", "maxLength", "minItems", "maxItems"}
-_KEPT |= {"minProperties", "maxProperties", "required"}
-_READ = {"title", "properties", "items", "additionalProperties", "propertyNames", "examples", "$defs"}
-"""Understood, but not copied; a structural schema cannot bound the keys of a map."""
-
-_FALLBACK = {"string": ("maxLength", 1024), "array": ("maxItems", 256)}
-"""The maximum of a string or list that names none; CEL is priced by maxima, and an object in etcd has one anyway."""
-_MAX_PROPERTIES = 64
-
-
-class SchemaError(ValueError):
-    """A model that the API server would not take, or `kubectl explain` not explain."""
-
-
-def structural(model: type[BaseModel], where: str, *, keep_unknown: bool) -> Schema:
-    """The structural schema of `model`; `where` (such as `spec`) names it in errors. Raises SchemaError."""
-    document = model.model_json_schema(by_alias=True)
-    return _convert(document, document.get("$defs", {}), where, keep_unknown)
+_IN_CLUSTER = {
+    "rule": "!self.uri.startsWith('file://')",
+    "message": "file:// is one machine's disk; in a cluster use s3:// or pvc://",
+    "fieldPath": ".uri",
+}
+_ONE_NAME = {
+    "rule": "!self.uri.split('/').exists(p, p == '..')",
+    "message": "'..' gives one place two names; write the place that it leads to",
+    "fieldPath": ".uri",
+}
+_WRITABLE = {
+    "rule": "!self.uri.startsWith('hf://')",
+    "message": "a hub is read-only here; use s3:// or pvc://",
+    "fieldPath": ".uri",
+}
+_COLUMNS = "(has(self.field) ? 1 : 0) + (has(self.messages) ? 1 : 0) + (has(self.tokens) ? 1 : 0)"
+_COLUMN_RULES = (
+    {"rule": f"{_COLUMNS} <= 1", "message": "field, messages and tokens exclude each other; keep the one to be read"},
+    {
+        "rule": f"!has(self.format) || self.format != 'text' || {_COLUMNS} == 0",
+        "message": "plain text has no columns; leave field, messages and tokens out, or correct format",
+    },
+)
 
 
 def pass_schemas(passes: Mapping[str, type[BaseModel]]) -> dict[str, Schema]:
@@ -61,33 +63,78 @@ def pass_schemas(passes: Mapping[str, type[BaseModel]]) -> dict[str, Schema]:
 
 
 def crd(passes: Mapping[str, type[BaseModel]]) -> Schema:
-    """The CustomResourceDefinition, with the parameters of `passes` inside. Raises SchemaError."""
+    """The CustomResourceDefinition of CompressionJob, with the parameters of `passes` inside. Raises SchemaError."""
     spec = structural(CompressionJobSpec, "spec", keep_unknown=True)
-    entry = spec["properties"]["passes"]["items"]
-    del entry["additionalProperties"]
-    entry |= {"properties": pass_schemas(passes), PRESERVE: True}
+    _add_passes(spec, passes)
     _add_rules(spec)
     status = structural(CompressionJobStatus, "status", keep_unknown=False)
     status["properties"]["conditions"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
     # an empty status looks finished to kstatus; -1 equals no generation, so it looks unfinished until we have spoken
     status["default"] = {"observedGeneration": -1}
+    return _definition(names.KIND, names.PLURAL, names.SHORT_NAME, "Namespaced", _version(spec, status))
+
+
+def recipe_crds(passes: Mapping[str, type[BaseModel]]) -> tuple[Schema, Schema]:
+    """CompressionRecipe and ClusterCompressionRecipe: one schema, two scopes. Raises SchemaError."""
+    spec = structural(RecipeSpec, "spec", keep_unknown=True)
+    _add_passes(spec, passes)
+    spec["properties"]["calibration"]["properties"]["dataset"][RULES] = [_IN_CLUSTER, _ONE_NAME, *_COLUMN_RULES]
+    _add_gate_rules(spec["properties"]["gates"])
+    return (
+        _definition(names.RECIPE_KIND, names.RECIPE_PLURAL, names.RECIPE_SHORT_NAME, "Namespaced", _recipe_version(spec)),
+        _definition(
+            names.CLUSTER_RECIPE_KIND, names.CLUSTER_RECIPE_PLURAL, names.CLUSTER_RECIPE_SHORT_NAME, "Cluster", _recipe_version(spec)
+        ),
+    )
+
+
+def _definition(kind: str, plural: str, short: str, scope: str, version: Schema) -> Schema:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{names.PLURAL}.{names.GROUP}"},
+        "metadata": {"name": f"{plural}.{names.GROUP}"},
         "spec": {
             "group": names.GROUP,
             "names": {
-                "kind": names.KIND,
-                "listKind": f"{names.KIND}List",
-                "plural": names.PLURAL,
-                "singular": names.KIND.lower(),
-                "shortNames": [names.SHORT_NAME],
+                "kind": kind,
+                "listKind": f"{kind}List",
+                "plural": plural,
+                "singular": kind.lower(),
+                "shortNames": [short],
                 "categories": ["kompressor"],
             },
-            "scope": "Namespaced",
-            "versions": [_version(spec, status)],
+            "scope": scope,
+            "versions": [version],
         },
+    }
+
+
+def _add_passes(spec: Schema, passes: Mapping[str, type[BaseModel]]) -> None:
+    entry = spec["properties"]["passes"]["items"]
+    del entry["additionalProperties"]
+    entry |= {"properties": pass_schemas(passes), PRESERVE: True}
+
+
+def _recipe_version(spec: Schema) -> Schema:
+    root = {
+        "type": "object",
+        PRESERVE: True,
+        "description": "Passes, calibration and gates for jobs that name it. A job reads it once, when it starts.",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string", "description": f"Version of this API: {names.API_VERSION}."},
+            "kind": {"type": "string", "description": "Kind of this resource."},
+            "metadata": {"type": "object"},
+            "spec": {**spec, "description": "What jobs take from it. A change reaches jobs that start later, none that has started."},
+        },
+    }
+    age = {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp", "description": "Time since the recipe was created."}
+    return {
+        "name": names.VERSION,
+        "served": True,
+        "storage": True,
+        "additionalPrinterColumns": [{**age, "priority": 0}],
+        "schema": {"openAPIV3Schema": root},
     }
 
 
@@ -163,37 +210,33 @@ def _add_rules(spec: Schema) -> None:
         (f"!{source}.startsWith({_folder(output)})", "lies inside the output; choose another output.uri", ".model.source.uri"),
     ):
         spec[RULES].append({"rule": f"{other_endpoint} || {rule}", "message": message, "fieldPath": path})
-    in_cluster = {
-        "rule": "!self.uri.startsWith('file://')",
-        "message": "file:// is one machine's disk; in a cluster use s3:// or pvc://",
-        "fieldPath": ".uri",
-    }
-    writable = {
-        "rule": "!self.uri.startsWith('hf://')",
-        "message": "a hub is read-only here; use s3:// or pvc://",
-        "fieldPath": ".uri",
-    }
-    one_name = {
-        "rule": "!self.uri.split('/').exists(p, p == '..')",
-        "message": "'..' gives one place two names; write the place that it leads to",
-        "fieldPath": ".uri",
-    }
-    spec["properties"]["model"]["properties"]["source"][RULES] = [in_cluster, one_name]
-    spec["properties"]["output"][RULES] = [in_cluster, writable, one_name]
-    _add_data_rules(spec, [in_cluster, one_name])
+    spec[RULES].append(
+        {
+            "rule": "has(self.passes) != has(self.recipeRef)",
+            "message": "give either passes or recipeRef, exactly one of them",
+            "fieldPath": ".passes",
+        }
+    )
+    spec["properties"]["model"]["properties"]["source"][RULES] = [_IN_CLUSTER, _ONE_NAME]
+    spec["properties"]["output"][RULES] = [_IN_CLUSTER, _WRITABLE, _ONE_NAME]
+    _add_data_rules(spec)
 
 
-def _add_data_rules(spec: Schema, of_sources: list[Schema]) -> None:
+def _add_data_rules(spec: Schema) -> None:
     """Calibration, evaluation and drift: where their data may be, one column each, and the limit that belongs to a gate's metric."""
-    columns = "(has(self.field) ? 1 : 0) + (has(self.messages) ? 1 : 0) + (has(self.tokens) ? 1 : 0)"
-    one_column = {"rule": f"{columns} <= 1", "message": "field, messages and tokens exclude each other; keep the one to be read"}
-    plain = {
-        "rule": f"!has(self.format) || self.format != 'text' || {columns} == 0",
-        "message": "plain text has no columns; leave field, messages and tokens out, or correct format",
-    }
     for section in ("calibration", "evaluation", "drift"):
-        spec["properties"][section]["properties"]["dataset"][RULES] = [*of_sources, one_column, plain]
-    gates = spec["properties"]["evaluation"]["properties"]["gates"]
+        spec["properties"][section]["properties"]["dataset"][RULES] = [_IN_CLUSTER, _ONE_NAME, *_COLUMN_RULES]
+    _add_gate_rules(spec["properties"]["evaluation"]["properties"]["gates"])
+    spec[RULES].append(
+        {
+            "rule": "!has(self.drift) || has(self.calibration) || has(self.recipeRef)",
+            "message": "is measured from calibration, which is missing; add it",
+            "fieldPath": ".drift",
+        }
+    )
+
+
+def _add_gate_rules(gates: Schema) -> None:
     gates[RULES] = [
         {"rule": "self.all(g, self.exists_one(h, h.metric == g.metric))", "message": "a metric has one gate; keep the stricter one"}
     ]
@@ -204,13 +247,6 @@ def _add_data_rules(spec: Schema, of_sources: list[Schema]) -> None:
         }
         for metric, right, wrong in (("perplexity", "maxIncrease", "maxKL"), ("kl", "maxKL", "maxIncrease"))
     ]
-    spec[RULES].append(
-        {
-            "rule": "!has(self.drift) || has(self.calibration)",
-            "message": "is measured from calibration, which is missing; add it",
-            "fieldPath": ".drift",
-        }
-    )
 
 
 def _server(location: str) -> str:
@@ -226,96 +262,3 @@ def _canonical(uri: str) -> str:
 def _folder(uri: str) -> str:
     """With one slash at its end. Odd spellings inside are left to the models: joining the segments is refused for its cost."""
     return f"({uri}.endsWith('/') ? {uri} : {uri} + '/')"
-
-
-def _convert(node: Schema, definitions: Mapping[str, Schema], where: str, keep_unknown: bool) -> Schema:
-    node = _resolve(node, definitions, where)
-    if node.get("x-kubernetes-int-or-string"):
-        return node
-    unknown = set(node) - _KEPT - _READ
-    if unknown:
-        raise SchemaError(f"{where}: {', '.join(sorted(unknown))} has no place in a structural schema; state it otherwise")
-    result = {key: value for key, value in node.items() if key in _KEPT and value is not None}
-    _bound(result)
-    if node.get("type") == "array":
-        if "items" not in node:
-            raise SchemaError(f"{where}: a list must say of what; type it list[...]")
-        result["items"] = _convert(node["items"], definitions, f"{where}[]", keep_unknown)
-        result["items"].pop("description", None)  # `kubectl explain` would show it in place of the list's own
-    elif node.get("type") == "object":
-        _convert_object(node, result, definitions, where, keep_unknown)
-    elif "type" not in node:
-        if not keep_unknown:
-            raise SchemaError(f"{where}: has no type; the API server would prune it")
-        result[PRESERVE] = True
-    return result
-
-
-def _convert_object(node: Schema, result: Schema, definitions: Mapping[str, Schema], where: str, keep_unknown: bool) -> None:
-    extra = node.get("additionalProperties")
-    if "properties" in node:
-        result["properties"] = {
-            name: _property(name, child, node, definitions, f"{where}.{name}", keep_unknown) for name, child in node["properties"].items()
-        }
-        if keep_unknown:
-            result[PRESERVE] = True
-    elif isinstance(extra, dict):
-        result["additionalProperties"] = _convert(extra, definitions, f"{where}.*", keep_unknown)
-        result.setdefault("maxProperties", _MAX_PROPERTIES)
-    else:
-        result[PRESERVE] = True
-
-
-def _property(name: str, child: Schema, parent: Schema, definitions: Mapping[str, Schema], where: str, keep_unknown: bool) -> Schema:
-    result = _convert(child, definitions, where, keep_unknown)
-    if not result.get("description"):
-        raise SchemaError(f"{where}: has no description; `kubectl explain` shows it, so give its Field one")
-    absent_by_default = "default" in child or name in parent.get("required", ())
-    if not absent_by_default and any("default" in p for p in result.get("properties", {}).values()):
-        result["default"] = {}  # the API server fills in the defaults below it
-    return result
-
-
-def _resolve(node: Schema, definitions: Mapping[str, Schema], where: str) -> Schema:
-    """`node` without $ref, allOf, const, `| None` and their default null; its own keys go before what it refers to."""
-    node = dict(node)
-    if "$ref" in node:
-        target = definitions[node.pop("$ref").rpartition("/")[2]]
-        return _resolve({**target, **node}, definitions, where)
-    if len(node.get("allOf", ())) == 1:
-        (only,) = node.pop("allOf")
-        return _resolve({**only, **node}, definitions, where)
-    if "anyOf" in node:
-        choices = [c for c in node.pop("anyOf") if c.get("type") != "null"]
-        if sorted(c.get("type", "") for c in choices) == ["integer", "string"]:
-            return _int_or_string(choices, node)
-        if len(choices) != 1:
-            raise SchemaError(f"{where}: a choice of {len(choices)} types is not structural; use one, or int | str")
-        return _resolve({**choices[0], **node}, definitions, where)
-    if "const" in node:
-        node["enum"] = [node.pop("const")]
-    if "default" in node and node["default"] in (None, [], {}):
-        del node["default"]
-    node.pop("uniqueItems", None)
-    return node
-
-
-def _int_or_string(choices: list[Schema], node: Schema) -> Schema:
-    string = next(c for c in choices if c["type"] == "string")
-    kept = {k: v for k, v in {**string, **node}.items() if k in ("pattern", "maxLength", "description", "default")}
-    kept.setdefault(*_FALLBACK["string"])
-    return {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True, **kept}
-
-
-def _bound(result: Schema) -> None:
-    """Gives every string and list a maximum, integers their width, and OpenAPI 3.0's form to exclusive bounds."""
-    if "enum" in result and result.get("type") == "string":
-        result["maxLength"] = max(len(value) for value in result["enum"])
-    elif result.get("type") in _FALLBACK:
-        result.setdefault(*_FALLBACK[result["type"]])
-    if result.get("type") == "integer":
-        result["format"] = "int64"
-    for bound in ("Minimum", "Maximum"):
-        if f"exclusive{bound}" in result:
-            result[bound.lower()] = result[f"exclusive{bound}"]
-            result[f"exclusive{bound}"] = True

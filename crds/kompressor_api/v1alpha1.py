@@ -16,6 +16,7 @@ from kompressor_api.datasets import CalibrationSpec, DriftSpec, EvaluationSpec, 
 from kompressor_api.fields import Count, Flag, Message, Model, Name, Short, Text, Time, Uri, Warnings
 from kompressor_api.locations import CaBundle, Location, SourceLocation, canonical_endpoint, canonical_uri
 from kompressor_api.pod import PlainDict, Resources, Toleration
+from kompressor_api.recipe import PassEntry, RecipeRef, RecipeSpec, RecipeStatus
 
 __all__ = [
     "CaBundle",
@@ -28,7 +29,11 @@ __all__ = [
     "Name",
     "OutputSpec",
     "PassEntry",
+    "PlanStatus",
     "Progress",
+    "RecipeRef",
+    "RecipeSpec",
+    "RecipeStatus",
     "Result",
     "RetrySpec",
     "Short",
@@ -80,6 +85,13 @@ class WorkerSpec(Model):
         default=None,
         description="Existing service account for the pod (workload identity). Default: one made for this job alone.",
     )
+    pod_template: dict[str, Any] | None = Field(
+        default=None,
+        description=(
+            "Part of a PodTemplateSpec, laid over the worker's pod by Kubernetes' merge keys: affinity, volumes, env, labels and more. "
+            "The container is called worker."
+        ),
+    )
 
 
 class RetrySpec(Model):
@@ -93,18 +105,20 @@ class RetrySpec(Model):
     )
 
 
-PassEntry = Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)]
-
-
 class CompressionJobSpec(Model):
     """Model, passes and output. Immutable but for suspend, retry and ttlSecondsAfterFinished."""
 
     model: ModelSpec = Field(description="The model to compress.")
     output: OutputSpec = Field(description="Where the result is written, and in which format.")
     passes: list[PassEntry] = Field(
+        default_factory=list,
         min_length=1,
         max_length=16,
-        description="What to do, in this order; each entry has exactly one key, the name of a pass.",
+        description="What to do, in this order; each entry has exactly one key, the name of a pass. Either this or recipeRef.",
+    )
+    recipe_ref: RecipeRef | None = Field(
+        default=None,
+        description="A recipe that gives passes, calibration and gates. It is read once, when the job starts. Either this or passes.",
     )
     calibration: CalibrationSpec | None = Field(
         default=None, description="Data that passes measure activations with. Passes that read weights alone need none."
@@ -116,6 +130,23 @@ class CompressionJobSpec(Model):
         default=None, description="Data as the model will meet it in use, whose activations are compared with those of calibration."
     )
     worker: WorkerSpec = Field(default_factory=WorkerSpec, description="The pod that does the work.")
+    preflight: Literal["Job", "Skip"] = Field(
+        default="Job",
+        description="Job: a small pod checks credentials, source, data and passes before the worker is started. Skip: the worker does.",
+    )
+    queue_name: Name | None = Field(
+        default=None, description="Kueue's LocalQueue in the job's namespace that admits the worker. Default: no queue."
+    )
+    active_deadline_seconds: Count | None = Field(
+        default=None,
+        ge=1,
+        le=31536000,
+        description="Seconds that workers may take, all attempts together; time suspended is not counted. Default: no limit.",
+    )
+    deletion_policy: Literal["Retain", "Delete"] = Field(
+        default="Retain",
+        description="What becomes of the output when this resource is deleted. Delete: what this job wrote goes too, and nothing else.",
+    )
     suspend: Flag = Field(default=False, description="Stop the worker at its last committed block; false goes on from there.")
     retry: RetrySpec = Field(default_factory=RetrySpec, description="How failures that may pass are retried.")
     ttl_seconds_after_finished: Count | None = Field(
@@ -131,8 +162,14 @@ class CompressionJobSpec(Model):
         return [sample for sample in (self.calibration, self.evaluation, self.drift) if sample is not None]
 
     @model_validator(mode="after")
+    def _passes_or_a_recipe(self) -> CompressionJobSpec:
+        if bool(self.passes) == (self.recipe_ref is not None):
+            raise ValueError("give either passes or recipeRef, exactly one of them")
+        return self
+
+    @model_validator(mode="after")
     def _drift_from_something(self) -> CompressionJobSpec:
-        if self.drift is not None and self.calibration is None:
+        if self.drift is not None and self.calibration is None and self.recipe_ref is None:
             raise ValueError("drift is measured from calibration, which is missing; add it")
         return self
 
@@ -174,6 +211,7 @@ class Progress(BaseModel):
     bytesTotal: int | None = Field(default=None, description="Bytes of the source.")
     bytesPerSecond: int | None = Field(default=None, description="Source bytes per second, since this worker started.")
     etaSeconds: int | None = Field(default=None, description="Estimated seconds to the end.")
+    resumedFrom: Short | None = Field(default=None, description="The unit at which this worker went on; absent if it began at the first.")
     updatedAt: Time | None = Field(default=None, description="When the worker last said so.")
 
 
@@ -228,6 +266,20 @@ class Result(BaseModel):
     warnings: Warnings | None = Field(default=None, description="What the report warns of.")
 
 
+class PlanStatus(BaseModel):
+    """What the preflight estimates, from headers alone."""
+
+    model_config = ConfigDict(extra="allow")
+    sourceBytes: int | None = Field(default=None, description="Tensor bytes of the source.")
+    outputBytes: int | None = Field(default=None, description="Tensor bytes that the result will have.")
+    ratio: Text | None = Field(default=None, description="sourceBytes / outputBytes, such as 3.6x.")
+    hostMemoryBytes: int | None = Field(default=None, description="Peak of the worker's memory on the host.")
+    gpuMemoryBytes: int | None = Field(default=None, description="Peak of the worker's memory on the GPU; absent without one.")
+    seconds: int | None = Field(default=None, description="Wall-clock seconds that the worker will take.")
+    units: int | None = Field(default=None, description="Units (embeddings, blocks, head) in the model.")
+    warnings: Warnings | None = Field(default=None, description="What the plan warns of.")
+
+
 class CompressionJobStatus(BaseModel):
     """What is true now. Conditions follow kstatus; phase is for people."""
 
@@ -245,5 +297,12 @@ class CompressionJobStatus(BaseModel):
     startTime: Time | None = Field(default=None, description="When the first child Job was created.")
     completionTime: Time | None = Field(default=None, description="When the job ended.")
     specDigest: Text | None = Field(default=None, description="Digest of the spec that the worker was given.")
+    recipe: RecipeStatus | None = Field(default=None, description="The recipe that the worker's spec was made with.")
+    plan: PlanStatus | None = Field(default=None, description="What the preflight estimates.")
+    memoryPlan: int | None = Field(default=None, description="How many times smaller than usual the worker's memory plan is: 0, 1 or 2.")
+    failures: int | None = Field(default=None, description="Failures of all attempts so far that count against spec.retry.limit.")
+    resumedFromBlock: Short | None = Field(default=None, description="The unit at which the current worker went on.")
+    workerImage: Text | None = Field(default=None, description="Image of the worker; all attempts have the same.")
+    gpuSeconds: int | None = Field(default=None, description="GPUs times seconds, over all attempts.")
     progress: Progress | None = Field(default=None, description="How far the worker is; written by the worker.")
     result: Result | None = Field(default=None, description="What came out; written by the worker.")

@@ -76,12 +76,12 @@ class Server:
         bound = {"Impersonate-Extra-authentication.kubernetes.io%2fpod-name": pod} if pod else {}
         return Server(self.cluster, headers | bound)
 
-    def grant(self, namespace: str, account: str, verbs: str, resources: str) -> None:
-        """Lets a service account do `verbs` to `resources`, both with commas."""
+    def grant(self, namespace: str, account: str, verbs: str, resources: str, subject: str = "") -> None:
+        """Lets a service account (or `subject`, namespace:name) do `verbs` to `resources`, both with commas."""
         role = ("-n", namespace, f"--verb={verbs}", f"--resource={resources}")
         self.cluster.kubectl("create", "role", account, *role)
-        subject = f"--serviceaccount={namespace}:{account}"
-        self.cluster.kubectl("create", "rolebinding", account, "-n", namespace, f"--role={account}", subject)
+        who = f"--serviceaccount={subject or f'{namespace}:{account}'}"
+        self.cluster.kubectl("create", "rolebinding", account, "-n", namespace, f"--role={account}", who)
 
 
 def _place(job: Job) -> tuple[str, str, str, str]:

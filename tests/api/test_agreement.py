@@ -68,6 +68,10 @@ GOOD: dict[str, Spec] = {
         "evaluation": {"dataset": {"uri": "s3://data/b.txt"}, "gates": [{"metric": "kl", "maxKL": 1}]},
         "drift": {"dataset": {"uri": "s3://data/c.txt"}, "threshold": 0},
     },
+    "a recipe": {"passes": None, "recipeRef": {"name": "w4"}, "drift": {"dataset": {"uri": "s3://data/c"}}},
+    "a recipe of the cluster": {"passes": None, "recipeRef": {"kind": "ClusterCompressionRecipe", "name": "w4.v2"}},
+    "all of a life": {"preflight": "Skip", "queueName": "gpu", "activeDeadlineSeconds": 3600, "deletionPolicy": "Delete"},
+    "a pod of one's own": {"worker": {"podTemplate": {"metadata": {"labels": {"a": "b"}}, "spec": {"priorityClassName": "low"}}}},
     "life": {"suspend": True, "retry": {"limit": 0}, "ttlSecondsAfterFinished": 0},
 }
 
@@ -76,7 +80,15 @@ WRONG_VALUES: dict[str, tuple[Spec, str]] = {
     "no model": ({"model": None}, "spec.model: Required value"),
     "no source": ({"model": {}}, "spec.model.source: Required value"),
     "no output": ({"output": None}, "spec.output: Required value"),
-    "no passes": ({"passes": None}, "spec.passes: Required value"),
+    "no passes": ({"passes": None}, "give either passes or recipeRef, exactly one of them"),
+    "passes and a recipe": ({"recipeRef": {"name": "w4"}}, "give either passes or recipeRef, exactly one of them"),
+    "a recipe without a name": ({"passes": None, "recipeRef": {}}, "spec.recipeRef.name: Required value"),
+    "a recipe of another kind": ({"passes": None, "recipeRef": {"kind": "Recipe", "name": "w4"}}, "spec.recipeRef.kind"),
+    "a preflight of another kind": ({"preflight": "Pod"}, "spec.preflight"),
+    "a queue with capitals": ({"queueName": "GPU"}, "spec.queueName"),
+    "no time at all": ({"activeDeadlineSeconds": 0}, "spec.activeDeadlineSeconds"),
+    "forgetting the output": ({"deletionPolicy": "Orphan"}, "spec.deletionPolicy"),
+    "a pod in words": ({"worker": {"podTemplate": "default"}}, "spec.worker.podTemplate"),
     "empty passes": ({"passes": []}, "spec.passes"),
     "an empty pass": ({"passes": [{}]}, "spec.passes[0]"),
     "two in one": ({"passes": [{"rtn": {"scheme": "W8A8"}, "gptq": {}}]}, "spec.passes[0]"),
@@ -197,6 +209,11 @@ MISSPELT: dict[str, tuple[Spec, str, str]] = {
     "in resources": ({"worker": {"resources": {"limit": {"cpu": 1}}}}, "limit", "known are requests, limits, claims"),
     "in a claim": ({"worker": {"resources": {"claims": [{"name": "a", "req": "b"}]}}}, "req", "known are name, request"),
     "in a toleration": ({"worker": {"tolerations": [{"key": "a"}, {"keys": "b"}]}}, "keys", "spec.worker.tolerations[]"),
+    "in a recipe's name": (
+        {"passes": None, "recipeRef": {"name": "a", "nane": "b"}},
+        "nane",
+        "known are kind, name",
+    ),
     "in retry": ({"retry": {"limits": 3}}, "limits", "spec.retry: no such name: limits; known are limit"),
 }
 

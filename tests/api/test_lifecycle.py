@@ -40,6 +40,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "a parameter, removed": {"passes": [{"rtn": {"scheme": "W4A16"}}]},
     "a parameter nobody knows, added": {"passes": [{"rtn": {"scheme": "W4A16", "groupSize": 128, "groupsize": 64}}]},
     "the worker, added": {"worker": {"image": "other"}},
+    "a pod template, added": {"worker": {"podTemplate": {"spec": {"priorityClassName": "low"}}}},
+    "the preflight": {"preflight": "Skip"},
+    "a queue, added": {"queueName": "gpu"},
+    "a deadline, added": {"activeDeadlineSeconds": 60},
+    "what becomes of the output": {"deletionPolicy": "Delete"},
 }
 
 
@@ -175,10 +180,17 @@ def test_a_worker_writes_progress_and_result_only(server: Server) -> None:
     ready = {"type": "Ready", "status": "True", "reason": "Mine", "lastTransitionTime": "2030-01-01T00:00:00Z"}
     for change in ({"phase": "Done"}, {"conditions": [ready]}, {"jobName": None}, {"observedGeneration": 7}):
         assert "only the operator writes status.observedGeneration" in worker.patch(job, {"status": change}, status=True).refusal
+    namesake = server.as_account("elsewhere", "worker", pod="written-abc-1-x7f2p")
+    server.grant("guarded", "elsewhere", "get,patch", f"{names.PLURAL}.{names.GROUP}/status", subject="elsewhere:worker")
+    wait_until(lambda: "not of this CompressionJob" in namesake.patch(job, {"status": {"progress": {"percent": 4}}}, status=True).refusal)
     stranger = server.as_account("guarded", "worker", pod="another-job-1-x7f2p")
     assert "not of this CompressionJob" in stranger.patch(job, {"status": {"progress": {"percent": 4}}}, status=True).refusal
     minted = server.as_account("guarded", "worker", pod="")
     assert "with the token of its pod" in minted.patch(job, {"status": {"progress": {"percent": 4}}}, status=True).refusal
+    unstarted = manifest("guarded", "unstarted")
+    assert server.create(unstarted, keep=True).refusal == ""
+    assert "not of this CompressionJob" in worker.patch(unstarted, {"status": {"progress": {"percent": 4}}}, status=True).refusal
+    server.delete(unstarted)
     operator = server.as_account("guarded", "guard-kompressor", pod="guard-kompressor-5d9c-abcde")
     assert operator.patch(job, {"status": {"conditions": [ready], "phase": "Done"}}, status=True).refusal == ""
     assert operator.get(job)["status"]["progress"] == {"percent": 3}

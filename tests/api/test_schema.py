@@ -34,7 +34,11 @@ def nodes(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]
             yield from nodes(node[key], path + suffix)
 
 
-ALL = [*nodes(FIELDS["spec"], "spec"), *nodes(FIELDS["status"], "status")]
+RECIPES: list[dict[str, Any]] = [
+    yaml.safe_load((ROOT / "crds" / f"{name}.yaml").read_text()) for name in ("compressionrecipes", "clustercompressionrecipes")
+]
+OF_RECIPES = [d["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"] for d in RECIPES]
+ALL = [*nodes(FIELDS["spec"], "spec"), *nodes(FIELDS["status"], "status"), *nodes(OF_RECIPES[0], "spec of a recipe")]
 
 
 def test_every_field_is_described() -> None:
@@ -108,6 +112,17 @@ def test_columns() -> None:
     assert all("conditions[-1]" not in c["jsonPath"] for c in columns.values())
     assert DEFINITION["spec"]["names"]["shortNames"] == ["kcj"], "cj is CronJob's"
     assert "all" not in DEFINITION["spec"]["names"]["categories"]
+
+
+def test_both_recipes_are_one_schema_in_two_scopes() -> None:
+    assert OF_RECIPES[0] == OF_RECIPES[1]
+    assert [(d["spec"]["scope"], d["spec"]["names"]["shortNames"]) for d in RECIPES] == [("Namespaced", ["kcr"]), ("Cluster", ["kccr"])]
+    job = FIELDS["spec"]["properties"]
+    of_recipe = OF_RECIPES[0]["properties"]
+    assert of_recipe["passes"]["items"] == job["passes"]["items"] and "passes" in OF_RECIPES[0]["required"]
+    assert of_recipe["calibration"]["properties"] == job["calibration"]["properties"]
+    assert of_recipe["gates"]["items"] == job["evaluation"]["properties"]["gates"]["items"]
+    assert of_recipe["gates"]["x-kubernetes-validations"] == job["evaluation"]["properties"]["gates"]["x-kubernetes-validations"]
 
 
 # -- the generator

@@ -181,7 +181,9 @@ def test_cluster_wide_and_namespaced_rights(render: Callable[..., list[Manifest]
     narrow = render(*sets(watch__namespaces=["a", "b"], rbac__aggregate=False))
     assert of_kind(narrow, "ClusterRole", "ClusterRoleBinding") == []
     roles = {one["metadata"].get("namespace"): one["rules"] for one in of_kind(narrow, "Role") if "test" not in one["metadata"]["name"]}
-    assert roles["a"] == roles["b"] == wide[0]["rules"]
+    of_the_cluster = [rule for rule in wide[0]["rules"] if rule["resources"] == ["clustercompressionrecipes"]]
+    assert of_the_cluster[0]["verbs"] == ["get"], "what no namespace holds is read by an operator of the whole cluster alone"
+    assert roles["a"] == roles["b"] == [rule for rule in wide[0]["rules"] if rule not in of_the_cluster]
 
 
 def test_least_privilege(render: Callable[..., list[Manifest]]) -> None:
@@ -191,7 +193,8 @@ def test_least_privilege(render: Callable[..., list[Manifest]]) -> None:
     assert not resources & {"*", "secrets", "pods/exec", "nodes", "clusterroles", "serviceaccounts/token"}
     assert not verbs & {"*", "escalate", "bind", "impersonate"}
     deletes = {resource for rule in rules if "delete" in rule["verbs"] for resource in rule["resources"]}
-    assert deletes == {"compressionjobs"}, "by users who may edit; what the operator makes has an owner"
+    by_users = {"compressionjobs", "compressionrecipes"}
+    assert deletes == by_users | {"jobs"}, "what else the operator makes has an owner"
     assert [one["metadata"]["name"] for one in of_kind(render(), "Role")] == ["one-kompressor-test"], "helm's test"
 
 
@@ -212,20 +215,22 @@ def test_pods_pass_restricted_pod_security(cluster: Cluster, render: Callable[..
     assert {v["mountPath"] for v in operator["spec"]["containers"][0]["volumeMounts"]} == {"/tmp"}
 
 
-def test_crd_in_the_chart_is_the_crd(render: Callable[..., list[Manifest]]) -> None:
-    original = yaml.safe_load((ROOT / "crds" / "compressionjobs.yaml").read_text())
-    (rendered,) = of_kind(render(), "CustomResourceDefinition")
-    assert rendered["spec"] == original["spec"]
-    assert rendered["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
-    (removable,) = of_kind(render("--set=crds.keep=false"), "CustomResourceDefinition")
-    assert "annotations" not in removable["metadata"]
+def test_crds_in_the_chart_are_the_crds(render: Callable[..., list[Manifest]]) -> None:
+    originals = {
+        one["metadata"]["name"]: one["spec"] for one in map(yaml.safe_load, (p.read_text() for p in (ROOT / "crds").glob("*.yaml")))
+    }
+    rendered = of_kind(render(), "CustomResourceDefinition")
+    assert {one["metadata"]["name"]: one["spec"] for one in rendered} == originals and len(originals) == 3
+    assert all(one["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"} for one in rendered)
+    removable = of_kind(render("--set=crds.keep=false"), "CustomResourceDefinition")
+    assert len(removable) == 3 and not any("annotations" in one["metadata"] for one in removable)
     assert of_kind(render("--set=crds.enabled=false"), "CustomResourceDefinition") == []
 
 
 def test_policies_cover_what_the_release_serves(render: Callable[..., list[Manifest]]) -> None:
     kinds = ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
-    assert len(of_kind(render(), *kinds)) == 4
-    assert len(of_kind(render("--set=admissionPolicy.protectStatus=false"), *kinds)) == 2
+    assert len(of_kind(render(), *kinds)) == 6
+    assert len(of_kind(render("--set=admissionPolicy.protectStatus=false"), *kinds)) == 4
     assert of_kind(render("--set=admissionPolicy.enabled=false"), *kinds) == []
     for binding in of_kind(render(*sets(watch__namespaces=["a"])), "ValidatingAdmissionPolicyBinding"):
         (expression,) = binding["spec"]["matchResources"]["namespaceSelector"]["matchExpressions"]

@@ -1,0 +1,103 @@
+"""How attempts fail: each class with its exit codes, how it is retried, and what to do about it; and a remedy for every reason.
+
+One table for the operator, the documentation and the tests. The order is that of the child Job's podFailurePolicy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kompressor_api.names import UNCAUGHT_EXIT_CODES, ExitCode, Reason
+
+__all__ = ["ADVICE", "FAILURES", "KILLED", "Failure", "Retry", "failure_of_code"]
+
+KILLED = 137
+"""SIGKILL; only the kubelet's reason says whether it was for memory."""
+
+
+class Retry(StrEnum):
+    """What follows a failure."""
+
+    NEVER = "never"
+    FREE = "in place, not counted"
+    IN_PLACE = "in place, counted against spec.retry.limit"
+    SMALLER = "as a next attempt with a smaller memory plan, twice at most"
+    NEXT = "as a next attempt, counted against spec.retry.limit"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One class of failures."""
+
+    title: str
+    codes: tuple[int, ...]
+    """Exit codes of the worker's container; none where the pod is taken away."""
+    reason: Reason
+    """Of the condition, unless the worker's own words name a more exact one."""
+    retry: Retry
+    advice: str
+
+
+ADVICE: Mapping[Reason, str] = {
+    # the ends
+    Reason.INVALID_SPEC: "correct the manifest, delete this CompressionJob and apply it again",
+    Reason.ACCESS_DENIED: "check the keys in the Secret that credentialsSecret names, and what they may read and write",
+    Reason.SOURCE_NOT_FOUND: "correct model.source.uri, or upload the checkpoint",
+    Reason.DATA_NOT_FOUND: "correct the dataset's uri, or upload the data",
+    Reason.BAD_DATA: "correct format, field or samples of the dataset, or its files",
+    Reason.OUTPUT_OCCUPIED: "choose another output.uri, or remove what is there",
+    Reason.OUTPUT_NOT_FOUND: "create the bucket or claim that output.uri names",
+    Reason.JOURNAL_MISMATCH: "apply the job as it was begun, or remove the unfinished work with `kompressor clean`",
+    Reason.CORRUPT_SOURCE: "upload the checkpoint again, and compare its digests with its origin's",
+    Reason.UNSUPPORTED_MODEL: "choose passes that take this family, or another checkpoint",
+    Reason.BAD_NUMERICS: "look for NaN and Inf in the checkpoint; choose a higher precision where passes overflow",
+    Reason.GATE_FAILED: "choose more bits, more calibration samples or another pass, or widen the gate",
+    Reason.OUT_OF_MEMORY: "raise spec.worker.resources.limits.memory",
+    Reason.STORAGE_FAILED: "check that the endpoint answers and has space; apply the job again and it goes on at its last block",
+    Reason.NO_SPACE_LEFT: "free space at the output, or on the worker's scratch volume, and apply the job again",
+    Reason.TERMINATED: "see why the pod is being stopped: node pressure, preemption or a person",
+    Reason.CLAIM_LOST: "see which other worker or job writes to the same output, and end one of them",
+    Reason.WORKER_CRASHED: "read its log with `kubectl logs`; if the input is sound this is a bug worth a report",
+    Reason.BACKOFF_LIMIT_EXCEEDED: "read the pods' logs with `kubectl logs`, and raise spec.retry.limit if the cause may pass",
+    Reason.DEADLINE_EXCEEDED: "raise spec.activeDeadlineSeconds, or give it a faster node; applied again, it goes on at its last block",
+    # early truth
+    Reason.IMAGE_PULL_FAILED: "correct spec.worker.image, or the operator's worker image, or add a pull secret",
+    Reason.UNSCHEDULABLE: "ask for less in spec.worker.resources, correct nodeSelector or tolerations, or add a node",
+    Reason.SECRET_MISSING: "create the Secret that credentialsSecret names, with that key, in the job's namespace",
+    Reason.QUOTA_EXCEEDED: "ask for less in spec.worker.resources, end other pods, or raise the ResourceQuota",
+    Reason.NODE_LOST: "bring the node back, or if it is dead for good delete it or taint it out-of-service",
+    Reason.NAME_CONFLICT: "delete the object that is named, or apply this CompressionJob under another name",
+    Reason.POD_REFUSED: "allow the pod in the namespace's policy, or change spec.worker",
+    Reason.CONTAINER_NOT_STARTED: "correct spec.worker.image, or the operator's worker image",
+    Reason.VOLUME_NOT_MOUNTED: "create what the volume names in the job's namespace",
+    Reason.RECIPE_NOT_FOUND: "create the recipe that spec.recipeRef names, or correct its kind and name",
+    Reason.FORBIDDEN: "allow it in the operator's role, or in the admission policy that is named",
+    Reason.RESOURCES_BELOW_PLAN: "raise spec.worker.resources to what the plan estimates, or expect smaller memory plans",
+    Reason.CLEANUP_FAILED: "delete what is left at output.uri by hand",
+}
+"""What to do, one sentence for every reason that can end a job or hold it up."""
+
+
+def _failure(title: str, reason: Reason, retry: Retry, *codes: int) -> Failure:
+    return Failure(title, tuple(int(code) for code in codes), reason, retry, ADVICE[reason])
+
+
+FAILURES: tuple[Failure, ...] = (
+    _failure("evicted, preempted, or its node is gone", Reason.TERMINATED, Retry.FREE),
+    _failure("terminated", Reason.TERMINATED, Retry.FREE, ExitCode.TERMINATED),
+    _failure("user error", Reason.INVALID_SPEC, Retry.NEVER, ExitCode.USER_ERROR),
+    _failure("corrupt source", Reason.CORRUPT_SOURCE, Retry.NEVER, ExitCode.CORRUPT_SOURCE),
+    _failure("bad numerics", Reason.BAD_NUMERICS, Retry.NEVER, ExitCode.BAD_NUMERICS),
+    _failure("gate failed", Reason.GATE_FAILED, Retry.NEVER, ExitCode.GATE_FAILED),
+    _failure("out of memory", Reason.OUT_OF_MEMORY, Retry.SMALLER, ExitCode.OUT_OF_MEMORY),
+    _failure("killed, but not for memory", Reason.WORKER_CRASHED, Retry.NEXT, KILLED),
+    _failure("transient storage", Reason.STORAGE_FAILED, Retry.IN_PLACE, ExitCode.STORAGE),
+    _failure("uncaught", Reason.WORKER_CRASHED, Retry.IN_PLACE, *UNCAUGHT_EXIT_CODES),
+)
+
+
+def failure_of_code(code: int) -> Failure:
+    """The class of an exit code other than 0; an unknown one is uncaught."""
+    return next((failure for failure in FAILURES if code in failure.codes), FAILURES[-1])
