@@ -1,4 +1,4 @@
-"""The API server, as the operator needs it: create, read, list, patch; the only file that imports `kubernetes`.
+"""The API server, as the operator needs it: create, read, list, patch, replace, delete; the only file that imports `kubernetes`.
 
 Plain dicts go in and come out: the generated model classes cost time and memory and know nothing of our own resource. Every call
 has a timeout, and every failure is an ApiError, so that the caller decides what a 409 means.
@@ -31,6 +31,8 @@ PAGE = 500
 
 ROUTES: Mapping[str, tuple[str, str]] = {
     names.KIND: (f"/apis/{names.GROUP}/{names.VERSION}", names.PLURAL),
+    names.RECIPE_KIND: (f"/apis/{names.GROUP}/{names.VERSION}", names.RECIPE_PLURAL),
+    names.CLUSTER_RECIPE_KIND: (f"/apis/{names.GROUP}/{names.VERSION}", names.CLUSTER_RECIPE_PLURAL),
     "ConfigMap": ("/api/v1", "configmaps"),
     "ServiceAccount": ("/api/v1", "serviceaccounts"),
     "Pod": ("/api/v1", "pods"),
@@ -38,7 +40,9 @@ ROUTES: Mapping[str, tuple[str, str]] = {
     "Role": ("/apis/rbac.authorization.k8s.io/v1", "roles"),
     "RoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "rolebindings"),
     "Job": ("/apis/batch/v1", "jobs"),
+    "Lease": ("/apis/coordination.k8s.io/v1", "leases"),
 }
+"""Kind -> (base path, plural). What has no namespace is asked for with an empty one."""
 
 
 class ApiError(Exception):
@@ -78,8 +82,8 @@ class Cluster:
         self._clock = clock
         self.answered = clock()
         """When the API server last answered anything at all."""
-        self.requests: Counter[tuple[str, str]] = Counter()
-        """(verb, kind) -> requests made."""
+        self.requests: Counter[tuple[str, str, int]] = Counter()
+        """(verb, kind, status code; 0 for no answer) -> requests made."""
 
     @classmethod
     async def connect(cls, request_seconds: float, pool: int, clock: Callable[[], float] = time.monotonic) -> Self:
@@ -100,10 +104,32 @@ class Cluster:
         token = bearer.partition(" ")[2] or bearer or None
         return Connection(c.host, c.ssl_ca_cert, c.verify_ssl, token, c.cert_file, c.key_file)
 
-    async def create(self, manifest: Manifest, strict: bool = False) -> Manifest:
-        """POST. With strict, an unknown field is an error and not dropped."""
-        query = {"fieldManager": names.FIELD_MANAGER} | ({"fieldValidation": "Strict"} if strict else {})
-        return await self._call("POST", manifest["kind"], manifest["metadata"]["namespace"], "", query, manifest)
+    async def create(self, manifest: Manifest, strict: bool = False, dry_run: bool = False) -> Manifest:
+        """POST. With strict, an unknown field is an error and not dropped; a dry run is judged by the server and not kept."""
+        query = {"fieldManager": names.FIELD_MANAGER}
+        query |= ({"fieldValidation": "Strict"} if strict else {}) | ({"dryRun": "All"} if dry_run else {})
+        return await self._call("POST", manifest["kind"], manifest["metadata"].get("namespace", ""), "", query, manifest)
+
+    async def replace(self, manifest: Manifest) -> Manifest:
+        """PUT: all of it, on condition that its resourceVersion is still the newest."""
+        meta = manifest["metadata"]
+        query = {"fieldManager": names.FIELD_MANAGER}
+        return await self._call("PUT", manifest["kind"], meta.get("namespace", ""), meta["name"], query, manifest)
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+        """This very object, and in the background what it owns; a namesake of another uid is a 409."""
+        options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        await self._call("DELETE", kind, namespace, name, {}, options)
+
+    async def has_group(self, name: str) -> bool:
+        """Does the cluster serve this API group?"""
+        try:
+            await self._request("GET", "APIGroup", f"/apis/{quote(name)}", f"reading API group {name}")
+        except ApiError as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
 
     async def get(self, kind: str, namespace: str, name: str) -> Manifest:
         return await self._call("GET", kind, namespace, name, {})
@@ -148,11 +174,14 @@ class Cluster:
         self, method: str, kind: str, namespace: str, path: str, query: Mapping[str, str], body: Manifest | None = None
     ) -> Manifest:
         doing = f"{_GERUNDS[method]} {kind} {namespace}/{path or (body or {}).get('metadata', {}).get('name', '')}"
-        self.requests["LIST" if method == "GET" and not path else method, kind] += 1
+        verb = "LIST" if method == "GET" and not path else method
+        return await self._request(verb, kind, _url(kind, namespace, path, query), doing, body)
+
+    async def _request(self, verb: str, kind: str, url: str, doing: str, body: Manifest | None = None) -> Manifest:
+        method = "GET" if verb == "LIST" else verb
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if method == "PATCH":
             headers["Content-Type"] = "application/merge-patch+json"
-        url = _url(kind, namespace, path, query)
         try:
             sent = await self._api.param_serialize(method, url, header_params=headers, auth_settings=["BearerToken"])
             answer = await self._api.rest_client.request(  # type: ignore[no-untyped-call]
@@ -160,15 +189,17 @@ class Cluster:
             )
             text = await answer.read()
         except (TimeoutError, OSError, aiohttp.ClientError) as error:
+            self.requests[verb, kind, 0] += 1
             raise ApiError(doing, 0, type(error).__name__, str(error) or "no answer") from error
         self.answered = self._clock()
+        self.requests[verb, kind, answer.status] += 1
         if answer.status >= 400:
             raise _error(doing, answer.status, text, answer.getheader("Retry-After"))
         parsed: Manifest = json.loads(text)
         return parsed
 
 
-_GERUNDS = {"GET": "reading", "POST": "creating", "PATCH": "patching", "DELETE": "deleting"}
+_GERUNDS = {"GET": "reading", "POST": "creating", "PATCH": "patching", "PUT": "replacing", "DELETE": "deleting"}
 
 
 def _url(kind: str, namespace: str, path: str, query: Mapping[str, str]) -> str:

@@ -20,6 +20,8 @@ class Phase(StrEnum):
     """One word for people; nothing decides on it."""
 
     PENDING = "Pending"
+    VALIDATING = "Validating"
+    QUEUED = "Queued"
     COMPRESSING = "Compressing"
     RETRYING = "Retrying"
     SUSPENDED = "Suspended"
@@ -27,24 +29,27 @@ class Phase(StrEnum):
     FAILED = "Failed"
 
 
-NORMAL_REASONS = frozenset(
-    {Reason.PENDING, Reason.QUEUED, Reason.COMPRESSING, Reason.SUSPENDED, Reason.COMPLETED, Reason.ALREADY_COMPRESSED}
+SILENT_REASONS = frozenset({Reason.PENDING, Reason.PREFLIGHT})
+"""The usual way to the start: no event, since each is one more request and tells nothing that the status does not."""
+
+NORMAL_REASONS = SILENT_REASONS | frozenset(
+    {Reason.QUEUED, Reason.COMPRESSING, Reason.SUSPENDED, Reason.COMPLETED, Reason.ALREADY_COMPRESSED}
 )
 """Events with any other reason are warnings."""
 
-FREE_FIELDS = ("jobName", "attempt", "retries", "startTime", "completionTime", "specDigest", "progress", "result")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is true now. The phase says which of the ways (on the way, suspended, complete, failed) the conditions take."""
-
-    phase: Phase
-    reason: str
-    message: str
-    validated: bool = True
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """Other status fields by name; None or absent leaves a field as it is."""
+FREE_FIELDS: tuple[str, ...] = (
+    "jobName",
+    "attempt",
+    "retries",
+    "startTime",
+    "completionTime",
+    "specDigest",
+    "progress",
+    "result",
+    "recipe",
+    "plan",
+)
+FREE_FIELDS += ("memoryPlan", "failures", "resumedFromBlock", "workerImage", "gpuSeconds")
 
 
 @dataclass(frozen=True)
@@ -54,22 +59,43 @@ class Event:
     message: str
 
 
+State = tuple[bool | None, str, str]
+"""A condition's status (None: Unknown), reason and message."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is true now. The phase says which of the ways (on the way, suspended, complete, failed) the conditions take."""
+
+    phase: Phase
+    reason: str
+    message: str
+    validated: bool | None = True
+    """None: a preflight is still looking."""
+    validated_message: str = ""
+    """What the Validated condition says; empty for its usual words."""
+    note: Event | None = None
+    """A second event, told with the write that changes what Validated says."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Other status fields by name; None or absent leaves a field as it is."""
+
+
 def conditions(job: CompressionJob, verdict: Verdict, now: datetime) -> list[Manifest]:
     """The whole list: the operator is its only writer, and a merge patch replaces it."""
     suspended, said = verdict.phase is Phase.SUSPENDED, (verdict.reason, verdict.message)
-    states: dict[Condition, tuple[bool, str, str]] = {
+    states: dict[Condition, State] = {
         Condition.READY: (verdict.phase is Phase.COMPLETE, *said),
     }
-    if verdict.phase in (Phase.PENDING, Phase.COMPRESSING, Phase.RETRYING):
+    over = verdict.phase in (Phase.COMPLETE, Phase.FAILED)
+    if not over and not suspended:
         states[Condition.RECONCILING] = (True, *said)
     if verdict.phase is Phase.FAILED:
         states[Condition.STALLED] = (True, *said)
-    if verdict.validated:
-        states[Condition.VALIDATED] = (True, Reason.VALID, "the spec is valid")
-    else:
-        states[Condition.VALIDATED] = (False, *said)
+    states[Condition.VALIDATED] = _validated(verdict)
     if suspended:
         states[Condition.SUSPENDED] = (True, *said)
+    elif over and job.suspend:
+        states[Condition.SUSPENDED] = (False, verdict.reason, "the job has ended")
     elif job.condition(Condition.SUSPENDED):
         states[Condition.SUSPENDED] = (False, Reason.RESUMED, "spec.suspend is false")
     if verdict.phase is Phase.COMPLETE:
@@ -77,6 +103,14 @@ def conditions(job: CompressionJob, verdict: Verdict, now: datetime) -> list[Man
     if verdict.phase is Phase.FAILED:
         states[Condition.FAILED] = (True, *said)
     return [_condition(job, kind, *state, now) for kind, state in states.items()]
+
+
+def _validated(verdict: Verdict) -> State:
+    if verdict.validated is None:
+        return None, Reason.PREFLIGHT, verdict.validated_message or "the preflight Job looks at source, data and passes"
+    if verdict.validated:
+        return True, Reason.VALID, verdict.validated_message or "the spec is valid"
+    return False, verdict.reason, verdict.validated_message or verdict.message
 
 
 def status_patch(job: CompressionJob, verdict: Verdict, now: datetime) -> Manifest:
@@ -101,13 +135,20 @@ def generation_patch(job: CompressionJob) -> Manifest:
 def transition(job: CompressionJob, verdict: Verdict) -> Event | None:
     """The event to tell, if this verdict differs from what is stored in more than words."""
     ready = job.condition(Condition.READY)
-    if ready.get("reason") == verdict.reason and job.status.get("phase") == verdict.phase:
+    same = ready.get("reason") == verdict.reason and job.status.get("phase") == verdict.phase
+    if same or verdict.reason in SILENT_REASONS:
         return None
     return Event(verdict.reason not in NORMAL_REASONS, verdict.reason, verdict.message)
 
 
-def _condition(job: CompressionJob, kind: Condition, on: bool, reason: str, message: str, now: datetime) -> Manifest:
-    status, before = "True" if on else "False", job.condition(kind)
+def events(job: CompressionJob, verdict: Verdict) -> list[Event]:
+    """All that is to be told, once the status is written."""
+    changed = job.condition(Condition.VALIDATED).get("message") != _validated(verdict)[2]
+    return [event for event in (transition(job, verdict), verdict.note if changed else None) if event]
+
+
+def _condition(job: CompressionJob, kind: Condition, on: bool | None, reason: str, message: str, now: datetime) -> Manifest:
+    status, before = "Unknown" if on is None else str(on), job.condition(kind)
     kept = before.get("status") == status
     return {
         "type": str(kind),

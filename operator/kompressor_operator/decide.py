@@ -7,12 +7,13 @@ each is a unit test; what they want done is data.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from kompressor_operator.conditions import Verdict
+from kompressor_operator.conditions import Event, Verdict
 from kompressor_operator.manifests import Attempt
-from kompressor_operator.observed import CompressionJob, Manifest, Observed
+from kompressor_operator.observed import ChildJob, CompressionJob, Manifest, Observed
+from kompressor_operator.settings import Settings
 from kompressor_operator.validation import PassParameters
 
 
@@ -23,7 +24,21 @@ class View:
     job: CompressionJob
     observed: Observed
     now: datetime
+    settings: Settings
     passes: PassParameters = field(default_factory=dict)
+    resolved: Manifest | None = None
+    """The spec as the worker is told, read from the job's ConfigMap or just put together from its recipe; None if nobody has asked."""
+    recipe: Manifest | None = None
+    """Which recipe `resolved` was made with: what status.recipe is to say."""
+    kueue: bool | None = None
+    """Does the cluster have Kueue? None: not known yet."""
+    tries: int = 0
+    """How often a reconcile of this job has failed since it last succeeded."""
+
+    @property
+    def told(self) -> CompressionJob:
+        """The job with the spec as the worker is told: what children, digests and checks go by."""
+        return self.job if self.resolved is None else replace(self.job, spec=self.resolved)
 
 
 @dataclass(frozen=True)
@@ -45,15 +60,27 @@ class Involved:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done, in this order; empty: nothing."""
+    """What is to be done, in this order; empty: nothing. The status is written last."""
 
     confirm: bool = False
     """Not yet: this cannot be taken back, so look at the API server itself and decide again."""
     look: Involved | None = None
     """Not yet: read the warnings about this child and decide again."""
+    finalizer: bool | None = None
+    """True: not yet, put ours on and decide again. False: take it off, after all else."""
+    resolve: bool = False
+    """Not yet: read the recipe, or the ConfigMap that was made from it, and decide again with `View.resolved`."""
+    dry_run: Attempt | None = None
+    """Let the API server judge the Job of this attempt before anything is created."""
+    create: tuple[Manifest, ...] = ()
+    """Children, in this order; what is there already is as good, if it is ours."""
     start: Attempt | None = None
     """Create the children and the Job of this attempt."""
     patches: tuple[JobPatch, ...] = ()
+    deletes: tuple[ChildJob, ...] = ()
+    """These very child Jobs, and their pods in the background."""
+    event: Event | None = None
+    """Told after all that was to be done, beside what the verdict tells."""
     verdict: Verdict | None = None
     """What the status is to say; None leaves it alone."""
     keep_generation: bool = False

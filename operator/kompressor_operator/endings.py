@@ -13,22 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kompressor_api import names
+from kompressor_api.failures import ADVICE, FAILURES, KILLED
 from kompressor_api.names import ExitCode, Reason
 from kompressor_operator.observed import ChildJob, ChildPod, Terminated
 
-SIGKILL_CODE = 137
 TEXT_LIMIT = 1500
 """Characters of a worker's own words on the status; the log has the rest."""
 
-REASON_OF_CODE: Mapping[int, Reason] = {
-    ExitCode.DONE: Reason.COMPLETED,
-    ExitCode.USER_ERROR: Reason.INVALID_SPEC,
-    ExitCode.CORRUPT_SOURCE: Reason.CORRUPT_SOURCE,
-    ExitCode.BAD_NUMERICS: Reason.BAD_NUMERICS,
-    ExitCode.GATE_FAILED: Reason.GATE_FAILED,
-    ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
-    ExitCode.STORAGE: Reason.STORAGE_FAILED,
-    ExitCode.TERMINATED: Reason.TERMINATED,
+REASON_OF_CODE: Mapping[int, Reason] = {ExitCode.DONE: Reason.COMPLETED} | {
+    code: failure.reason for failure in FAILURES for code in failure.codes
 }
 
 KUBELET_REASONS: Mapping[str, Reason] = {
@@ -38,18 +31,8 @@ KUBELET_REASONS: Mapping[str, Reason] = {
 }
 """What the kubelet knows better than the exit code."""
 
-ADVICE: Mapping[str, str] = {
-    Reason.OUT_OF_MEMORY: "raise spec.worker.resources.limits.memory",
-    Reason.CONTAINER_NOT_STARTED: "correct spec.worker.image, or the operator's worker image",
-    Reason.WORKER_CRASHED: "read its log with `kubectl logs`; if the input is sound this is a bug worth a report",
-    Reason.STORAGE_FAILED: "check that the endpoint answers and has space; apply the job again and it goes on at its last block",
-    Reason.TERMINATED: "see why the pod is being stopped: node pressure, preemption or a person",
-    Reason.DEADLINE_EXCEEDED: "give the Job more time, or a faster node",
-    Reason.BACKOFF_LIMIT_EXCEEDED: "read the pods' logs with `kubectl logs`, and raise spec.retry.limit if the cause may pass",
-}
-"""A line of what to do, for reasons where the worker itself could not say."""
-
 _POD_IN_MESSAGE = re.compile(r"for pod [^\s/]+/(?P<pod>\S+) failed with exit code (?P<code>\d+)")
+_REASONS = frozenset(map(str, Reason))
 _REASON = re.compile(r"^[A-Za-z][A-Za-z0-9]{0,62}$")
 
 
@@ -66,6 +49,8 @@ class Ending:
 
 def ending_of(job: ChildJob, pods: Sequence[ChildPod]) -> Ending:
     """How this finished Job ended, by the pod that its condition names, or else by the last one that ended."""
+    if job.ended_reason == Reason.DEADLINE_EXCEEDED:  # the Job's own end, whatever happened to a pod before
+        return Ending(Reason.DEADLINE_EXCEEDED, advised(Reason.DEADLINE_EXCEEDED, job.ended_message or f"Job {job.name} took too long"))
     named = _POD_IN_MESSAGE.search(job.ended_message)
     finished = [pod for pod in pods if pod.ended]
     if named:
@@ -78,8 +63,7 @@ def ending_of(job: ChildJob, pods: Sequence[ChildPod]) -> Ending:
         return _ending(Terminated(int(named["code"])), f"pod {named['pod']}")
     if job.ended == "Complete":
         return Ending(Reason.COMPLETED, "", ExitCode.DONE)
-    known = job.ended_reason in (Reason.DEADLINE_EXCEEDED, Reason.BACKOFF_LIMIT_EXCEEDED)
-    reason = job.ended_reason if known or _REASON.match(job.ended_reason) else Reason.WORKER_CRASHED
+    reason = job.ended_reason if _REASON.match(job.ended_reason) else Reason.WORKER_CRASHED
     return Ending(reason, advised(reason, job.ended_message or f"Job {job.name} failed and its pods are gone"))
 
 
@@ -93,7 +77,8 @@ def ending_of_pod(pod: ChildPod) -> Ending:
 
 def advised(reason: str, text: str) -> str:
     """The text and what to do about it."""
-    return f"{text.rstrip('.')}: {ADVICE[reason]}" if reason in ADVICE else text
+    advice = ADVICE.get(Reason(reason)) if reason in _REASONS else None
+    return f"{text.rstrip('.')}: {advice}" if advice else text
 
 
 def _ending(ended: Terminated, who: str) -> Ending:
@@ -124,7 +109,7 @@ def _words(told: Mapping[str, Any], ended: Terminated, who: str, reason: str) ->
         how = f"{who} was killed because it used more memory than its limit"
     elif reason == Reason.CONTAINER_NOT_STARTED:
         how = f"{who} could not start its container"
-    elif ended.exit_code == SIGKILL_CODE:
+    elif ended.exit_code == KILLED:
         how = f"{who} was killed (SIGKILL), but not for memory"
     elif ended.exit_code in names.UNCAUGHT_EXIT_CODES:
         how = f"{who} crashed with exit code {ended.exit_code}"

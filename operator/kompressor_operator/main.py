@@ -13,7 +13,9 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any
 
 import kopf
@@ -23,7 +25,7 @@ from kompressor_operator import logs
 from kompressor_operator.cluster import Cluster
 from kompressor_operator.health import Health, Watchdog, serve_probes
 from kompressor_operator.observed import Key, Manifest
-from kompressor_operator.reconcile import Reconciler
+from kompressor_operator.reconcile import Reconciler, utc_now
 from kompressor_operator.relist import Relister
 from kompressor_operator.settings import SettingError, Settings
 from kompressor_operator.store import Store
@@ -33,6 +35,8 @@ from kompressor_operator.work import WorkQueue
 log = logging.getLogger(__name__)
 
 KOPF_RESTART_SECONDS = 2.0
+KOPF_WORKERS = 1000
+"""Objects of a kind whose events Kopf hands over at once; each stays for its idle timeout, so thousands a second pass."""
 
 
 class Patience:
@@ -74,6 +78,38 @@ def registry_for(store: Store, queue: WorkQueue, cluster: Cluster) -> kopf.Opera
     return registry
 
 
+class NoDiffs(kopf.DiffBaseStorage):
+    """There are no handlers that ask what changed: nothing is kept, nothing is compared."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        return None
+
+
+class NoProgress(kopf.ProgressStorage):
+    """There are no handlers that are tried again by Kopf."""
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        return None
+
+    def purge(self, **_: Any) -> None:
+        return None
+
+    def touch(self, **_: Any) -> None:
+        return None
+
+    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
+        return essence
+
+
 def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     """Watches that cannot stay dead, and none of what Kopf would write by itself."""
     wanted = kopf.OperatorSettings()
@@ -88,16 +124,18 @@ def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     wanted.networking.request_timeout = settings.request_seconds
     wanted.networking.error_backoffs = Patience()
     wanted.process.ultimate_exiting_timeout = None
-    wanted.queueing.idle_timeout = 1.0
+    wanted.queueing.idle_timeout = 0.2
+    wanted.queueing.worker_limit = KOPF_WORKERS
+    wanted.persistence.diffbase_storage, wanted.persistence.progress_storage = NoDiffs(), NoProgress()
     return wanted
 
 
-async def serve(settings: Settings, stop: asyncio.Event) -> None:
-    """Probes, first list, queue, watches; until `stop` is set. Then the other way round."""
+async def serve(settings: Settings, stop: asyncio.Event, clock: Callable[[], datetime] = utc_now) -> None:
+    """Probes, first list, queue, watches; until `stop` is set. Then the other way round. `clock` is what jobs are judged by."""
     async with contextlib.AsyncExitStack() as stack:
         store, dog = Store(), Watchdog(settings.stale_seconds)
         cluster = await stack.enter_async_context(await Cluster.connect(settings.request_seconds, pool=settings.concurrency * 3))
-        reconciler = Reconciler(cluster, store, settings, known_passes())
+        reconciler = Reconciler(cluster, store, settings, known_passes(), clock, tries=lambda key: queue.tries(key))
         queue = WorkQueue(reconciler.reconcile, initial=settings.backoff_initial_seconds, maximum=settings.backoff_maximum_seconds)
         relister = Relister(cluster, store, queue.add, settings.namespaces, settings.relist_seconds, settings.stale_seconds / 4)
 
@@ -126,7 +164,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         log.info("watching %s", ", ".join(settings.namespaces) or "all namespaces")
         await watch_until(stop, settings, lambda: registry_for(store, queue, cluster))
         health.ready = False
-        made = {f"{verb} {kind}": count for (verb, kind), count in sorted(cluster.requests.items())}
+        made: Counter[str] = Counter()
+        for (verb, kind, _), count in sorted(cluster.requests.items()):
+            made[f"{verb} {kind}"] += count
         log.info("stopping", extra={"detail": json.dumps(made)})
 
 

@@ -11,7 +11,8 @@ import json
 from dataclasses import dataclass
 
 from kompressor_api import names
-from kompressor_api.names import ExitCode
+from kompressor_api.failures import KILLED
+from kompressor_api.names import ExitCode, Step
 from kompressor_operator.observed import CompressionJob, Manifest
 from kompressor_operator.settings import Settings
 from kompressor_operator.worker_pod import pod_template
@@ -19,7 +20,7 @@ from kompressor_operator.worker_pod import pod_template
 MUTABLE_SPEC = ("suspend", "retry", "ttlSecondsAfterFinished")
 """What may change while a job runs; everything else is in the digest."""
 
-OUT_OF_MEMORY_CODES = (int(ExitCode.OUT_OF_MEMORY), 137)
+OUT_OF_MEMORY_CODES = (int(ExitCode.OUT_OF_MEMORY), KILLED)
 """The worker's own, and SIGKILL; only the pod's reason says whether the kernel killed it for memory."""
 
 
@@ -32,6 +33,10 @@ class Attempt:
     """How often it ran out of memory before."""
     failures_before: int = 0
     """Failures of earlier attempts that count against retry.limit."""
+    image: str = ""
+    """Of the worker; empty for what the job and the settings say now. An attempt keeps the image of the one before it."""
+    deadline: int | None = None
+    """Seconds that this attempt may take; None for no limit."""
 
 
 def stem(job: CompressionJob) -> str:
@@ -119,10 +124,10 @@ def role_binding(job: CompressionJob) -> Manifest:
 
 def worker_job(job: CompressionJob, attempt: Attempt, settings: Settings) -> Manifest:
     """The Job that retries in place. Its template cannot change later, so all of it is decided here."""
-    marks = {**labels(job), names.LABEL_ATTEMPT: str(attempt.number)}
-    template = pod_template(job, settings, stem(job), service_account_name(job), attempt.memory_plan)
+    marks = {**labels(job), names.LABEL_STEP: str(Step.COMPRESS), names.LABEL_ATTEMPT: str(attempt.number)}
+    template = pod_template(job, settings, stem(job), service_account_name(job), attempt.memory_plan, attempt.image)
     template["metadata"] = {"labels": marks}
-    spec = {
+    spec: Manifest = {
         "parallelism": 1,
         "completions": 1,
         "backoffLimit": backoff_limit(job, attempt.failures_before),
@@ -130,8 +135,13 @@ def worker_job(job: CompressionJob, attempt: Attempt, settings: Settings) -> Man
         "podReplacementPolicy": "Failed",  # never two pods on one output; demanded with a podFailurePolicy anyway
         "template": template,
     }
+    if attempt.deadline is not None:
+        spec["activeDeadlineSeconds"] = attempt.deadline
     manifest = _child(job, "batch/v1", "Job", {"spec": spec}, name=job_name(job, attempt.number))
     manifest["metadata"]["labels"] = marks
+    if queue := job.spec.get("queueName"):
+        spec["suspend"] = True  # until the queue admits it, which alone writes this field from now on
+        manifest["metadata"]["labels"] = {**marks, names.QUEUE_LABEL: queue}
     manifest["metadata"]["annotations"] = {
         names.ANNOTATION_MEMORY_PLAN: str(attempt.memory_plan),
         names.ANNOTATION_FAILURES_BEFORE: str(attempt.failures_before),

@@ -5,13 +5,14 @@ Only what decides is kept of a child, so that tens of thousands of them fit into
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from kompressor_api import names
-from kompressor_api.names import Condition
+from kompressor_api.names import Condition, Step
 from kompressor_api.v1alpha1 import RetrySpec
 
 Manifest = dict[str, Any]
@@ -35,6 +36,7 @@ class CompressionJob:
     status: Manifest
     beside: Mapping[str, Any] = field(default_factory=dict)
     """What stands beside `spec` and should not: a misspelt name, or one that was indented too little."""
+    finalizers: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> CompressionJob:
@@ -49,6 +51,7 @@ class CompressionJob:
             spec=body.get("spec") or {},
             status=body.get("status") or {},
             beside={name: value for name, value in body.items() if name not in names.TOP_LEVEL},
+            finalizers=tuple(meta.get("finalizers") or ()),
         )
 
     @property
@@ -83,7 +86,7 @@ class CompressionJob:
 
 @dataclass(frozen=True, slots=True)
 class ChildJob:
-    """One attempt."""
+    """One attempt, or one run of the preflight or of the clean-up."""
 
     namespace: str
     name: str
@@ -92,6 +95,13 @@ class ChildJob:
     resource_version: str
     attempt: int
     created: datetime
+    step: Step = Step.COMPRESS
+    started: datetime | None = None
+    """When the Job controller started it, or started it again after a suspension; None if it never did."""
+    image: str = ""
+    """Of the worker's container."""
+    queue: str = ""
+    """Kueue's queue that admits it."""
     deleting: bool = False
     suspended: bool = False
     backoff_limit: int = 0
@@ -109,17 +119,21 @@ class ChildJob:
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> ChildJob:
         meta, spec, status = body["metadata"], body.get("spec") or {}, body.get("status") or {}
-        notes = meta.get("annotations") or {}
+        notes, labels = meta.get("annotations") or {}, meta.get("labels") or {}
         ends = [c for c in status.get("conditions") or () if c["type"] in ("Complete", "Failed") and c["status"] == "True"]
         end = ends[0] if ends else {}
         return cls(
             namespace=meta["namespace"],
             name=meta["name"],
             uid=meta["uid"],
-            owner=controller_uid(meta),
+            owner=owner_uid(meta),
             resource_version=meta.get("resourceVersion", ""),
-            attempt=number((meta.get("labels") or {}).get(names.LABEL_ATTEMPT), 1),
+            attempt=number(labels.get(names.LABEL_ATTEMPT), 1),
             created=moment(meta.get("creationTimestamp")),
+            step=step_of(labels),
+            started=moment(status["startTime"]) if status.get("startTime") else None,
+            image=_image(spec),
+            queue=labels.get(names.QUEUE_LABEL, ""),
             deleting="deletionTimestamp" in meta,
             suspended=bool(spec.get("suspend")),
             backoff_limit=spec.get("backoffLimit", 6),
@@ -143,11 +157,12 @@ class Terminated:
     reason: str = ""
     message: str = ""
     finished_at: str = ""
+    started_at: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ChildPod:
-    """One worker pod."""
+    """One pod of a child Job."""
 
     namespace: str
     name: str
@@ -157,6 +172,7 @@ class ChildPod:
     resource_version: str
     job: str
     created: datetime
+    step: Step = Step.COMPRESS
     phase: str = "Pending"
     node: str = ""
     deletion_due: datetime | None = None
@@ -191,6 +207,7 @@ class ChildPod:
             resource_version=meta.get("resourceVersion", ""),
             job=labels.get(JOB_NAME_LABEL, ""),
             created=moment(meta.get("creationTimestamp")),
+            step=step_of(labels),
             phase=status.get("phase", "Pending"),
             node=spec.get("nodeName", ""),
             deletion_due=moment(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
@@ -228,9 +245,13 @@ class Observed:
     """The children of one CompressionJob."""
 
     jobs: tuple[ChildJob, ...] = ()
-    """By attempt, rising."""
+    """Those that compress, by attempt, rising."""
     pods: tuple[ChildPod, ...] = ()
-    """By creation, rising."""
+    """Those that compress, by creation, rising."""
+    preflight: ChildJob | None = None
+    cleanup: ChildJob | None = None
+    step_pods: tuple[ChildPod, ...] = ()
+    """Pods of preflight and clean-up, by creation, rising."""
     live: bool = False
     """Read from the API server just now, not from what the watches have told so far."""
     warnings: tuple[Warned, ...] | None = field(default=None)
@@ -241,12 +262,33 @@ class Observed:
         return self.jobs[-1] if self.jobs else None
 
     def pods_of(self, job: ChildJob) -> tuple[ChildPod, ...]:
-        return tuple(pod for pod in self.pods if pod.job == job.name)
+        """Of any step's Job."""
+        among = self.pods if job.step is Step.COMPRESS else self.step_pods
+        return tuple(pod for pod in among if pod.job == job.name)
 
 
 def controller_uid(meta: Mapping[str, Any]) -> str:
     """The uid of the controlling owner, or nothing."""
     return next((str(o["uid"]) for o in meta.get("ownerReferences") or () if o.get("controller")), "")
+
+
+def step_of(labels: Mapping[str, str]) -> Step:
+    """What a child is for; those of older releases, without the label, compress."""
+    told = labels.get(names.LABEL_STEP, "")
+    return next((step for step in Step if step == told), Step.COMPRESS)
+
+
+def owner_uid(meta: Mapping[str, Any]) -> str:
+    """uid of the CompressionJob that a child belongs to: its controller; a clean-up Job outlives its owner and only names it in a label."""
+    labels = meta.get("labels") or {}
+    if step_of(labels) is Step.CLEANUP:
+        return str(labels.get(names.LABEL_JOB_UID, ""))
+    return controller_uid(meta)
+
+
+def ours(body: Mapping[str, Any], job: CompressionJob) -> bool:
+    """Does this object belong to this very CompressionJob?"""
+    return owner_uid(body["metadata"]) == job.uid
 
 
 def moment(text: str | None) -> datetime:
@@ -264,6 +306,12 @@ def number(text: str | None, default: int) -> int:
     return int(text) if text and text.isascii() and text.isdigit() else default
 
 
+def _image(spec: Mapping[str, Any]) -> str:
+    """One text for all that have the same: there are tens of thousands."""
+    containers = ((spec.get("template") or {}).get("spec") or {}).get("containers") or ()
+    return sys.intern(next((str(c.get("image", "")) for c in containers if c.get("name") == names.WORKER_CONTAINER), ""))
+
+
 def _terminated(state: Mapping[str, Any] | None) -> Terminated | None:
     if not state:
         return None
@@ -272,4 +320,5 @@ def _terminated(state: Mapping[str, Any] | None) -> Terminated | None:
         reason=state.get("reason", ""),
         message=state.get("message", ""),
         finished_at=state.get("finishedAt") or "",
+        started_at=state.get("startedAt") or "",
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from kompressor_api import names
 from kompressor_operator import manifests
 from kompressor_operator.cluster import ApiError, Cluster
-from kompressor_operator.conditions import Event, Verdict, generation_patch, status_patch, transition
+from kompressor_operator.conditions import Event, Verdict, events, generation_patch, status_patch
 from kompressor_operator.decide import Decision, Involved, Policy, View, decide
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.observed import (
@@ -22,10 +23,11 @@ from kompressor_operator.observed import (
     Key,
     Manifest,
     Warned,
-    controller_uid,
+    ours,
     stamp,
 )
 from kompressor_operator.policies import POLICIES
+from kompressor_operator.recipes import fetch
 from kompressor_operator.refusals import Refusal, conflict, refusal
 from kompressor_operator.settings import Settings
 from kompressor_operator.store import Store, observe
@@ -34,8 +36,20 @@ from kompressor_operator.work import RetryLater
 
 log = logging.getLogger(__name__)
 
+LOOKS = 6
+"""Times that one reconcile may ask for more before it decides: each of confirm, look, finalizer and resolve once, and one to spare."""
 EVENT_LIMIT = 1024
 """Bytes that the API server takes in an event's message."""
+
+
+@contextlib.contextmanager
+def gone_is_fine() -> Iterator[None]:
+    """What is gone, or replaced by a namesake, the watch will tell, and that is decided anew."""
+    try:
+        yield
+    except ApiError as error:
+        if error.status != 404 and not (error.status == 409 and "UID in precondition" in error.message):
+            raise
 
 
 def utc_now() -> datetime:
@@ -52,6 +66,8 @@ class Reconciler:
     passes: PassParameters
     clock: Callable[[], datetime] = utc_now
     policies: Sequence[Policy] = POLICIES
+    tries: Callable[[Key], int] = field(default=lambda key: 0)
+    """How often this key has failed since its last success."""
 
     async def reconcile(self, key: Key) -> float | None:
         """Make the world as the spec wants it, one step, and say so. Returns seconds after which to look again, if at all.
@@ -69,25 +85,68 @@ class Reconciler:
             raise RetryLater(str(error), error.retry_after) from error
 
     async def _step(self, job: CompressionJob) -> float | None:
-        view = View(job, self.store.observed(job.uid), self.clock(), self.passes)
-        decision = decide(view, self.policies)
-        if decision.confirm:
-            live = await self._confirmed(view)
-            if live is None:
-                return None
-            view, decision = live, decide(live, self.policies)
-        if decision.look:
-            view = replace(view, observed=replace(view.observed, warnings=await self._warnings(view.job, decision.look)))
+        view = self._view(job)
+        for _ in range(LOOKS):
             decision = decide(view, self.policies)
-        refused = await self._act(view.job, decision)
-        verdict = refused.verdict(self.clock()) if refused else decision.verdict
-        if verdict is not None:
-            await self._tell(view.job, verdict)
+            known = await self._learn(view, decision)
+            if known is view:
+                return await self._conclude(view, decision)
+            if known is None:
+                return None
+            if isinstance(known, Refusal):
+                await self._refuse(view, known)
+                return None
+            view = known
+        raise RetryLater(f"{job.namespace}/{job.name}: still undecided after {LOOKS} looks")
+
+    def _view(self, job: CompressionJob) -> View:
+        observed, tries = self.store.observed(job.uid), self.tries(job.key)
+        return View(job, observed, self.clock(), self.settings, self.passes, kueue=self.store.kueue, tries=tries)
+
+    async def _learn(self, view: View, decision: Decision) -> View | Refusal | None:
+        """What the decision wants to know or have before it is one; the same view if it is one, None if the job is gone."""
+        if decision.confirm:
+            return await self._confirmed(view)
+        if decision.look:
+            return replace(view, observed=replace(view.observed, warnings=await self._warnings(view.job, decision.look)))
+        if decision.finalizer:
+            return replace(view, job=await self._guard(view.job))
+        if decision.resolve:
+            found = await fetch(self.cluster, view.job)
+            return found if isinstance(found, Refusal) else replace(view, resolved=found.spec, recipe=found.recipe)
+        return view
+
+    async def _conclude(self, view: View, decision: Decision) -> float | None:
+        refused = await self._act(view, decision)
+        if refused:
+            await self._refuse(view, refused)
+            return None
+        if decision.verdict is not None:
+            await self._tell(view.job, decision.verdict)
         elif decision.keep_generation:
             await self._write(view.job, generation_patch(view.job))
-        if refused and not refused.final:
-            raise RetryLater(refused.message)
+        if decision.finalizer is False:
+            await self._release(view.job)
+        if decision.event:
+            await self._emit(view.job, decision.event)
         return decision.again_after
+
+    async def _refuse(self, view: View, refused: Refusal) -> None:
+        await self._tell(view.job, refused.verdict(self.clock()))
+        if not refused.final:
+            raise RetryLater(refused.message)
+
+    async def _guard(self, job: CompressionJob) -> CompressionJob:
+        """Our finalizer, before there is anything that it guards. A list is replaced as a whole, so only the one that we have seen."""
+        meta = {"resourceVersion": job.resource_version, "finalizers": [*job.finalizers, names.FINALIZER]}
+        return self.store.put_resource(await self.cluster.patch(names.KIND, job.namespace, job.name, {"metadata": meta}))
+
+    async def _release(self, job: CompressionJob) -> None:
+        """The answer may show an object that is gone by now, so it is not kept."""
+        job = self.store.job(job.key) or job  # our own status write has just moved its version
+        rest = [name for name in job.finalizers if name != names.FINALIZER]
+        meta = {"resourceVersion": job.resource_version, "finalizers": rest}
+        await self.cluster.patch(names.KIND, job.namespace, job.name, {"metadata": meta})
 
     async def _confirmed(self, view: View) -> View | None:
         """The same view read from the API server itself; None if this incarnation of the job is gone."""
@@ -115,20 +174,27 @@ class Reconciler:
         events = [Warned.parse(event) for event in await self.cluster.warnings(job.namespace, child.uid)]
         return tuple(sorted(events, key=lambda warned: warned.seen, reverse=True))
 
-    async def _act(self, job: CompressionJob, decision: Decision) -> Refusal | None:
+    async def _act(self, view: View, decision: Decision) -> Refusal | None:
         """Do it. A refusal says why it could not be done, and goes to the status."""
+        job = view.told
+        if decision.dry_run is not None:
+            refused = await self._create(job, manifests.worker_job(job, decision.dry_run, self.settings), dry_run=True)
+            if refused:
+                return refused
+        for child in decision.create:
+            if refused := await self._create(job, child):
+                return refused
         if decision.start is not None:
             refused = await self._start(job, decision.start)
             if refused:
                 return refused
         for change in decision.patches:
-            try:
+            with gone_is_fine():
                 body = await self.cluster.patch("Job", job.namespace, change.job, {"spec": change.spec})
-            except ApiError as error:
-                if error.status == 404:
-                    continue  # gone meanwhile: the watch will tell, and that is decided anew
-                raise
-            self.store.put_job(ChildJob.parse(body))
+                self.store.put_job(ChildJob.parse(body))
+        for doomed in decision.deletes:
+            with gone_is_fine():
+                await self.cluster.delete("Job", doomed.namespace, doomed.name, doomed.uid)
         return None
 
     async def _start(self, job: CompressionJob, attempt: Attempt) -> Refusal | None:
@@ -144,11 +210,11 @@ class Reconciler:
                 return refused
         return None
 
-    async def _create(self, job: CompressionJob, child: Manifest) -> Refusal | None:
+    async def _create(self, job: CompressionJob, child: Manifest, dry_run: bool = False) -> Refusal | None:
         """Create one child; one that is there already is as good, if it is ours."""
         kind, name, is_job = child["kind"], child["metadata"]["name"], child["kind"] == "Job"
         try:
-            body = await self.cluster.create(child, strict=is_job)
+            body = await self.cluster.create(child, strict=is_job, dry_run=dry_run)
         except ApiError as error:
             if error.status != 409 or error.reason == "Conflict":  # a quota that is being counted is a conflict too, but not of names
                 refused = refusal(kind, name, error.status, error.message)
@@ -156,19 +222,19 @@ class Reconciler:
                     raise
                 return refused
             body = await self.cluster.get(kind, job.namespace, name)
-            if controller_uid(body["metadata"]) != job.uid:
+            if not ours(body, job):
                 return conflict(kind, job.namespace, name)
             if "deletionTimestamp" in body["metadata"]:
                 raise RetryLater(f"{kind} {job.namespace}/{name} is still being deleted", 1.0) from error
-        if is_job:
+        if is_job and not dry_run:
             self.store.put_job(ChildJob.parse(body))
         return None
 
     async def _tell(self, job: CompressionJob, verdict: Verdict) -> None:
         """Write the status if it says something new, and only then tell it as an event."""
-        event = transition(job, verdict)
-        if await self._write(job, status_patch(job, verdict, self.clock())) and event:
-            await self._emit(job, event)
+        if await self._write(job, status_patch(job, verdict, self.clock())):
+            for event in events(job, verdict):
+                await self._emit(job, event)
 
     async def _write(self, job: CompressionJob, patch: Manifest) -> bool:
         """One conditional patch. A conflict means that we decided on something old: again, on what is there now."""

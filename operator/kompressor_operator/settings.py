@@ -45,8 +45,23 @@ class Settings:
     worker_scratch_size: str = ""
     """sizeLimit of the worker's scratch volume, such as 20Gi. Default: no limit but the node's."""
 
+    worker_shared_memory: str = ""
+    """sizeLimit of the worker's /dev/shm, such as 8Gi. Default: none but the container's memory limit."""
+
+    worker_gpu_resource: str = ""
+    """Resource that one GPU is asked for as, such as nvidia.com/gpu, by jobs whose activations flow. Default: none, on the CPU."""
+
+    planner_image: str = ""
+    """Image of the preflight and of the clean-up. Default: the worker's."""
+
     namespaces: tuple[str, ...] = ()
     """Namespaces to serve (comma-separated). Default: all of them, which needs a ClusterRole."""
+
+    lease_namespace: str = ""
+    """Namespace of the Lease that replicas agree by who leads. Default: no Lease, for one replica."""
+
+    lease_name: str = "kompressor-operator"
+    """Name of that Lease."""
 
     concurrency: int = 16
     """Reconciles at once. Default 16: enough to keep an API server busy, few enough not to flood it."""
@@ -165,7 +180,7 @@ _READERS: dict[tuple[str, ...], Callable[[str, str], Any]] = {
     ("worker_image_pull_secrets", "namespaces"): _names,
     ("worker_env",): _environment,
     ("worker_resources",): _resources,
-    ("worker_scratch_size",): _quantity,
+    ("worker_scratch_size", "worker_shared_memory"): _quantity,
     ("worker_image_pull_policy",): _pull_policy,
     ("log_level",): _level,
     ("worker_grace_seconds", "watch_seconds", "concurrency"): _number(int, 1),

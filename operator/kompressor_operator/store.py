@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+from kompressor_api.names import Step
 from kompressor_operator.observed import ChildJob, ChildPod, CompressionJob, Key, Manifest, Observed
 
 
@@ -51,7 +52,7 @@ class Packed:
 
 
 _LEFT_OUT = ("apiVersion", "kind", "metadata")
-_KEPT = ("namespace", "name", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
+_KEPT = ("namespace", "name", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp", "finalizers")
 
 
 @dataclass
@@ -123,6 +124,8 @@ class Store:
         self.resources: Shelf[Packed] = Shelf()
         self.jobs: Shelf[ChildJob] = Shelf()
         self.pods: Shelf[ChildPod] = Shelf()
+        self.kueue: bool | None = None
+        """Does the cluster have Kueue? None until the relist has asked."""
         self._keys: dict[str, Key] = {}
         self._jobs_of: dict[str, set[Key]] = {}
         self._pods_of: dict[str, set[Key]] = {}
@@ -213,7 +216,15 @@ def observe(jobs: Iterable[ChildJob], pods: Iterable[ChildPod], live: bool = Fal
     """In the order that everything else relies on."""
     by_attempt = sorted(jobs, key=lambda job: (job.attempt, job.created))
     by_creation = sorted(pods, key=lambda pod: (pod.created, pod.name))
-    return Observed(tuple(by_attempt), tuple(by_creation), live)
+    newest = {job.step: job for job in by_attempt}
+    return Observed(
+        jobs=tuple(job for job in by_attempt if job.step is Step.COMPRESS),
+        pods=tuple(pod for pod in by_creation if pod.step is Step.COMPRESS),
+        preflight=newest.get(Step.PREFLIGHT),
+        cleanup=newest.get(Step.CLEANUP),
+        step_pods=tuple(pod for pod in by_creation if pod.step is not Step.COMPRESS),
+        live=live,
+    )
 
 
 def _by_owner(shelf: Shelf[Any]) -> dict[str, set[Key]]:

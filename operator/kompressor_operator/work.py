@@ -86,6 +86,10 @@ class WorkQueue:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
 
+    def tries(self, key: Key) -> int:
+        """How often this one has failed since it last succeeded."""
+        return self._failures.get(key, 0)
+
     @property
     def depth(self) -> int:
         return len(self._waiting)

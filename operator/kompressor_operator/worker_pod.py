@@ -23,8 +23,10 @@ DATASETS = {Role.DATA: "calibration", Role.EVALUATION: "evaluation", Role.DRIFT:
 _JOB, _SCRATCH, _TMP = "job", "scratch", "tmp"
 
 
-def pod_template(job: CompressionJob, settings: Settings, config_map: str, service_account: str, memory_plan: int) -> Manifest:
-    """The Job's template without its labels."""
+def pod_template(
+    job: CompressionJob, settings: Settings, config_map: str, service_account: str, memory_plan: int, image: str = ""
+) -> Manifest:
+    """The Job's template without its labels; `image` is that of the attempt before, if there was one."""
     worker = job.spec.get("worker") or {}
     spec: Manifest = {
         "restartPolicy": "Never",
@@ -40,7 +42,7 @@ def pod_template(job: CompressionJob, settings: Settings, config_map: str, servi
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(job, settings, memory_plan)],
+        "containers": [_container(job, settings, memory_plan, image)],
         "volumes": _volumes(job, settings, config_map),
     }
     for field in ("nodeSelector", "tolerations"):
@@ -51,11 +53,11 @@ def pod_template(job: CompressionJob, settings: Settings, config_map: str, servi
     return {"spec": spec}
 
 
-def _container(job: CompressionJob, settings: Settings, memory_plan: int) -> Manifest:
+def _container(job: CompressionJob, settings: Settings, memory_plan: int, image: str) -> Manifest:
     worker = job.spec.get("worker") or {}
     container: Manifest = {
         "name": names.WORKER_CONTAINER,
-        "image": worker.get("image") or settings.worker_image,
+        "image": image or worker.get("image") or settings.worker_image,
         "command": COMMAND,
         "env": _environment(job, settings, memory_plan),
         "volumeMounts": _mounts(job),

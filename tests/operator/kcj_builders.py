@@ -105,7 +105,7 @@ def judge(
     observed = observe([c for c in children if isinstance(c, ChildJob)], [c for c in children if isinstance(c, ChildPod)], live=live)
     if warnings is not None:
         observed = replace(observed, warnings=tuple(Warned(reason, message, now) for reason, message in warnings))
-    return decide(View(job, observed, now, PASSES), POLICIES)
+    return decide(View(job, observed, now, SETTINGS, PASSES), POLICIES)
 
 
 def condition(kind: str, status: str = "True", **fields: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A stage for the operator: real etcd, API server, controllers, scheduler and node; only the worker is an actor.
 
-The node's image `worker:1` has a `kompressor` that does what the job's first pass says in `ignore`: a shell script. So a test decides
-how the worker behaves, and everything around it is real: exit codes, termination messages, signals, the kubelet's own reasons.
+The node's image `worker:1` has a `kompressor` that does what the job's first pass says in `ignore` (as `plan`: in `targets`): a shell
+script. So a test decides how the worker behaves, and everything around it is real: exit codes, termination messages, signals, the
+kubelet's own reasons.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ SYSTEM = "kompressor-system"
 ACTOR = Path(__file__).parent / "actor"
 BASES = {
     "compressionjobs": f"/apis/{names.GROUP}/{names.VERSION}",
+    names.RECIPE_PLURAL: f"/apis/{names.GROUP}/{names.VERSION}",
     "jobs": "/apis/batch/v1",
+    "leases": "/apis/coordination.k8s.io/v1",
     "roles": "/apis/rbac.authorization.k8s.io/v1",
     "rolebindings": "/apis/rbac.authorization.k8s.io/v1",
 }
@@ -191,11 +194,15 @@ class Stage:
         self.api.call("DELETE", self.path(plural, name), {"kind": "DeleteOptions", "apiVersion": "v1", **options})
 
     def play(self, *script: str, name: str = "play", beside: Manifest | None = None, **spec: Any) -> str:
-        """Applies a CompressionJob whose worker does this; `beside` stands beside its spec. Returns its uid."""
+        """Applies a CompressionJob whose worker does this, at once unless `preflight="Job"`; `beside` stands beside its spec.
+
+        Returns its uid.
+        """
         full = {
             "model": {"source": {"uri": "s3://models/one"}},
             "output": {"uri": "s3://models/two"},
             "passes": [{"rtn": {"scheme": "W8A8", "ignore": list(script)}}],
+            "preflight": "Skip",
         } | spec
         body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": full} | (beside or {})
         return str(self.create("compressionjobs", body)["metadata"]["uid"])

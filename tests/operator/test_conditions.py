@@ -9,7 +9,7 @@ import pytest
 from kcj_builders import NOW, condition, ended_status, kcj
 
 from kompressor_api.v1alpha1 import CompressionJobStatus
-from kompressor_operator.conditions import Event, Phase, Verdict, conditions, generation_patch, status_patch, transition
+from kompressor_operator.conditions import Event, Phase, Verdict, conditions, events, generation_patch, status_patch, transition
 from kompressor_operator.observed import CompressionJob, stamp
 
 LATER = NOW + timedelta(minutes=5)
@@ -123,3 +123,30 @@ def test_a_finished_jobs_end_holds_for_its_new_generation() -> None:
     assert patch["observedGeneration"] == 2 and patch["conditions"][0]["observedGeneration"] == 2
     assert patch["conditions"][0]["lastTransitionTime"] == "2025-01-01T00:00:00Z"
     assert generation_patch(kcj(generation=1, status=ended_status())) == {}
+
+
+def test_validated_is_unknown_while_a_preflight_looks() -> None:
+    looking = Verdict(Phase.VALIDATING, "Preflight", "words", validated=None)
+    (validated,) = [c for c in conditions(kcj(), looking, LATER) if c["type"] == "Validated"]
+    assert (validated["status"], validated["reason"]) == ("Unknown", "Preflight")
+    assert {c["type"]: c["status"] for c in conditions(kcj(), looking, LATER)}["Reconciling"] == "True"
+    assert transition(kcj(), looking) is None, "on the usual way to the start each event is one more request"
+
+
+def test_queued_is_on_the_way_and_not_suspended() -> None:
+    """Flux takes Suspended for current."""
+    told = {c["type"]: c["status"] for c in conditions(kcj(), Verdict(Phase.QUEUED, "Queued", "words"), LATER)}
+    assert told == {"Ready": "False", "Reconciling": "True", "Validated": "True"}
+
+
+def test_a_note_is_told_once() -> None:
+    note = Event(True, "ResourcesBelowPlan", "8Gi is less than 9Gi")
+    verdict = Verdict(Phase.COMPRESSING, "Compressing", "words", validated_message="valid, but 8Gi is less than 9Gi", note=note)
+    assert note in events(kcj(), verdict)
+    assert events(stored_after(verdict), verdict) == []
+
+
+def test_a_job_that_ended_while_suspended_says_so() -> None:
+    job = kcj(suspend=True, status={"conditions": [condition("Suspended")]})
+    (told,) = [c for c in conditions(job, Verdict(Phase.COMPLETE, "Completed", "words"), LATER) if c["type"] == "Suspended"]
+    assert (told["status"], told["reason"], told["message"]) == ("False", "Completed", "the job has ended")

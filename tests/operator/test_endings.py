@@ -12,7 +12,7 @@ from kompressor_operator.endings import REASON_OF_CODE, TEXT_LIMIT, ending_of, e
 
 
 def test_every_exit_code_has_a_reason() -> None:
-    assert set(REASON_OF_CODE) == set(ExitCode)
+    assert set(REASON_OF_CODE) >= {*ExitCode, *UNCAUGHT_EXIT_CODES}
 
 
 @pytest.mark.parametrize("code", [*FINAL_EXIT_CODES, ExitCode.STORAGE, ExitCode.OUT_OF_MEMORY])
@@ -72,6 +72,12 @@ def test_without_pods_the_jobs_own_reason_is_said() -> None:
     assert ending.reason == "BackoffLimitExceeded" and "spec.retry.limit" in ending.message
     assert ending_of(failed(reason="DeadlineExceeded"), []).reason == "DeadlineExceeded"
     assert ending_of(failed(reason=""), []).reason == "WorkerCrashed"
+
+
+def test_a_deadline_is_the_jobs_own_end_whatever_a_pod_did_before() -> None:
+    ending = ending_of(failed(reason="DeadlineExceeded", ended_message="Job was active longer than specified deadline"), [pod(exit=74)])
+    assert ending.reason == "DeadlineExceeded" and "spec.activeDeadlineSeconds" in ending.message
+    assert ending.exit_code is None, "or it would be taken for a failure that another attempt may cure"
 
 
 def test_the_last_pod_speaks_for_a_job_that_used_up_its_retries() -> None:

@@ -16,7 +16,7 @@ from kompressor_operator.observed import CompressionJob, Manifest
 from kompressor_operator.settings import Settings
 
 
-def pod_of(job: CompressionJob, settings: Settings = SETTINGS, **attempt: int) -> Manifest:
+def pod_of(job: CompressionJob, settings: Settings = SETTINGS, **attempt: Any) -> Manifest:
     spec: Manifest = manifests.worker_job(job, Attempt(**attempt), settings)["spec"]["template"]["spec"]
     return spec
 
@@ -251,3 +251,22 @@ def test_the_digest_is_of_what_cannot_change() -> None:
     assert digest == manifests.spec_digest(SPEC | {"suspend": True, "retry": {"limit": 1}, "ttlSecondsAfterFinished": 5})
     assert digest != manifests.spec_digest(SPEC | {"passes": []})
     assert digest == manifests.spec_digest(dict(reversed(SPEC.items())))
+
+
+def test_a_queued_job_waits_for_its_queue_and_its_pods_carry_no_queue() -> None:
+    body = manifests.worker_job(kcj(queueName="gpu"), Attempt(), SETTINGS)
+    assert body["spec"]["suspend"] is True and body["metadata"]["labels"][names.QUEUE_LABEL] == "gpu"
+    assert names.QUEUE_LABEL not in body["spec"]["template"]["metadata"]["labels"]
+    assert "suspend" not in manifests.worker_job(kcj(), Attempt(), SETTINGS)["spec"]
+
+
+def test_an_attempt_keeps_the_image_of_the_one_before_and_has_its_own_deadline() -> None:
+    job = kcj(worker={"image": "mine:2"})
+    assert worker_of(job)["image"] == "mine:2" and worker_of(job, image="mine:1")["image"] == "mine:1"
+    assert "activeDeadlineSeconds" not in manifests.worker_job(job, Attempt(), SETTINGS)["spec"]
+    assert manifests.worker_job(job, Attempt(deadline=7), SETTINGS)["spec"]["activeDeadlineSeconds"] == 7
+
+
+def test_every_child_job_says_which_step_it_is() -> None:
+    body = manifests.worker_job(kcj(), Attempt(), SETTINGS)
+    assert body["metadata"]["labels"][names.LABEL_STEP] == body["spec"]["template"]["metadata"]["labels"][names.LABEL_STEP] == "compress"

@@ -25,7 +25,7 @@ def test_apply_makes_five_children_and_the_end_is_told(stage: Stage, operator: O
         "sourceBytes": 100,
     }
     assert status["startTime"] <= status["completionTime"] and status["attempt"] == 1
-    eventually(lambda: stage.events() == ["Pending", "Compressing", "Completed"])
+    eventually(lambda: stage.events() == ["Compressing", "Completed"])
     for child in stage.children(uid):
         if child["metadata"]["name"].startswith(f"{status['jobName']}-"):
             continue  # the pod is the Job's
@@ -176,7 +176,7 @@ def test_a_worker_that_was_told_to_stop_is_replaced_and_not_counted(stage: Stage
     stage.cue("bye")
     eventually(lambda: [p for p in stage.pods(uid) if p["metadata"]["uid"] != pod["metadata"]["uid"]])
     stage.until("Compressing")
-    eventually(lambda: stage.events() == ["Pending", "Compressing", "Retrying", "Compressing"])
+    eventually(lambda: stage.events() == ["Compressing", "Retrying", "Compressing"])
     (job,) = stage.jobs(uid)
     assert job["status"].get("failed", 0) == 0 and stage.status()["retries"] == 0
 

@@ -6,7 +6,7 @@ import json
 from datetime import timedelta
 
 import pytest
-from kcj_builders import NOW, SPEC, ago, child, complete, ended_status, failed, judge, kcj, pod
+from kcj_builders import NOW, SPEC, ago, child, complete, condition, ended_status, failed, judge, kcj, pod
 
 from kompressor_operator.conditions import Phase
 from kompressor_operator.decide import Decision, JobPatch
@@ -62,7 +62,7 @@ def test_a_job_that_is_being_deleted_is_left_alone(children: list[object]) -> No
         ({"passes": [{"rtn": {"groupsize": 64}}]}, "did you mean groupSize?"),
         ({"passes": [{"rnt": {}}]}, "did you mean rtn?"),
         ({"outputs": {}}, "did you mean output?"),
-        ({"passes": None}, "spec.passes: is required"),
+        ({"passes": None}, "spec: give either passes or recipeRef"),
     ],
 )
 def test_an_invalid_spec_fails_at_once_for_good(spec: dict[str, object], named: str) -> None:
@@ -231,9 +231,32 @@ def test_suspended_before_the_start_creates_nothing() -> None:
 
 
 def test_suspend_and_resume_toggle_the_jobs_own_field() -> None:
-    assert judge(kcj(suspend=True), child(), pod()).patches == (JobPatch("llama-1", {"suspend": True}),)
-    assert judge(kcj(suspend=True), child(suspended=True)).patches == ()
-    assert judge(kcj(suspend=False), child(suspended=True)).patches == (JobPatch("llama-1", {"suspend": False}),)
+    stored = {"conditions": [condition("Suspended")]}
+    assert judge(kcj(suspend=True, status=stored), child(), pod()).patches == (JobPatch("llama-1", {"suspend": True}),)
+    assert judge(kcj(suspend=True, status=stored), child(suspended=True)).patches == ()
+    assert judge(kcj(suspend=False, status=stored), child(suspended=True)).patches == (JobPatch("llama-1", {"suspend": False}),)
+
+
+def test_suspension_is_stored_before_the_job_is_touched() -> None:
+    """The stored condition proves who suspended a Job; if it came after, a crash in between would leave the Job to nobody."""
+    decision = judge(kcj(suspend=True), child(), pod())
+    assert decision.patches == () and said(decision) == ("Suspended", "Suspended")
+
+
+@pytest.mark.parametrize("status", [{}, {"conditions": [condition("Suspended", "False")]}])
+def test_what_something_else_suspends_is_not_fought_over(status: dict[str, object]) -> None:
+    decision = judge(kcj(status=status), child(suspended=True))
+    assert decision.patches == () and said(decision) == ("Queued", "Queued")
+
+
+def test_a_queued_job_is_its_queues() -> None:
+    decision = judge(kcj(queueName="gpu", status={"conditions": [condition("Suspended")]}), child(suspended=True, queue="gpu"))
+    assert decision.patches == () and said(decision) == ("Queued", "Queued")
+
+
+def test_a_recipe_is_not_silently_left_out() -> None:
+    decision = judge(kcj(passes=None, recipeRef={"name": "w4"}), live=False)
+    assert said(decision) == ("Failed", "InvalidSpec") and decision.start is None and "spec.recipeRef" in message(decision)
 
 
 def test_suspended_while_an_attempt_is_due_starts_it_only_after_resume() -> None:

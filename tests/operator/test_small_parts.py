@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import kopf
 import pytest
 from kcj_builders import NOW
 
@@ -179,8 +180,17 @@ def test_kopf_watches_only_what_is_ours_writes_nothing_and_cannot_stay_dead() ->
     assert not wanted.posting.enabled and wanted.peering.standalone and wanted.scanning.disabled
     assert wanted.watching.server_timeout == settings.watch_seconds < (wanted.watching.client_timeout or 0)
     assert wanted.networking.request_timeout == settings.request_seconds
+    assert wanted.queueing.worker_limit, "ten thousand jobs are not ten thousand tasks at once"
     pauses = list(itertools.islice(iter(wanted.networking.error_backoffs), 1000))  # type: ignore[arg-type]
     assert len(pauses) == 1000 and max(pauses) <= 5, "an API server that is away is waited for, and found soon after its return"
+
+
+def test_kopf_remembers_nothing_about_objects() -> None:
+    stored = kopf_settings(Settings(worker_image="worker:1")).persistence
+    body: Any = {"metadata": {"annotations": {}}, "spec": {"passes": []}, "status": {}}
+    assert stored.diffbase_storage.build(body=body) == {} and stored.diffbase_storage.fetch(body=body) is None
+    assert stored.progress_storage.fetch(key=kopf.HandlerId("x"), body=body) is None
+    assert stored.progress_storage.clear(essence=kopf.BodyEssence(body)) == body
 
 
 def test_kopf_is_only_wired_in_main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kcj_builders import UID, child_body, job_body
+from kcj_builders import NOW, UID, child_body, job_body
 
 from kompressor_operator.observed import ChildJob
 from kompressor_operator.store import Packed, Store
@@ -118,3 +118,42 @@ def test_attempts_are_ordered() -> None:
         body["metadata"]["labels"]["kompressor.io/attempt"] = attempt
         store.put_job(ChildJob.parse(body))
     assert [job.attempt for job in store.observed(UID).jobs] == [2, 10]
+
+
+def test_each_step_has_its_place_and_older_releases_only_compressed() -> None:
+    """A preflight Job that was taken for an attempt would end the job, or start a second one."""
+    store = Store()
+    store.tell_resource(job_body())
+    for name, step in (("llama-1", ""), ("llama-2", "compress"), ("llama-preflight", "preflight")):
+        body = child_body(name=name)
+        body["metadata"]["labels"] |= {"kompressor.io/step": step} if step else {}
+        store.put_job(ChildJob.parse(body))
+    cleanup = child_body(name="llama-cleanup")
+    del cleanup["metadata"]["ownerReferences"]  # it outlives its owner
+    cleanup["metadata"]["labels"]["kompressor.io/step"] = "cleanup"
+    assert store.tell_job(cleanup) == KEY
+    pods = {"llama-1-a": {}, "llama-preflight-a": {"kompressor.io/step": "preflight"}}
+    for name, labels in pods.items():
+        body = child_body(name=name)
+        body["metadata"]["labels"] |= labels | {"batch.kubernetes.io/job-name": name[:-2]}
+        store.tell_pod(body)
+    seen = store.observed(UID)
+    assert sorted(job.name for job in seen.jobs) == ["llama-1", "llama-2"]
+    assert seen.preflight and seen.cleanup and (seen.preflight.name, seen.cleanup.name) == ("llama-preflight", "llama-cleanup")
+    assert ([pod.name for pod in seen.pods], [pod.name for pod in seen.step_pods]) == (["llama-1-a"], ["llama-preflight-a"])
+    assert [pod.name for pod in seen.pods_of(seen.preflight)] == ["llama-preflight-a"]
+
+
+def test_a_child_job_tells_when_it_started_with_what_and_in_which_queue() -> None:
+    body = child_body(status={"startTime": "2026-01-02T03:04:05Z"})
+    body["spec"] = {"template": {"spec": {"containers": [{"name": "side", "image": "x"}, {"name": "worker", "image": "worker:1"}]}}}
+    body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "gpu"
+    job = ChildJob.parse(body)
+    assert (job.image, job.queue, job.started) == ("worker:1", "gpu", NOW)
+    assert ChildJob.parse(child_body()).started is None
+
+
+def test_packing_keeps_finalizers() -> None:
+    body = job_body()
+    body["metadata"]["finalizers"] = ["kompressor.io/cleanup"]
+    assert Packed.pack(body).unpack().finalizers == ("kompressor.io/cleanup",)

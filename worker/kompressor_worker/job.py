@@ -88,9 +88,12 @@ def parse(path: Path, text: str) -> dict[str, Any]:
 def validate_spec(spec: Any, where: str) -> CompressionJobSpec:
     """The spec as its pydantic model; every error of it in one message."""
     try:
-        return CompressionJobSpec.model_validate(spec if spec is not None else {})
+        valid = CompressionJobSpec.model_validate(spec if spec is not None else {})
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
+    if valid.recipe_ref is not None:
+        raise UserError(f"{where}: spec.recipeRef: a recipe ({valid.recipe_ref.name}) needs a cluster; write its passes into spec.passes")
+    return valid
 
 
 def _explain(error: Any) -> str:
