@@ -43,12 +43,12 @@ EVENT_LIMIT = 1024
 
 
 @contextlib.contextmanager
-def gone_is_fine() -> Iterator[None]:
-    """What is gone, or replaced by a namesake, the watch will tell, and that is decided anew."""
+def gone_is_fine(*codes: int) -> Iterator[None]:
+    """What is gone (or, by these codes, replaced by a namesake) the watch will tell, and that is decided anew."""
     try:
         yield
     except ApiError as error:
-        if error.status != 404 and not (error.status == 409 and "UID in precondition" in error.message):
+        if error.status not in (404, *codes):
             raise
 
 
@@ -193,7 +193,7 @@ class Reconciler:
                 body = await self.cluster.patch("Job", job.namespace, change.job, {"spec": change.spec})
                 self.store.put_job(ChildJob.parse(body))
         for doomed in decision.deletes:
-            with gone_is_fine():
+            with gone_is_fine(409):
                 await self.cluster.delete("Job", doomed.namespace, doomed.name, doomed.uid)
         return None
 

@@ -37,7 +37,7 @@ def test_killed_at_any_moment_it_neither_doubles_nor_forgets(stage: Stage) -> No
 
 
 def test_two_operators_at_once_are_harmless(stage: Stage) -> None:
-    """Every change of the status is told once, by the one of the two that made it; which changes there are is a matter of timing."""
+    """Every change of the status (but Pending) is told once, by the one of the two that made it; which changes there are is a matter of timing."""
     since = stage.version("compressionjobs")
     with stage.operator() as one, stage.operator() as other:
         jobs = {f"play-{n}": stage.play(SUCCEED, name=f"play-{n}", ttlSecondsAfterFinished=3600) for n in range(12)}
@@ -51,7 +51,7 @@ def test_two_operators_at_once_are_harmless(stage: Stage) -> None:
             assert running.said("event lost") == []
     changes = stage.changes(since)
     for name in jobs:
-        assert sorted(stage.events(name)) == sorted(changes[name]), name
+        assert sorted(stage.events(name)) == sorted(reason for reason in changes[name] if reason != "Pending"), name
         assert changes[name][-1] == "Completed" and changes[name].count("Completed") == 1
 
 

@@ -519,6 +519,12 @@ def test_a_misspelt_name_is_answered_with_the_nearest(section: dict[str, Any], s
     assert said in str(caught.value)
 
 
+def test_a_recipe_needs_a_cluster() -> None:
+    spec = {name: value for name, value in SPEC.items() if name != "passes"} | {"recipeRef": {"name": "w4"}}
+    with pytest.raises(UserError, match=r"spec\.recipeRef: a recipe \(w4\) needs a cluster; write its passes into spec\.passes"):
+        validate_spec(spec, "job.yaml")
+
+
 def test_a_pods_own_disk_holds_no_data() -> None:
     spec = validate_spec(SPEC | {"calibration": {"dataset": {"uri": "file:///data/a.jsonl"}}}, "job.yaml")
     job = Job("a", "b", "c", spec, "d")
