@@ -37,7 +37,7 @@ def test_killed_at_any_moment_it_neither_doubles_nor_forgets(stage: Stage) -> No
 
 
 def test_two_operators_at_once_are_harmless(stage: Stage) -> None:
-    """Every change of the status (but Pending) is told once, by the one of the two that made it; which changes there are is a matter of timing."""
+    """Every change of the status (but Pending) is told once, by the one of the two that made it; which there are is a matter of timing."""
     since = stage.version("compressionjobs")
     with stage.operator() as one, stage.operator() as other:
         jobs = {f"play-{n}": stage.play(SUCCEED, name=f"play-{n}", ttlSecondsAfterFinished=3600) for n in range(12)}
