@@ -74,10 +74,10 @@ def get(codes, row, column, held, stride, form: tl.constexpr, floating: tl.const
 
 
 @triton.jit
-def add_up(errors, error, x, held):
-    """This program's sums of squares, fp64."""
+def add_up(errors, error, x):
+    """This program's sums of squares, fp64; both are 0 beyond the edges, where weight, code and zero point are read as 0."""
     at = errors + 2 * (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1))
-    error, x = tl.where(held, error, 0.0).to(tl.float64), x.to(tl.float64)
+    error, x = error.to(tl.float64), x.to(tl.float64)
     tl.store(at, tl.sum(tl.sum(error * error, axis=1), axis=0))
     tl.store(at + 1, tl.sum(tl.sum(x * x, axis=1), axis=0))
 
@@ -99,7 +99,7 @@ def encode_some(
         y += zero_point
     value, code = round_to(y, floating, bits)
     put(codes, code, row, column, held, rows, stride, form, bits, lines, chunk)
-    add_up(errors, (value - zero_point) * step - x, x, held)
+    add_up(errors, (value - zero_point) * step - x, x)
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def price_some(
     at = row // height * tiles + column // width
     if asymmetric:
         value -= tl.load(zero_points + at, mask=held, other=0).to(tl.float32)
-    add_up(errors, value * tl.load(steps + at, mask=held, other=1.0) - x, x, held)
+    add_up(errors, value * tl.load(steps + at, mask=held, other=1.0) - x, x)
 
 
 @triton.jit
