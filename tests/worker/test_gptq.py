@@ -114,7 +114,7 @@ def own_scale(group: torch.Tensor, args: Any) -> torch.Tensor:
 
 def test_one_factorisation_for_linears_that_share_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, original = [], kernels.inverse_factor
-    monkeypatch.setattr(kernels, "inverse_factor", lambda h: calls.append(1) or original(h))
+    monkeypatch.setattr(kernels, "inverse_factor", lambda h, *rest: calls.append(1) or original(h, *rest))
     q, k, v = linear("q_proj"), linear("k_proj", 16), linear("v_proj", 16)
     stage = applied({"scheme": "W4A16", "groupSize": 32}, stage_of(inputs(), q, k, v))
     assert set(stage.encoded) == {q.name, k.name, v.name} and len(calls) == 1
@@ -147,7 +147,7 @@ def test_an_expert_without_tokens_is_rounded_to_nearest(x: torch.Tensor | None) 
 def test_dead_columns_are_rounded_to_nearest_and_touch_no_other() -> None:
     q, x = linear("q_proj"), inputs()
     x[:, 5] = 0
-    stage = applied({"scheme": "W4A16", "groupSize": 32}, stage_of(x, q))
+    stage = applied({"scheme": "W4A16", "groupSize": 32, "observer": "minmax"}, stage_of(x, q))
     got, plain = decode(q.name, stage.encoded[q.name].tensors, stage.schemes[q.name], torch.float32), nearest(stage, q)
     assert torch.equal(got[:, 5], plain[:, 5]) and not torch.equal(got[:, 6], plain[:, 6])
     assert stage.notes["gptq"]["deadColumns"] == {"qkv": 1}

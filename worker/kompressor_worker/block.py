@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,8 @@ class Stage:
     """"k" and "v", in the stage of the attention's output projection."""
     notes: dict[str, Any] = field(default_factory=dict)
     """What passes want said of this stage in the report, by pass name."""
+    heard: Callable[[], None] = lambda: None
+    """Passes call it between two pieces of long work; it raises Terminated when it is time to stop."""
 
     def statistics_of(self, linear: str) -> Statistics:
         """Of this linear's input; by full module name."""

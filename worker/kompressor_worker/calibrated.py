@@ -114,6 +114,7 @@ class Engine:
         if self.streams.original is not None:
             self._flow(block, block.steps, self.streams.original, Projection(weights))
         for p in self.passes:
+            self._pace(0)
             p.transform(unit, weights)
         schemes = {x.name: self.schemes[x.name] for stage in unit.stages for x in stage.linears if x.name in self.schemes}
         work = BlockWork(block, Finished(weights, {}, schemes), dict(weights), KvObserver(self.decoder.kv_heads, self.decoder.device))
@@ -192,7 +193,7 @@ class Engine:
         schemes = {x.name: self.schemes[x.name] for x in step.layout.linears if x.name in self.schemes}
         sites = sites_of(work.block, step, self._wanted) if self.streams.calibration is not None else ()
         kv = work.observer.seen if step.name == "o" and self._kv else {}
-        return Stage(step.layout, work.finished.weights, schemes, sites=sites, kv=kv)
+        return Stage(step.layout, work.finished.weights, schemes, sites=sites, kv=kv, heard=lambda: self._pace(0))
 
     def _measure(self, work: BlockWork, steps: Sequence[Step], stages: Sequence[Stage], wanted: Collection[Statistic]) -> None:
         """One forward through these steps but for the last one's linears."""

@@ -215,7 +215,7 @@ class Calibrated:
                 norm = final_norm(norms)
                 hidden = LastHidden(self.engine, norm, final_norm(changed), stage.source_bytes, step)
                 if matrix.name in self.work.schemes:
-                    self._encoded_head(stage, matrix, placed, norm, next(incoming), writer, hidden.add)
+                    self._encoded_head(stage, matrix, placed, norm, next(incoming), writer, hidden.add, step)
                 else:
                     self._matrix(stage, matrix, placed, incoming, writer, norm, hidden.add)
                 hidden.pace.finish()
@@ -253,13 +253,14 @@ class Calibrated:
         loaded: Loaded,
         writer: Writer,
         meet: Meet,
+        step: Step,
     ) -> None:
         """A head that is quantised because it was asked for by name: whole, and without statistics."""
         weights = {t.name: decode(t, loaded.views) for t in stage.tensors}
         original, scheme = weights[matrix.weight], self.work.schemes[matrix.name]
         for p in self.work.passes:
             weights[matrix.weight] = p.transform_rows(matrix.weight, weights[matrix.weight], norm)
-        worked = Stage(stage, weights, {matrix.name: scheme})
+        worked = Stage(stage, weights, {matrix.name: scheme}, heard=lambda: step(0))
         for p in self.work.passes:
             p.apply(worked)
         encoded: Encoded = worked.encoded[matrix.name]

@@ -111,15 +111,16 @@ class DataFree:
             if is_plain(layout, self.work.schemes):
                 copy(layout, placed, incoming, writer, self.work)
             else:
-                compress(layout, placed, next(incoming), writer, self.work)
+                compress(layout, placed, next(incoming), writer, self.work, step)
             step(layout.source_bytes)
         return NOTHING
 
 
-def compress(layout: StageLayout, placed: Sequence[PlacedTensor], loaded: Loaded, writer: Writer, work: Work) -> None:
+def compress(layout: StageLayout, placed: Sequence[PlacedTensor], loaded: Loaded, writer: Writer, work: Work, step: Step) -> None:
     """One stage through all passes."""
     weights = {t.name: decode(t, loaded.views) for t in layout.tensors}
-    stage = Stage(layout, weights, {x.name: work.schemes[x.name] for x in layout.linears if x.name in work.schemes})
+    schemes = {x.name: work.schemes[x.name] for x in layout.linears if x.name in work.schemes}
+    stage = Stage(layout, weights, schemes, heard=lambda: step(0))
     for p in work.passes:
         p.apply(stage)
     made = {name: tensor for e in stage.encoded.values() for name, tensor in e.tensors.items()}

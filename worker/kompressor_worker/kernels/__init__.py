@@ -18,6 +18,7 @@ from kompressor_worker.kernels import compiled, eager, ops  # ops: registers the
 from kompressor_worker.kernels.cholesky import inverse_factor
 from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.kernels.fast_bf16 import fast_bf16
+from kompressor_worker.kernels.pieces import Heard, row_pieces, unheard
 from kompressor_worker.schemes import Inputs, Scheme
 
 __all__ = [
@@ -117,48 +118,51 @@ def add_gram(sums: Tensor, x: Tensor) -> None:
 
 
 def gptq(
-    weight: Tensor, inverse_factor: Tensor, grid: Grid, scheme: Scheme, columns: Tensor | None = None, block: int = 128
+    weight: Tensor,
+    inverse_factor: Tensor,
+    grid: Grid,
+    scheme: Scheme,
+    columns: Tensor | None = None,
+    heard: Heard = unheard,
+    block: int = 128,
 ) -> tuple[Tensor, float]:
     """Codes [out, in] by GPTQ (Frantar et al. 2022, arXiv 2210.17323) on a given grid, and the loss it propagated.
 
     weight fp32 [out, in] in the order of processing; inverse_factor fp32 [in, in]: U, upper triangular, H^-1 = U^T U. `columns` int32
     [in]: the tile of `grid` that each column belongs to (activation order with static groups); None: as they lie. Codes are in the order
     of processing: int8, or float8_e4m3fn for FP8 and for FP4, whose values it holds exactly. The loss is the sum of (w - q)^2 / U_jj^2
-    over all elements: by how much ||(W - Q) X||^2 has grown if H is X^T X.
+    over all elements: by how much ||(W - Q) X||^2 has grown if H is X^T X. `heard` is called between pieces, and may raise.
     """
     assert weight.dtype == inverse_factor.dtype == torch.float32, (weight.dtype, inverse_factor.dtype)
     height, width = scheme.tile((weight.shape[0], weight.shape[1]))
     if columns is None:
         columns = torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device) // width
-    step, zero_point = (None if x is None else x.repeat_interleave(height, 0)[: len(weight)] for x in (grid.step, grid.zero_point))
-    codes, loss = torch.ops.kompressor.gptq(
-        weight.contiguous(),
-        inverse_factor.contiguous(),
-        step,
-        zero_point,
-        columns.to(torch.int32),
-        scheme.type == "float",
-        scheme.bits,
-        block,
-    )
-    return codes, float(loss)
+    step = grid.step.repeat_interleave(height, 0)[: len(weight)]
+    zero_point = None if grid.zero_point is None else grid.zero_point.repeat_interleave(height, 0)[: len(weight)]
+    factor, tiles, made = inverse_factor.contiguous(), columns.to(torch.int32), []
+    for rows in row_pieces(weight, weight.shape[1] ** 2 / 2):
+        points = None if zero_point is None else zero_point[rows]
+        floating = scheme.type == "float"
+        made.append(torch.ops.kompressor.gptq(weight[rows].contiguous(), factor, step[rows], points, tiles, floating, scheme.bits, block))
+        heard()
+    return torch.cat([codes for codes, _ in made]), sum(float(loss) for _, loss in made)
 
 
-def gptq_groups(weight: Tensor, inverse_factor: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Grid, float]:
+def gptq_groups(
+    weight: Tensor, inverse_factor: Tensor, scheme: Scheme, dtype: torch.dtype, heard: Heard = unheard
+) -> tuple[Tensor, Grid, float]:
     """The same without a grid: each group gets that of its weights as they are when its first column is reached. Integers only.
 
     `dtype` is what scales are stored in. Returns codes, the grid and the loss. For columns in their own order.
     """
     assert scheme.type == "int", scheme.name
-    codes, scale, zero_point, loss = torch.ops.kompressor.gptq_groups(
-        weight.contiguous(),
-        inverse_factor.contiguous(),
-        scheme.tile((weight.shape[0], weight.shape[1]))[1],
-        scheme.bits,
-        scheme.symmetric,
-        dtype,
-    )
-    return codes, Grid(scale, None if scheme.symmetric else zero_point), float(loss)
+    factor, width, made = inverse_factor.contiguous(), scheme.tile((weight.shape[0], weight.shape[1]))[1], []
+    for rows in row_pieces(weight, weight.shape[1] ** 2 / 2):
+        part = weight[rows].contiguous()
+        made.append(torch.ops.kompressor.gptq_groups(part, factor, width, scheme.bits, scheme.symmetric, dtype))
+        heard()
+    codes, scales, zero_points, losses = zip(*made, strict=True)
+    return torch.cat(codes), Grid(torch.cat(scales), None if scheme.symmetric else torch.cat(zero_points)), sum(map(float, losses))
 
 
 def fake_quantize_input(

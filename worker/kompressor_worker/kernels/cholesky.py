@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kompressor_worker.kernels.pieces import Heard, row_pieces, unheard
+
 LEAF = 128
 """Columns below which LAPACK's substitution is faster than products."""
 TILE = 512
 """Rows that are moved at a time."""
+PANEL = 6144
+"""Rows that a CPU factorises at once."""
 
 
-def inverse_factor(hessian: Tensor) -> Tensor | None:
+def inverse_factor(hessian: Tensor, heard: Heard = unheard) -> Tensor | None:
     """U fp32 [n, n], upper triangular, row-major, with H^-1 = U^T U, for H fp32 [n, n], contiguous, which is overwritten: U lies in its
     place. None if H is not positive definite.
 
@@ -21,17 +25,35 @@ def inverse_factor(hessian: Tensor) -> Tensor | None:
     """
     assert hessian.is_contiguous()
     _reverse(hessian)
-    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
-    torch.linalg.cholesky_ex(hessian.mT, out=(hessian.mT, failed))  # LAPACK counts by columns: hessian itself is L^T
-    if int(failed):
+    if not _factorise(hessian, heard):
         return None
     _reverse(hessian)  # V^T
-    _invert(hessian)
+    _invert(hessian, heard)
     _transpose(hessian)
     return hessian if bool(torch.isfinite(hessian.sum())) else None
 
 
-def _invert(lower: Tensor) -> None:
+def _factorise(symmetric: Tensor, heard: Heard) -> bool:
+    """L^T in place of L L^T, in panels of rows; False where there is no L."""
+    n = len(symmetric)
+    size = PANEL if symmetric.is_cpu else n
+    for top in range(0, n, size):
+        stop = min(top + size, n)
+        corner, right = symmetric[top:stop, top:stop], symmetric[top:stop, stop:]
+        failed = torch.empty((), dtype=torch.int32, device=symmetric.device)
+        torch.linalg.cholesky_ex(corner.mT, out=(corner.mT, failed))  # LAPACK counts by columns: the corner itself is L^T
+        if int(failed):
+            return False
+        heard()
+        right.copy_(torch.linalg.solve_triangular(corner.mT, right, upper=False))
+        symmetric[stop:, top:stop] = 0
+        for left in range(0, n - stop, size):
+            heard()
+            symmetric[stop + left : stop + left + size, stop + left :].addmm_(right[:, left : left + size].mT, right[:, left:], alpha=-1)
+    return True
+
+
+def _invert(lower: Tensor, heard: Heard) -> None:
     """In place: of [[A, 0], [C, D]] the inverse is [[A^-1, 0], [-D^-1 C A^-1, D^-1]]."""
     n = len(lower)
     if n <= LEAF:
@@ -40,9 +62,17 @@ def _invert(lower: Tensor) -> None:
         return
     half = max(1, n // 2 // LEAF) * LEAF
     first, second, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    _invert(first)
-    _invert(second)
-    corner.copy_(torch.mm(second, torch.mm(corner, first))).neg_()
+    _invert(first, heard)
+    _invert(second, heard)
+    corner.copy_(_product(second, _product(corner, first, heard), heard)).neg_()
+
+
+def _product(a: Tensor, b: Tensor, heard: Heard) -> Tensor:
+    made = a.new_empty(len(a), b.shape[1])
+    for rows in row_pieces(a, b.numel()):
+        torch.mm(a[rows], b, out=made[rows])
+        heard()
+    return made
 
 
 def _reverse(matrix: Tensor) -> None:

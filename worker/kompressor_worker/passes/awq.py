@@ -112,7 +112,7 @@ class Awq(Pass):
             reason = "no row of calibration data, or no linear of this pass reads it"
         else:
             assert site.statistics.magnitude is not None
-            found = best_scaling(readers, site.statistics.magnitude / site.statistics.rows, site.fold, self.params.grid)
+            found = best_scaling(readers, site.statistics.magnitude / site.statistics.rows, site.fold, self.params.grid, stage.heard)
             reason = "no scale lowers the error"
         if found is None or site.fold is None:
             notes.setdefault("left", {})[site.name] = reason
@@ -142,7 +142,7 @@ class Awq(Pass):
         hessian = next((site.statistics.hessian for site in stage.sites if linear in site.linears), None)
         shares = None
         if self.params.clip and hessian is not None:
-            shares = best_shares(weight, scheme, weight.dtype, on_output(hessian, scheme.tile(linear.shape)[1]), CLIP_RATIOS)
+            shares = best_shares(weight, scheme, weight.dtype, stage.heard, on_output(hessian, scheme.tile(linear.shape)[1]), CLIP_RATIOS)
         made = self._made[linear.weight] = Made(stage, linear, shares)
         self._encode(made)
 

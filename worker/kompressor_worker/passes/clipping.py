@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kompressor_worker import grid
+from kompressor_worker.kernels.pieces import Heard, unheard
 from kompressor_worker.schemes import Scheme
 
 RATIOS = tuple(1 - i / 40 for i in range(20))
@@ -33,15 +34,24 @@ def on_output(hessian: Tensor, width: int) -> Loss:
     return loss
 
 
-def best_shares(weight: Tensor, scheme: Scheme, dtype: torch.dtype, loss: Loss = squared, ratios: Sequence[float] = RATIOS) -> Tensor:
+def best_shares(
+    weight: Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    heard: Heard = unheard,
+    loss: Loss = squared,
+    ratios: Sequence[float] = RATIOS,
+) -> Tensor:
     """For each tile of weight [out, in] the one of `ratios` with the least loss when the grid spans that share of its range.
 
-    fp32 [out, tiles]. Only for schemes whose tiles are whole parts of one row. Scales as stored in `dtype`."""
+    fp32 [out, tiles]. Only for schemes whose tiles are whole parts of one row. Scales as stored in `dtype`.
+    `heard` is called before each ratio, and may raise."""
     weight = weight.float()
     rows, tiles = scheme.scale_shape((weight.shape[0], weight.shape[1]))
     best = weight.new_full((rows, tiles), torch.inf)
     chosen = torch.ones_like(best)
     for ratio in ratios:
+        heard()
         tried = grid_at(weight, scheme, dtype, torch.full_like(chosen, ratio))
         error = grid.dequantize(grid.quantize(weight, tried, scheme), tried, scheme) - weight
         cost = loss(error.view(rows, tiles, -1))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from kompressor_worker.block import Encoded, Site, Stage
+    from kompressor_worker.kernels.pieces import Heard
     from kompressor_worker.layout import LinearLayout, ModelLayout
     from kompressor_worker.passes.hessian import Factor
     from kompressor_worker.statistics import Statistic
@@ -113,12 +114,13 @@ class Gptq(Pass):
                 self._round(stage, linear, f"none of {site.statistics.rows} rows of its input is other than zero", notes)
             return
         finite(hessian, site.name)
-        factor = Factor.of(hessian, self.params.dampening, ordered=self.params.act_order == "static", name=site.name)
+        factor = Factor.of(hessian, self.params.dampening, self.params.act_order == "static", site.name, stage.heard)
         notes["dampening"] = max(notes["dampening"], factor.dampening)
         if factor.dead:
             notes.setdefault("deadColumns", {})[site.name] = factor.dead
         for linear in linears:
-            stage.encoded[linear.name] = self._linear(linear, stage.weights[linear.weight], factor)
+            stage.encoded[linear.name] = self._linear(linear, stage.weights[linear.weight], factor, stage.heard)
+            stage.heard()
 
     def _round(self, stage: Stage, linear: LinearLayout, reason: str, notes: dict[str, Any]) -> None:
         from kompressor_worker.passes.encoding import round_to_nearest
@@ -126,7 +128,7 @@ class Gptq(Pass):
         stage.encoded[linear.name] = round_to_nearest(linear, stage.weights[linear.weight], self._assigned[linear.name])
         notes.setdefault("roundedToNearest", {})[linear.name] = reason
 
-    def _linear(self, linear: LinearLayout, weight: torch.Tensor, factor: Factor) -> Encoded:
+    def _linear(self, linear: LinearLayout, weight: torch.Tensor, factor: Factor, heard: Heard) -> Encoded:
         from kompressor_worker import grid, kernels
         from kompressor_worker.passes.clipping import best_shares, grid_at
         from kompressor_worker.passes.encoding import encode, refuse_nonfinite
@@ -134,12 +136,12 @@ class Gptq(Pass):
         refuse_nonfinite(linear, weight)
         scheme, source = self._assigned[linear.name], weight.float()
         if self.params.observer == "mse":
-            found = grid_at(source, scheme, weight.dtype, best_shares(source, scheme, weight.dtype))
+            found = grid_at(source, scheme, weight.dtype, best_shares(source, scheme, weight.dtype, heard))
         elif factor.order is not None or scheme.strategy != "group":
             found = grid.grid_of(weight, scheme)
         else:
-            codes, found, _ = kernels.gptq_groups(source, factor.inverse, scheme, weight.dtype)
+            codes, found, _ = kernels.gptq_groups(source, factor.inverse, scheme, weight.dtype, heard)
             return encode(linear, weight, codes, found, scheme)
         tiles = factor.columns // scheme.tile(linear.shape)[1]
-        ordered, _ = kernels.gptq(factor.ordered(source), factor.inverse, found, scheme, tiles)
+        ordered, _ = kernels.gptq(factor.ordered(source), factor.inverse, found, scheme, tiles, heard)
         return encode(linear, weight, factor.as_they_lay(ordered), found, scheme)

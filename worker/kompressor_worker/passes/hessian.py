@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kompressor_worker import kernels
 from kompressor_worker.errors import BadNumerics
+from kompressor_worker.kernels.pieces import Heard, unheard
 
 ROWS = 512
 ATTEMPTS = 4
@@ -29,8 +30,9 @@ class Factor:
     """Columns that no activation reached: they are rounded to nearest and touch no other."""
 
     @classmethod
-    def of(cls, hessian: Tensor, dampening: float, ordered: bool, name: str) -> Factor:
+    def of(cls, hessian: Tensor, dampening: float, ordered: bool, name: str, heard: Heard = unheard) -> Factor:
         """Of hessian [columns, columns] fp32, a sum over any number of rows, which is left as it is. `ordered`: largest diagonal first.
+        `heard` is called between pieces, and may raise.
 
         Raises BadNumerics that names the site if no dampening up to 1000 times `dampening` makes it positive definite."""
         diagonal = hessian.diagonal()
@@ -40,7 +42,7 @@ class Factor:
         share = dampening
         for attempt in range(ATTEMPTS):
             share = dampening * 10**attempt
-            inverse = kernels.inverse_factor(_dampened(hessian, order, dead, mean, share))
+            inverse = kernels.inverse_factor(_dampened(hessian, order, dead, mean, share), heard)
             if inverse is not None:
                 return cls(inverse, order, share, int(dead.sum()))
         raise BadNumerics(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from kompressor_worker.block import Encoded, Stage
     from kompressor_worker.kernels import Quantized
+    from kompressor_worker.kernels.pieces import Heard
     from kompressor_worker.layout import LinearLayout, ModelLayout
 
 SchemeName = Literal[
@@ -83,17 +84,18 @@ class Rtn(Pass):
         inputs = input_tensors(stage, self._assigned, self.params)
         for linear in linears:
             scheme, common = self._assigned[linear.name], shared.get(linear.name)
-            result = self._quantize(stage.weights[linear.weight], scheme, common)
+            stage.heard()
+            result = self._quantize(stage.weights[linear.weight], scheme, common, stage.heard)
             stage.encoded[linear.name] = _encoded(linear, result, scheme, common, inputs[linear.name])
 
-    def _quantize(self, weight: torch.Tensor, scheme: Scheme, shared: torch.Tensor | None) -> Quantized:
+    def _quantize(self, weight: torch.Tensor, scheme: Scheme, shared: torch.Tensor | None, heard: Heard) -> Quantized:
         from kompressor_worker import kernels
 
         if self.params.observer == "minmax":
             return kernels.quantize(weight, scheme, shared)
         from kompressor_worker.passes.clipping import best_shares, grid_at
 
-        return kernels.eager.quantize(weight, scheme, shared, lambda w, s, _: grid_at(w, s, w.dtype, best_shares(w, s, w.dtype)))
+        return kernels.eager.quantize(weight, scheme, shared, lambda w, s, _: grid_at(w, s, w.dtype, best_shares(w, s, w.dtype, heard)))
 
 
 def _encoded(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kompressor_worker import grid
 from kompressor_worker.block import Fold
+from kompressor_worker.kernels.pieces import Heard, unheard
 from kompressor_worker.passes.folding import shared_by_row
 from kompressor_worker.schemes import Scheme
 
@@ -46,13 +47,14 @@ class Scaling:
     """Loss with it over loss without any."""
 
 
-def best_scaling(readers: Sequence[Reader], magnitude: Tensor, fold: Fold, steps: int) -> Scaling | None:
-    """The best of 2 * steps candidates; None if none is better than no scale at all. magnitude fp32 [in]: mean |x| over the rows."""
-    plain = _loss(readers, torch.ones_like(magnitude))
+def best_scaling(readers: Sequence[Reader], magnitude: Tensor, fold: Fold, steps: int, heard: Heard = unheard) -> Scaling | None:
+    """The best of 2 * steps candidates; None if none is better than no scale at all. magnitude fp32 [in]: mean |x| over the rows. `heard`
+    is called before each reader is tried, and may raise."""
+    plain = _loss(readers, torch.ones_like(magnitude), heard)
     best: Scaling | None = None
     least = plain
     for scale, ratio, duo in _candidates(readers, magnitude, fold, steps):
-        loss = _loss(readers, scale)
+        loss = _loss(readers, scale, heard)
         if loss < least:
             least, best = loss, Scaling(scale, ratio, duo, loss / plain)
     return best
@@ -88,9 +90,10 @@ def _share_of_tile(reader: Reader) -> Tensor:
     return (tiles / tiles.amax(-1, keepdim=True).clamp(min=SMALLEST)).view(rows, columns)
 
 
-def _loss(readers: Sequence[Reader], scale: Tensor) -> float:
+def _loss(readers: Sequence[Reader], scale: Tensor, heard: Heard) -> float:
     total = 0.0
     for reader in readers:
+        heard()
         scaled = (reader.weight * scale).to(reader.dtype)
         found = grid.grid_of(scaled, reader.scheme)
         rounded = grid.dequantize(grid.quantize(scaled, found, reader.scheme), found, reader.scheme)
