@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kompressor_worker import grid, kernels
 from kompressor_worker.grid import Grid
-from kompressor_worker.kernels import activations, build, butterflies, column_loop, compiled, eager, gram
+from kompressor_worker.kernels import activations, build, butterflies, clip_search, column_loop, compiled, eager, gram
 from kompressor_worker.schemes import SCHEMES, Scheme
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -407,3 +407,23 @@ def test_cuda_equals_eager() -> None:
     x = torch.randn(10, 12 * 512, dtype=torch.float64)
     base = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0]
     assert torch.allclose(kernels.hadamard(x.cuda(), base).cpu(), kernels.hadamard(x, base), atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("scheme", "shape"), [("W4A16", (5, 384)), ("W4A16_ASYM", (33, 256)), ("W8A8", (7, 201)), ("W3A16", (3, 128))])
+def test_tile_errors(scheme: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    made = SCHEMES[scheme]
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02 + 0.005).to(dtype)
+    rows, tiles = made.scale_shape(shape)
+    by_tile = weight.float().view(rows, tiles, -1)
+    low, high = by_tile.amin(-1), by_tile.amax(-1)
+    grids = [grid.grid_of_range(low * share, high * share, made, torch.float32) for share in (1.0, 0.7, 0.5)]
+    found = kernels.tile_errors(weight, grids, made)
+    for k, each in enumerate(grids):
+        rounded = grid.dequantize(grid.quantize(weight, each, made), each, made).double()
+        exact = (rounded - weight.double()).square().view(rows, tiles, -1).sum(-1)
+        torch.testing.assert_close(found[k].double(), exact, rtol=2e-4, atol=0)
+    step = torch.stack([each.step for each in grids])
+    zero_point = None if made.symmetric else torch.stack([each.zero_point.float() for each in grids if each.zero_point is not None])
+    reference = clip_search.tile_errors(weight, step, zero_point, *grid.integer_range(made))
+    torch.testing.assert_close(found, reference, rtol=2e-6, atol=0)

@@ -185,6 +185,8 @@ class Engine:
         for stream in self.streams.through_compressed():
             observer = work.observer if stream is self.streams.calibration and self._kv else None
             self._flow(work.block, steps, stream, self._runtime(work.current), observer.of if observer else None)
+        for name in () if self._whole else [name for stage in stages for name in stage.encoded]:
+            del work.finished.weights[f"{name}.weight"]  # no other step looks at it
         for p in self.passes:
             for stage in stages if p.kv else ():  # now that keys and values have been seen as the published weights make them
                 p.apply(stage)

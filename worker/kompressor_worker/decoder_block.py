@@ -19,7 +19,6 @@ from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
 from kompressor_worker.mixture import Routing
 
 
-
 class Linear(Protocol):
     dtype: torch.dtype
     """What it computes in."""

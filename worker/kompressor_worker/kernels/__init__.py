@@ -10,20 +10,23 @@ own, which depend on nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kompressor_worker.grid import Grid
+from kompressor_worker.grid import Grid, integer_range
 from kompressor_worker.kernels import compiled, eager, ops  # ops: registers the operations
+from kompressor_worker.kernels.bf16 import fast_bf16
 from kompressor_worker.kernels.cholesky import inverse_factor
 from kompressor_worker.kernels.eager import Quantized
-from kompressor_worker.kernels.fast_bf16 import fast_bf16
 from kompressor_worker.kernels.pieces import Heard, row_pieces, unheard
 from kompressor_worker.schemes import Inputs, Scheme
 
 __all__ = [
     "Quantized", "add_gram", "amax", "code_errors", "decode_fp8_block", "decode_mxfp4", "dequantize", "fake_quantize_input",
     "fake_quantize_kv", "fast_bf16", "gptq", "gptq_groups", "hadamard", "inverse_factor", "nonfinite", "ops", "quantize", "stored",
+    "tile_errors",
 ]  # fmt: skip
 
 FLOATS = tuple(compiled.DTYPES)
@@ -101,6 +104,17 @@ def code_errors(weight: Tensor, codes: Tensor, found: Grid, scheme: Scheme) -> t
     tile = scheme.tile((weight.shape[0], weight.shape[1]))
     error, norm = torch.ops.kompressor.code_errors(weight.contiguous(), codes.contiguous(), found.step, found.zero_point, tile).tolist()
     return error, norm
+
+
+def tile_errors(weight: Tensor, grids: Sequence[Grid], scheme: Scheme) -> Tensor:
+    """fp32 [grids, rows, tiles]: the squared error of weight [rows, columns] (bf16, fp16 or fp32) on each of these integer grids.
+
+    For schemes whose tiles are equal parts of one row."""
+    assert scheme.type == "int" and weight.dtype in FLOATS, (scheme.name, weight.dtype)
+    step = torch.stack([found.step for found in grids])
+    zero_point = None if scheme.symmetric else torch.stack([found.zero_point.float() for found in grids if found.zero_point is not None])
+    made: Tensor = torch.ops.kompressor.tile_errors(weight.contiguous(), step, zero_point, *integer_range(scheme))
+    return made
 
 
 def add_gram(sums: Tensor, x: Tensor) -> None:

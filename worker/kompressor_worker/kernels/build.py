@@ -37,6 +37,7 @@ SOURCES = (
     "butterflies.cpp",
     "gram.cpp",
     "encode.cpp",
+    "clip_search.cpp",
 )
 # No fast-math and no contraction to FMA: results are to equal the eager reference bit for bit.
 FLAGS = [

@@ -226,3 +226,12 @@ def dequantize(
         _threads(made), _pointer(made),
     )  # fmt: skip
     return made
+
+
+def tile_errors(lib: ctypes.CDLL, weight: Tensor, step: Tensor, zero_point: Tensor | None, bottom: int, top: int) -> Tensor:
+    (rows, columns), (count, _, tiles), errors = weight.shape, step.shape, torch.empty_like(step)
+    lib.kompressor_tile_errors(
+        _pointer(weight), DTYPES[weight.dtype], _i64(rows), _i64(columns), _i64(count), _i64(tiles), _pointer(step),
+        None if zero_point is None else _pointer(zero_point), bottom, top, _threads(weight), _pointer(errors),
+    )  # fmt: skip
+    return errors

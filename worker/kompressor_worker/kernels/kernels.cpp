@@ -7,3 +7,4 @@
 #include "butterflies.cpp"
 #include "gram.cpp"
 #include "encode.cpp"
+#include "clip_search.cpp"

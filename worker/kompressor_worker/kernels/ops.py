@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kompressor_worker.kernels import activations, build, butterflies, column_loop, compiled, eager, gram
+from kompressor_worker.kernels import activations, build, butterflies, clip_search, column_loop, compiled, eager, gram
 
 LIBRARY = torch.library.Library("kompressor", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _register(schema: str, reference: Callable[..., Any], fast: Callable[..., Any], on_gpu: str | None = None) -> None:
-    """On the CPU compiled where it could be built, on CUDA by the module `on_gpu` where there is Triton; else eager. Only the decoders of
-    what is read have no kernel for CUDA: they work before anything is moved there."""
+    """On the CPU compiled where it could be built, on CUDA by the module `on_gpu` where there is Triton; else eager. Without a
+    kernel for CUDA are the decoders of what is read, which work before anything is moved there, and the search for a grid."""
     name = schema.partition("(")[0]
 
     def on_cpu(*args: Any) -> Any:
@@ -105,4 +105,9 @@ _register(
     eager.dequantize,
     compiled.dequantize,
     "triton_encode",
+)
+_register(
+    "tile_errors(Tensor weight, Tensor step, Tensor? zero_point, int bottom, int top) -> Tensor",
+    clip_search.tile_errors,
+    compiled.tile_errors,
 )

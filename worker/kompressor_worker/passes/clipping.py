@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kompressor_worker import grid
+from kompressor_worker import grid, kernels
 from kompressor_worker.kernels.pieces import Heard, unheard
 from kompressor_worker.schemes import Scheme
 
@@ -16,11 +16,6 @@ RATIOS = tuple(1 - i / 40 for i in range(20))
 
 Loss = Callable[[Tensor], Tensor]
 """What an error costs: fp32 [out, tiles, width] to [out, tiles]."""
-
-
-def squared(error: Tensor) -> Tensor:
-    """Every weight counts alike."""
-    return error.square().sum(-1)
 
 
 def on_output(hessian: Tensor, width: int) -> Loss:
@@ -39,22 +34,28 @@ def best_shares(
     scheme: Scheme,
     dtype: torch.dtype,
     heard: Heard = unheard,
-    loss: Loss = squared,
+    loss: Loss | None = None,
     ratios: Sequence[float] = RATIOS,
 ) -> Tensor:
     """For each tile of weight [out, in] the one of `ratios` with the least loss when the grid spans that share of its range.
 
-    fp32 [out, tiles]. Only for schemes whose tiles are whole parts of one row. Scales as stored in `dtype`.
-    `heard` is called before each ratio, and may raise."""
-    weight = weight.float()
+    fp32 [out, tiles]. Only for integer schemes whose tiles are whole parts of one row. Scales as stored in `dtype`. `loss`; None: the sum
+    of squares. `heard` is called before each ratio, and may raise."""
     rows, tiles = scheme.scale_shape((weight.shape[0], weight.shape[1]))
-    best = weight.new_full((rows, tiles), torch.inf)
+    by_tile = weight.float().view(rows, tiles, -1)
+    low, high = by_tile.amin(-1), by_tile.amax(-1)
+    grids = [grid.grid_of_range(low * ratio, high * ratio, scheme, dtype) for ratio in ratios]
+    errors = None if loss else kernels.tile_errors(weight, grids, scheme)
+    best = torch.full_like(low, torch.inf)
     chosen = torch.ones_like(best)
-    for ratio in ratios:
+    for k, ratio in enumerate(ratios):
         heard()
-        tried = grid_at(weight, scheme, dtype, torch.full_like(chosen, ratio))
-        error = grid.dequantize(grid.quantize(weight, tried, scheme), tried, scheme) - weight
-        cost = loss(error.view(rows, tiles, -1))
+        if errors is not None:
+            cost = errors[k]
+        else:
+            assert loss is not None
+            error = grid.dequantize(grid.quantize(weight, grids[k], scheme), grids[k], scheme) - weight.float()
+            cost = loss(error.view(rows, tiles, -1))
         better = cost < best
         best, chosen = torch.where(better, cost, best), torch.where(better, ratio, chosen)
     return chosen

@@ -47,7 +47,7 @@ class GptqParams(LinearParams, InputParams):
         default="static",
         description=(
             "static: columns of large activations first, group scales from the original weights; loaders need no g_idx. none: columns as "
-            "they lie, group scales from the weights as they are when a group is reached."
+            "they lie; with observer minmax, group scales from the weights as they are when a group is reached."
         ),
     )
     dampening: float = Field(
@@ -57,10 +57,10 @@ class GptqParams(LinearParams, InputParams):
         description="Share of the Hessian's mean diagonal that is added to it; ten times more where a factorisation fails.",
     )
     observer: Literal["minmax", "mse"] = Field(
-        default="minmax",
+        default="mse",
         description=(
-            "What a grid spans: minmax, the range of the weights; mse, the part of it with the least squared rounding error, searched on "
-            "the original weights."
+            "What a grid of integers spans: mse, the part of the weights' range with the least squared rounding error, searched on the "
+            "original weights; minmax, all of it. FP8, whose steps grow with the values, always spans all."
         ),
     )
 
@@ -135,8 +135,8 @@ class Gptq(Pass):
 
         refuse_nonfinite(linear, weight)
         scheme, source = self._assigned[linear.name], weight.float()
-        if self.params.observer == "mse":
-            found = grid_at(source, scheme, weight.dtype, best_shares(source, scheme, weight.dtype, heard))
+        if self.params.observer == "mse" and scheme.type == "int":
+            found = grid_at(source, scheme, weight.dtype, best_shares(weight, scheme, weight.dtype, heard))
         elif factor.order is not None or scheme.strategy != "group":
             found = grid.grid_of(weight, scheme)
         else:
