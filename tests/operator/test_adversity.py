@@ -25,11 +25,12 @@ def test_killed_at_any_moment_it_neither_doubles_nor_forgets(stage: Stage) -> No
         with stage.operator() as running:
             for number in range(2):
                 name = f"play-{life}-{number}"
-                jobs[name] = stage.play("sleep 0.3", SUCCEED, name=name)
+                jobs[name] = stage.play(HELD, "held end", SUCCEED, name=name)  # one that ended before would need no more children
             time.sleep(chance.uniform(0.0, 0.7))
             running.stop(signal.SIGKILL)
     with stage.operator():
         for name, uid in jobs.items():
+            stage.cue("end", name)
             stage.until("Completed", name)
             assert len(stage.jobs(uid)) == 1, name
             kinds = Counter(child["metadata"]["name"] for child in stage.children(uid))
