@@ -25,7 +25,7 @@ from kompressor_worker.evaluate import BlockError
 from kompressor_worker.formats.compressed_tensors import decode
 from kompressor_worker.forward import KvObserver, Projection, Published, kv_rounding
 from kompressor_worker.layout import StageLayout, UnitLayout
-from kompressor_worker.memory import peak_bytes
+from kompressor_worker.memory import give_back_freed_memory, peak_bytes
 from kompressor_worker.pace import Pace, unheard
 from kompressor_worker.passes import Pass
 from kompressor_worker.schemes import Scheme
@@ -124,6 +124,7 @@ class Engine:
         for stream in self.streams.through_compressed():
             stream.exclude_nonfinite(unit.name)
         self._pace.finish()
+        give_back_freed_memory()
         return self._finish(work, began)
 
     def replay(

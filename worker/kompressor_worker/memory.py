@@ -62,6 +62,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 128 << 20)
 
 
+def give_back_freed_memory() -> None:
+    """What earlier tensors left between those that live goes back to the system, wherever it lies in the heap; it would grow otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def peak_bytes(device: str = "cpu") -> int:
     """The most that this process has had resident so far; on "cuda" the most that its tensors have taken there."""
     if device == "cuda":
