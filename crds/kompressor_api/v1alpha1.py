@@ -85,6 +85,13 @@ class WorkerSpec(Model):
         default=None,
         description="Existing service account for the pod (workload identity). Default: one made for this job alone.",
     )
+    allow_device_change: Flag = Field(
+        default=False,
+        description=(
+            "Whether a calibrated job that was cut off may go on on another kind of GPU or processor, or with another number of threads: "
+            "the result is as good, but not the same to the byte, and says which units were made on what."
+        ),
+    )
     pod_template: dict[str, Any] | None = Field(
         default=None,
         description=(

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kompressor_api.names import Reason
+from kompressor_worker.devices import Span, spans
 from kompressor_worker.errors import UserError
 from kompressor_worker.shards import OutputPlan, Position
 from kompressor_worker.storage import JOURNAL, WORK, Output, Part
@@ -49,6 +50,8 @@ class State:
     """The unit before which the stored activations stand; calibrated jobs only."""
     publishing: bool = False
     """All units are committed; shards may be whole already."""
+    devices: tuple[Span, ...] = ()
+    """Who made which units; none: the fingerprint's device all of them."""
 
 
 @dataclass
@@ -101,9 +104,9 @@ class Journal:
         )
 
 
-def open_journal(output: Output, fingerprint: Mapping[str, str], owner: str, plan: OutputPlan) -> Journal:
+def open_journal(output: Output, fingerprint: Mapping[str, str], owner: str, plan: OutputPlan, device_may_change: bool = False) -> Journal:
     """Claims the output: starts a journal, or takes over the one that is there. Raises UserError when it belongs to another job, naming the
-    field that differs; ClaimLost when another worker claims at the same moment."""
+    field that differs, or to another kind of device, unless that may change; ClaimLost when another worker claims at the same moment."""
     found = output.read(JOURNAL)
     if found is None:
         journal = Journal(output, State(dict(fingerprint), owner), None)
@@ -116,25 +119,44 @@ def open_journal(output: Output, fingerprint: Mapping[str, str], owner: str, pla
     if lost:
         log.warning("%s: the store no longer has the upload of %s; going back to unit %d", output.uri, ", ".join(lost), kept.unit)
     journal.lost_uploads = lost
+    if kept.unit < len(plan.stages):
+        kept = _on_this_device(kept, fingerprint.get("device"), device_may_change, output.uri)
     if kept.unit or kept.publishing:
         journal.resumed_from = kept.unit
     journal.commit(replace(kept, owner=owner))
     return journal
 
 
+def _on_this_device(state: State, device: str | None, may_change: bool, uri: str) -> State:
+    """`state`, if its next units can be made on `device` (None: any makes the same). Raises UserError."""
+    before = state.fingerprint.get("device")
+    if device is None or before is None:
+        return state
+    if device != before and state.unit and not may_change:
+        raise UserError(
+            f"{uri}: an unfinished job is here whose device was {before}, this one's is {device}; run it on the same kind of node, with as "
+            "many threads; or set worker.allowDeviceChange: true in a job like this one, which goes on here, with other bytes than one "
+            f"device would make; or {remedy(uri)}",
+            Reason.JOURNAL_MISMATCH,
+        )
+    if device != before and state.unit:
+        log.warning("going on at unit %d on another device: %s; until here it was %s", state.unit, device, before)
+    made = spans(state.devices, state.unit, before, device)
+    return replace(state, fingerprint={**state.fingerprint, "device": device}, devices=made)
+
+
 def refuse_unusable_journal(output: Output, fingerprint: Mapping[str, str]) -> None:
-    """What `open_journal` would refuse, without claiming anything. Raises UserError."""
+    """What `open_journal` would refuse, without claiming anything; on which device it will be done is not asked. Raises UserError."""
     if (found := output.read(JOURNAL)) is not None:
         refuse_other_job(decode(found[0], output.uri), fingerprint, output.uri)
 
 
 def refuse_other_job(state: State, fingerprint: Mapping[str, str], uri: str) -> None:
-    for key in sorted({*state.fingerprint, *fingerprint}):
+    for key in sorted({*state.fingerprint, *fingerprint} - {"device"}):
         old, new = state.fingerprint.get(key), fingerprint.get(key)
         if old != new:
-            where = "run it on the same kind of node, with as many threads, or " if key == "device" else ""
             raise UserError(
-                f"{uri}: an unfinished job is here whose {key} was {old}, this one's is {new}; {where}{remedy(uri)}",
+                f"{uri}: an unfinished job is here whose {key} was {old}, this one's is {new}; {remedy(uri)}",
                 Reason.JOURNAL_MISMATCH,
             )
 
@@ -198,7 +220,8 @@ def decode(data: bytes, uri: str) -> State:
                 Reason.JOURNAL_MISMATCH,
             )
         uploads = tuple(Upload(u["name"], u["id"], tuple(Part(**p) for p in u["parts"])) for u in raw.pop("uploads"))
-        state = State(uploads=uploads, **raw)
+        devices = tuple(Span(**span) for span in raw.pop("devices", ()))
+        state = State(uploads=uploads, devices=devices, **raw)
         if not (isinstance(state.fingerprint, dict) and type(state.unit) is int and state.unit >= 0):
             raise TypeError(f"fingerprint {state.fingerprint!r}, unit {state.unit!r}")
         return state

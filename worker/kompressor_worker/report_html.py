@@ -61,6 +61,8 @@ class Report(TypedDict, total=False):
     """drift.summarise()."""
     data: Mapping[str, Mapping[str, Any]]
     """calibration, evaluation, drift: uri, samples, tokens, sequenceLength, digest and so on."""
+    devices: Sequence[Mapping[str, Any]]
+    """devices.facts(), where more than one kind made it."""
     blocks: Sequence[BlockFacts]
     units: Sequence[UnitTime]
 

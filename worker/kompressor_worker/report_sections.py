@@ -208,6 +208,7 @@ def provenance(report: Mapping[str, Any]) -> str:
         ("Source digest", source.get("digest")),
         ("Result digest", result.get("digest")),
         *((f"Fingerprint: {name}", value) for name, value in report.get("fingerprint", {}).items() if value != source.get("digest")),
+        *((f"{x['first']} to {x['last']}", f"made on {x['device']}") for x in report.get("devices", ())),
         ("Kompressor", report.get("kompressor")),
         *((name, value) for name, value in report.get("versions", {}).items()),
         ("Job", "/".join(str(x) for x in (report.get("job", {}).get(k) for k in ("namespace", "name", "uid")) if x)),

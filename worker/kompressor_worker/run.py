@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
-from kompressor_worker import gates
+from kompressor_worker import devices, gates
 from kompressor_worker.architectures import refuse_unknown_forward
 from kompressor_worker.calibration import Rows
 from kompressor_worker.digests import digest
@@ -106,7 +106,7 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     flowing = flows(job.spec, passes)
     units = calibrated(work, output, rows) if flowing else DataFree(work)
     bound = {**fingerprint, "device": device_fingerprint()} if flowing else fingerprint
-    journal = open_journal(output, bound, job.owner, plan)
+    journal = open_journal(output, bound, job.owner, plan, job.spec.worker.allow_device_change)
     if journal.resumed_from is not None:
         log.info("going on at unit %d of %d", journal.resumed_from, len(layout.units))
     progress.start(layout, journal.state.unit)
@@ -126,9 +126,10 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
 def measured(
     spec: CompressionJobSpec, rows: Mapping[str, Rows], data: Mapping[str, FoundData], journal: Journal, layout: ModelLayout
 ) -> dict[str, Any]:
-    """What calibration and evaluation have to say, from the units' records; empty for a job without either."""
+    """What calibration and evaluation have to say, from the units' records, and all warnings."""
     records = {unit.name: journal.read_record(number) for number, unit in enumerate(layout.units)}
     found: dict[str, Any] = {"data": facts(rows, data)} if rows else {}
+    warnings: list[str] = []
     if blocks := {name: record["block"] for name, record in records.items() if "block" in record}:
         found["blocks"] = [
             {"name": name, **{k: v for k, v in block.items() if k not in ("cost", "drift")}} for name, block in blocks.items()
@@ -137,10 +138,13 @@ def measured(
             from kompressor_worker import drift
 
             found["drift"] = drift.summarise({name: block.get("drift", {}) for name, block in blocks.items()}, spec.drift.threshold)
-            found["warnings"] = [*layout.warnings, *drift.warnings(found["drift"])]
+            warnings += drift.warnings(found["drift"])
     if evaluation := next((record["evaluation"] for record in records.values() if "evaluation" in record), None):
         found["evaluation"] = {**evaluation, "bos": rows["evaluation"].bos}
-    return found
+    if journal.state.devices:
+        found["devices"] = devices.facts(journal.state.devices, list(records))
+        warnings.append(devices.warning(found["devices"]))
+    return {**found, "warnings": [*layout.warnings, *warnings]}
 
 
 def measured_result(report: Mapping[str, Any]) -> dict[str, Any]:
