@@ -73,6 +73,9 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "llama": Recipe("LlamaConfig", {**SHAPE, "intermediate_size": 512}),
+    "llama_learned": Recipe(  # what is learned outweighs what the weights began as, so a few directions of its stream are loud
+        "LlamaConfig", {**SHAPE, "intermediate_size": 512, "initializer_range": 0.02}, steps=120
+    ),
     "qwen3_moe": Recipe(
         "Qwen3MoeConfig",
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,9 +24,7 @@ from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.reading import read_layout
 from kompressor_worker.schemes import Scheme
 
-Rounding = Callable[[str, Tensor], Tensor]
-
-__all__ = ["Compressed", "compressed", "kl", "layout_of", "logits", "per_tensor", "per_token", "prepared", "transformed"]
+__all__ = ["Compressed", "compressed", "kl", "layout_of", "logits", "prepared", "transformed"]
 
 
 def layout_of(folder: Path) -> ModelLayout:
@@ -112,12 +110,9 @@ def logits(
     state: Mapping[str, Tensor],
     tokens: Tensor,
     dtype: torch.dtype = torch.float32,
-    rounded: Rounding | None = None,
     **config: Any,
 ) -> Tensor:
-    """Of transformers' own model with this state (as files hold it) and the folder's config, fp32 [rows, length, vocabulary].
-
-    `rounded`: what happens to the input of every linear of the decoder, by module name."""
+    """Of transformers' own model with this state (as files hold it) and the folder's config, fp32 [rows, length, vocabulary]."""
     from transformers import AutoModelForCausalLM
 
     with TemporaryDirectory() as scratch:
@@ -125,27 +120,8 @@ def logits(
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, place / "model.safetensors", {"format": "pt"})
         (place / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **config}))
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).eval()
-    for name, module in model.named_modules():
-        if rounded is not None and isinstance(module, torch.nn.Linear) and ".layers." in name:
-            module.register_forward_pre_hook(lambda _, inputs, name=name: (rounded(name, inputs[0]),))
     with torch.inference_mode():
         return torch.cat([model(input_ids=rows, use_cache=False).logits.float() for rows in tokens.split(16)])
-
-
-def per_token(name: str, x: Tensor) -> Tensor:
-    """INT8 as W8A8's readers do it at run time: one symmetric scale a token."""
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127.5
-    return (x / scale).round().clamp(-128, 127) * scale
-
-
-def per_tensor(encoded: Mapping[str, Tensor]) -> Rounding:
-    """INT8 with the scales that W8A8_STATIC's readers find in the file."""
-
-    def rounded(name: str, x: Tensor) -> Tensor:
-        scale = encoded[f"{name}.input_scale"].float()
-        return (x / scale).round().clamp(-128, 127) * scale
-
-    return rounded
 
 
 def kl(reference: Tensor, other: Tensor) -> float:

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from blockwise import compressed, kl, layout_of, logits, per_tensor, prepared, transformed
+from blockwise import layout_of, logits, prepared, transformed
 from families import tiny_model
 
 from independent import tensors_of
 from kompressor_worker.errors import UserError
-from kompressor_worker.passes.rotate import Rotate
 from kompressor_worker.passes.rotation import Rotation, hadamard
-from models import held_out_tokens, token_rows
 
 TOKENS = torch.arange(96).view(2, 48) * 7 % 128
 TIED = {"tie_word_embeddings": True}
@@ -107,48 +105,3 @@ def test_rotations_are_orthogonal_and_spread_outliers(size: int) -> None:
         torch.testing.assert_close(rotation.abs(), torch.full_like(rotation, size**-0.5), atol=1e-12, rtol=0)
     if size > 2:
         assert not torch.equal(Rotation(size, seed=6).rows(eye), rotation)
-
-
-class Basis:
-    """Any orthogonal matrix in the place of a Rotation."""
-
-    def __init__(self, matrix: torch.Tensor) -> None:
-        self.matrix = matrix
-
-    def rows(self, x: torch.Tensor, scale: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return ((x.double() if scale is None else x.double() * scale) @ self.matrix).to(dtype or x.dtype)
-
-    def columns(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.rows(x.T, dtype=dtype).T.contiguous()
-
-
-def in_principal_axes(folder: Path, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """The same function, norms folded and the residual stream in the basis of its principal components: a few loud channels."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.inference_mode():
-        states = model(input_ids=tokens, output_hidden_states=True).hidden_states[:-1]
-    stream = torch.cat([torch.nn.functional.normalize(h.flatten(0, 1).double(), dim=-1) for h in states])
-    axes = torch.linalg.eigh(stream.T @ stream).eigenvectors
-    layout, (rotate,), _ = prepared(layout_of(folder), [{"rotate": {}}])
-    assert isinstance(rotate, Rotate) and rotate._merged is not None
-    monkeypatch.setattr(rotate._merged, "_rotations", (Basis(axes), Basis(torch.eye(32, dtype=torch.float64))))
-    state = {name: t.float() for name, t in tensors_of(folder).items()}
-    transformed(layout, [rotate], state)
-    return {name: t.to(torch.bfloat16) for name, t in state.items()}
-
-
-def test_rotating_wins_where_the_stream_has_loud_directions(trained_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calibration, held = token_rows(trained_llama, 0, 5, 32, 128), held_out_tokens("llama", 48, 128)
-    reference = logits(trained_llama, tensors_of(trained_llama), held)
-    state = in_principal_axes(trained_llama, calibration[:16], monkeypatch)
-    assert kl(reference, logits(trained_llama, state, held)) < 1e-4
-    for grid, share in (({"scheme": "W4A16", "groupSize": -1}, 0.96), ({"scheme": "W8A8_STATIC"}, 0.8)):
-        found = []
-        for before in ([], [{"rotate": {}}]):
-            made = compressed(trained_llama, [*before, {"rtn": grid}], calibration, state)
-            inputs = per_tensor(made.encoded) if grid["scheme"] == "W8A8_STATIC" else None
-            found.append(kl(reference, logits(trained_llama, made.state, held, rounded=inputs)))
-        folded, rotated = found
-        assert rotated < share * folded, (grid, found)
