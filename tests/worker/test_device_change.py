@@ -116,4 +116,4 @@ def test_spans_say_who_made_what(workers: list[tuple[int, int, str]]) -> None:
     names = [str(unit) for unit in range(10)]
     said = [each for span in facts(known, names) for each in [span["device"]] * span["units"]] if known else [device] * 10
     assert said == made
-    assert all(a.device != b.device for a, b in pairwise(known)) and len(known) != 1
+    assert all(a.device != b.device and a.first < b.first for a, b in pairwise(known)) and len(known) != 1
