@@ -12,6 +12,10 @@ of an octave over eight octaves and then by steps of a 128th around the best; wi
   their width, which equal bins do by themselves. What is cut off counts to the outermost cells of the distribution, not of its model, as
   there. Exact zeros are left out: every grid holds them exactly.
 
+Entropy cuts off most, as TensorRT's does: the input of a down projection at a quarter of its range. KL of a small trained Llama in
+W8A8_STATIC over that of min-max: mse 0.60, percentile 0.81, entropy 4.5; with a few tokens in the calibration text that spike: mse 0.09,
+entropy 0.60.
+
 Weights have no histogram and few values to a tile: for them a percentile is the largest value or the next, and a divergence of 128 values
 says nothing. Their search for the least squared error is `passes.clipping`.
 """

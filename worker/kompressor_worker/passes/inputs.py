@@ -31,7 +31,8 @@ class InputParams(Model):
         default="minmax",
         description=(
             "Where the range of a static input scale comes from (W8A8_STATIC, W8A8_STATIC_ASYM, FP8; NVFP4's is always minmax): all values "
-            "seen, a percentile of them, the range with the least squared rounding error, or the one whose distribution differs least (KL)."
+            "seen, a percentile of them, the range with the least squared rounding error, or the one whose distribution differs least "
+            "(KL), which cuts off most: only for calibration data with rare outliers."
         ),
     )
     input_percentile: float = Field(
