@@ -22,6 +22,9 @@ from kompressor_worker.storage import JOURNAL, WORK, Output, Part
 log = logging.getLogger(__name__)
 
 VERSION = 1
+RELEASE = "kompressor"
+"""In a fingerprint: which release made it. Recorded, never compared: a job goes on and counts as done after an upgrade too; what a new
+release could not go on with has another VERSION."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class State:
     """All units are committed; shards may be whole already."""
     devices: tuple[Span, ...] = ()
     """Who made which units; none: the fingerprint's device all of them."""
+    job: str = ""
+    """The uid of the CompressionJob whose work this is, so that cleaning up after another one leaves it; empty outside of a cluster."""
 
 
 @dataclass
@@ -104,12 +109,14 @@ class Journal:
         )
 
 
-def open_journal(output: Output, fingerprint: Mapping[str, str], owner: str, plan: OutputPlan, device_may_change: bool = False) -> Journal:
+def open_journal(
+    output: Output, fingerprint: Mapping[str, str], owner: str, plan: OutputPlan, device_may_change: bool = False, job: str = ""
+) -> Journal:
     """Claims the output: starts a journal, or takes over the one that is there. Raises UserError when it belongs to another job, naming the
     field that differs, or to another kind of device, unless that may change; ClaimLost when another worker claims at the same moment."""
     found = output.read(JOURNAL)
     if found is None:
-        journal = Journal(output, State(dict(fingerprint), owner), None)
+        journal = Journal(output, State(dict(fingerprint), owner, job=job), None)
         journal.commit(journal.state)
         return journal
     state = decode(found[0], output.uri)
@@ -123,7 +130,7 @@ def open_journal(output: Output, fingerprint: Mapping[str, str], owner: str, pla
         kept = _on_this_device(kept, fingerprint.get("device"), device_may_change, output.uri)
     if kept.unit or kept.publishing:
         journal.resumed_from = kept.unit
-    journal.commit(replace(kept, owner=owner))
+    journal.commit(replace(kept, owner=owner, job=job))
     return journal
 
 
@@ -152,13 +159,18 @@ def refuse_unusable_journal(output: Output, fingerprint: Mapping[str, str]) -> N
 
 
 def refuse_other_job(state: State, fingerprint: Mapping[str, str], uri: str) -> None:
-    for key in sorted({*state.fingerprint, *fingerprint} - {"device"}):
-        old, new = state.fingerprint.get(key), fingerprint.get(key)
-        if old != new:
+    for key in differing(state.fingerprint, fingerprint):
+        if key != "device":
+            old, new = state.fingerprint.get(key), fingerprint.get(key)
             raise UserError(
                 f"{uri}: an unfinished job is here whose {key} was {old}, this one's is {new}; {remedy(uri)}",
                 Reason.JOURNAL_MISMATCH,
             )
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The fields of two fingerprints that say that they are not of the same work."""
+    return [key for key in sorted({*old, *new} - {RELEASE}) if old.get(key) != new.get(key)]
 
 
 def remedy(uri: str) -> str:

@@ -16,7 +16,7 @@ import xxhash
 
 from kompressor_worker.errors import NoSpaceLeft, OutputOccupied, UploadLost
 from kompressor_worker.formats.compressed_tensors import other_modules, quantization_config
-from kompressor_worker.journal import Journal
+from kompressor_worker.journal import Journal, differing
 from kompressor_worker.report_html import UnitTime, render
 from kompressor_worker.shards import OutputPlan
 from kompressor_worker.storage import JOURNAL, Output, Source
@@ -149,11 +149,12 @@ def already_published(output: Output, fingerprint: Mapping[str, str]) -> dict[st
     if CONFIG in existing:
         report = parse_report(output.read_published(REPORT)) if REPORT in existing else {}
         theirs = report.get("fingerprint")
-        if theirs == dict(fingerprint):
-            return report
         what = "another model"
         if isinstance(theirs, dict) and theirs:
-            field = next(k for k in sorted({*theirs, *fingerprint}) if theirs.get(k) != fingerprint.get(k))
+            fields = differing(theirs, fingerprint)
+            if not fields:
+                return report
+            field = fields[0]
             what = f"a result whose {field} is {theirs.get(field)}, this job's is {fingerprint.get(field)}"
         raise OutputOccupied(f"{output.uri}: already holds {what}; choose another output.uri, or remove what is there")
     if existing and output.read(JOURNAL) is None:

@@ -18,7 +18,7 @@ from kompressor_worker.digests import digest
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.formats.readers import reader_warnings
 from kompressor_worker.job import Job
-from kompressor_worker.journal import Journal, open_journal
+from kompressor_worker.journal import RELEASE, Journal, open_journal
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.pipeline import Limits
@@ -106,7 +106,7 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     flowing = flows(job.spec, passes)
     units = calibrated(work, output, rows) if flowing else DataFree(work)
     bound = {**fingerprint, "device": device_fingerprint()} if flowing else fingerprint
-    journal = open_journal(output, bound, job.owner, plan, job.spec.worker.allow_device_change)
+    journal = open_journal(output, bound, job.owner, plan, job.spec.worker.allow_device_change, job.uid)
     if journal.resumed_from is not None:
         log.info("going on at unit %d of %d", journal.resumed_from, len(layout.units))
     progress.start(layout, journal.state.unit)
@@ -207,6 +207,6 @@ def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout, data: Mappin
         "source": layout.source_digest,
         "passes": digest(spec.passes),
         "format": spec.output.format,
-        "kompressor": version("kompressor"),
+        RELEASE: version("kompressor"),
         **{section: found.fingerprint for section, found in data.items()},
     }
