@@ -25,8 +25,8 @@ class Case:
     read: int
     """Bytes."""
     operations: float
-    limit: str = "copy"
-    """Or the dtype of a matrix product."""
+    dtype: str = "float32"
+    """That matrix products at the limit are of."""
     written: int | None = None
     """Bytes; None: those of the tensors that it returns."""
 
@@ -56,7 +56,7 @@ def rounding(weight: torch.Tensor) -> Iterator[Case]:
 
 
 def codes(weight: torch.Tensor) -> Iterator[Case]:
-    """Codes that a pass chose: packed, priced, and read back."""
+    """Codes that a pass chose: stored, priced, and read back."""
     (rows, columns), dtype, each = weight.shape, weight.dtype, weight.numel()
     for name in ("W4A16", "W3A16", "NVFP4A16"):
         scheme = SCHEMES[name]
@@ -166,7 +166,6 @@ def hessians(shapes: Shapes, device: torch.device) -> Iterator[Case]:
         lambda: torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True),
         hessian.nbytes,
         1.0 * n**3,
-        "float32",
     )
 
 
@@ -175,7 +174,7 @@ def column_loops(rows: int, columns: int, device: torch.device) -> Iterator[Case
     weight = torch.randn(rows, columns, device=device) * 0.02
     factor = torch.randn(columns, columns, device=device).triu_() / columns
     factor.diagonal().abs_().add_(1)
-    cost = weight.nbytes + factor.nbytes, 1.0 * rows * columns**2, "float32"
+    cost = weight.nbytes + factor.nbytes, 1.0 * rows * columns**2
     for name in ("W4A16", "FP8_DYNAMIC"):
         scheme = SCHEMES[name]
         found = grid.grid_of(weight, scheme)

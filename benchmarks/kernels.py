@@ -3,10 +3,11 @@
     python benchmarks/kernels.py --device cuda     # the same on a GPU, and GPTQ on blocks of Llama 3 8B's shape (gptq_blocks.py)
     python benchmarks/kernels.py --only gram,GPTQ
 
-Prints Markdown: bytes read and written, operations, time, what was reached, and which share of the limit that is. The limit of kernels that
-are bound by memory is a copy between two places that are in use already, that of matrix products at heart one product of as many operations
-in the dtype that they multiply: both measured by turns with the kernel, best of some rounds each, since a shared machine is noisy.
-Operations are what has to be computed; of kernels bound by memory about so many an element. The reference runs once.
+Prints Markdown: bytes read and written, operations, time, and what was reached of the two limits: bytes a second beside a copy between two
+places that are in use already, operations a second beside a matrix product in the dtype that is multiplied (else fp32), where a multiply-add
+counts as two. A kernel is bound by that of which it reaches more. All three are measured by turns, best of some rounds each, since a shared
+machine is noisy. Operations are what has to be computed; of kernels that are no products about so many an element, a division or a conversion
+counting as one. The reference runs once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from kompressor_worker.kernels import build  # noqa: E402
 from limits import Machine  # noqa: E402
 
 SECONDS = 1.0
-"""Rounds of kernel and yardstick go on for so long, or as many as are asked for."""
+"""Rounds of kernel and yardsticks go on for so long, or as many as are asked for."""
+PRODUCT = 2 * 1024**3
+"""Operations of a product beside a kernel that has fewer itself."""
 
 
 def tensors(result: Any) -> list[torch.Tensor]:
@@ -44,28 +47,29 @@ def measure(case: Case, machine: Machine, rounds: int) -> dict[str, Any]:
     result = case.work()  # compiled, and its memory known
     moved = case.read + (sum(t.nbytes for t in tensors(result)) if case.written is None else case.written)
     del result
-    product = case.limit != "copy"
-    yardstick, amount = machine.yardstick(case.limit, int(case.operations if product else moved / 2))
-    yardstick()
-    pairs: list[tuple[float, float]] = []
+    copy, copied = machine.yardstick("copy", moved // 2)
+    product, computed = machine.yardstick(case.dtype, max(PRODUCT, int(case.operations)))
+    copy(), product()
+    taken: list[tuple[float, ...]] = []
     began = time.monotonic()
-    while len(pairs) < rounds or time.monotonic() - began < SECONDS:
-        pairs.append((machine.seconds(case.work), machine.seconds(yardstick)))
-    seconds, limit = min(p[0] for p in pairs), amount / min(p[1] for p in pairs)
-    reached = (case.operations if product else moved) / seconds
-    eager_seconds = machine.seconds(case.reference) if case.reference else None
+    while len(taken) < rounds or time.monotonic() - began < SECONDS:
+        taken.append(tuple(machine.seconds(work) for work in (case.work, copy, product)))
+    seconds, copying, multiplying = map(min, zip(*taken, strict=True))
     return {
-        "kernel": case.name, "bytes": moved, "operations": case.operations, "seconds": seconds, "limit": case.limit, "reached": reached,
-        "ofLimit": reached / limit, "eagerSeconds": eager_seconds,
+        "kernel": case.name, "bytes": moved, "operations": case.operations, "seconds": seconds, "copy": copied / copying,
+        "product": computed / multiplying, "ofCopy": moved / seconds / (copied / copying),
+        "ofProduct": case.operations / seconds / (computed / multiplying),
+        "eagerSeconds": machine.seconds(case.reference) if case.reference else None,
     }  # fmt: skip
 
 
 def show(f: dict[str, Any]) -> str:
-    of = "a copy" if f["limit"] == "copy" else f"products in {f['limit']}"
-    unit = "GB/s" if f["limit"] == "copy" else "GFLOP/s"
-    slower = f"{f['eagerSeconds'] / f['seconds']:.1f}" if f["eagerSeconds"] else "-"
     amounts = f"{f['bytes'] / 1e6:.0f} | {f['operations'] / 1e9:.2f} | {f['seconds'] * 1e3:.1f}"
-    return f"| {f['kernel']} | {amounts} | {f['reached'] / 1e9:.1f} {unit} | {f['ofLimit']:.2f} of {of} | {slower} |"
+    reached = (
+        f"{f['bytes'] / f['seconds'] / 1e9:.1f} | {f['ofCopy']:.2f} | {f['operations'] / f['seconds'] / 1e9:.0f} | {f['ofProduct']:.2f}"
+    )
+    slower = f"{f['eagerSeconds'] / f['seconds']:.1f}" if f["eagerSeconds"] else "-"
+    return f"| {f['kernel']} | {amounts} | {reached} | {slower} |"
 
 
 def main() -> None:
@@ -84,7 +88,7 @@ def main() -> None:
     chosen, found = [part for part in options.only.split(",") if part], []
     which = "eager" if os.environ.get("KOMPRESSOR_KERNELS") == "eager" or build.library() is None else "compiled"
     print(f"{machine.name}; kernels {which}, torch {torch.__version__}\n")
-    print("| | MB | Gop | ms | reached | of the limit | eager / kernel |\n|---|---|---|---|---|---|---|")
+    print("| | MB | Gop | ms | GB/s | of a copy | Gop/s | of a product | eager / kernel |\n" + "|---" * 9 + "|")
     for case in cases(Shapes(), getattr(torch, options.dtype), machine.device):
         if not chosen or any(part in case.name for part in chosen):
             found.append(measure(case, machine, options.rounds))

@@ -44,10 +44,11 @@ def numbers(result: Any) -> torch.Tensor:
 @pytest.mark.parametrize("case", list(cases(TINY, torch.bfloat16, CPU)), ids=lambda case: case.name)
 def test_kernels_do_what_their_references_do(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "SECONDS", 0)
+    monkeypatch.setattr(benchmark, "PRODUCT", 2 * 64**3)
     figures = benchmark.measure(case, Machine(CPU), rounds=1)
     assert figures["bytes"] > case.read or case.name.startswith(("amax", "errors"))
-    product = case.limit != "copy"
-    assert figures["reached"] * figures["seconds"] == pytest.approx(figures["operations"] if product else figures["bytes"])
+    assert figures["ofCopy"] * figures["copy"] * figures["seconds"] == pytest.approx(figures["bytes"])
+    assert figures["ofProduct"] * figures["product"] * figures["seconds"] == pytest.approx(case.operations)
     assert f"| {case.name} |" in benchmark.show(figures)
     if case.reference is None:
         assert "384" in case.name
