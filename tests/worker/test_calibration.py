@@ -27,7 +27,7 @@ from kompressor_api.datasets import CalibrationSpec, DriftSpec, EvaluationSpec, 
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import SourceLocation
 from kompressor_worker.calibration import Rows, check_dataset, content_of, rank, read_rows
-from kompressor_worker.cli import refuse_file_uris
+from kompressor_worker.commands import refuse_file_uris
 from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, Terminated, UserError
 from kompressor_worker.job import Job, validate_spec
 from kompressor_worker.records import Document

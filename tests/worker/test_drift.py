@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kompressor_worker.drift import SiteDrift, compare, distance, status, summarise, warnings
+from kompressor_worker.drift import SiteDrift, compare, distance, summarise, warnings
+from kompressor_worker.results import drifted
 from kompressor_worker.statistics import Statistics, bf16_histogram, bin_values
 
 COLUMNS = 64
@@ -117,7 +118,7 @@ def test_the_worst_layers_are_named_first_and_blocks_carry_their_worst() -> None
     (line,) = warnings(drift)
     assert line.index("b1.qkv") < line.index("b5.qkv") and "b3.qkv" not in line and "and 1 more" in line
     worst = drift["sites"]["b1.qkv"]
-    assert status(drift) == {
+    assert drifted(drift) == {
         "distance": f"{worst['distance']:.4g}", "layer": "b1.qkv", "outside": f"{100 * worst['outside']:.3g}%", "layersAbove": 6
     }  # fmt: skip
     assert summarise(blocks, 1.0)["drifting"] != [], "what is clipped is drift, whatever the distance may be"

@@ -15,6 +15,7 @@ from kompressor_api.names import ENV_TERMINATION_LOG, ExitCode, Reason
 from kompressor_worker import gates
 from kompressor_worker.cli import failed
 from kompressor_worker.errors import GateFailed
+from kompressor_worker.logs import JsonFormatter
 
 PERPLEXITY = Gate.model_validate({"metric": "perplexity", "maxIncrease": "3%"})
 KL = Gate.model_validate({"metric": "kl", "maxKL": 0.05})
@@ -56,7 +57,7 @@ def test_one_line_names_metric_value_limit_and_remedy_of_all_that_failed() -> No
 
 
 def test_what_was_measured_goes_to_the_terminal_to_programs_and_to_the_operator(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (log := tmp_path / "termination-log").touch()
     monkeypatch.setenv(ENV_TERMINATION_LOG, str(log))
@@ -67,7 +68,10 @@ def test_what_was_measured_goes_to_the_terminal_to_programs_and_to_the_operator(
     }  # fmt: skip
     with pytest.raises(GateFailed) as caught:
         gates.enforce(verdicts, result, "s3://models/out/.kompressor/report.html")
-    assert failed(caught.value, Namespace(json=True, in_cluster=True)) == ExitCode.GATE_FAILED
+    assert failed(caught.value, Namespace(json=False, in_cluster=True)) == ExitCode.GATE_FAILED
+    logged = json.loads(JsonFormatter().format(caplog.records[-1]))
+    assert (logged["level"], logged["reason"], logged["exitCode"], logged["result"]) == ("error", "GateFailed", 67, result)
+    assert failed(caught.value, Namespace(json=True, in_cluster=False)) == ExitCode.GATE_FAILED
     printed, said = capfd.readouterr()
     assert json.loads(printed) == {"error": {"reason": "GateFailed", "message": str(caught.value), "exitCode": 67}, "result": result}
     told = json.loads(log.read_text())

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import jobs
-from kompressor_worker.cli import run_cli, show_result
+from kompressor_worker.cli import run_cli
+from kompressor_worker.commands import show_result
 from kompressor_worker.job import load_job
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.plan import make_plan

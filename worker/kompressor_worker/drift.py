@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -127,20 +127,6 @@ def warnings(drift: Drift) -> Sequence[str]:
         f"drift: {len(drifting)} of {len(sites)} inputs differ from calibration (distance above {drift['threshold']:g}, or values outside "
         f"the calibrated range): {named}{more}; calibrate with data that is nearer to deployment's",
     )
-
-
-def status(drift: Drift) -> dict[str, Any]:
-    """`status.result.drift`; empty where nothing was compared."""
-    sites = drift["sites"]
-    if not sites:
-        return {}
-    layer = max(sites, key=lambda name: sites[name]["distance"])
-    return {
-        "distance": f"{sites[layer]['distance']:.4g}",
-        "layer": layer,
-        "outside": f"{100 * max(found['outside'] for found in sites.values()):.3g}%",
-        "layersAbove": len(drift["drifting"]),
-    }
 
 
 def _badness(found: SiteDrift, threshold: float) -> float:

@@ -86,10 +86,22 @@ class FlowBytes:
     """Sums of x^T x, and their factors."""
     head: int
     """Last hidden states, and logits."""
+    restored: int = 0
+    """The largest stream of a snapshot, as a restart reads it."""
 
     @property
     def peak(self) -> int:
         return round(FRAGMENTED * self.activations) + max(self.block + self.step + self.statistics, self.head)
+
+    @property
+    def on_gpu(self) -> int:
+        """There, where nothing is spilled."""
+        return self.peak + round(FRAGMENTED * self.spilled)
+
+    @property
+    def beside_gpu(self) -> int:
+        """On the host then: a block on its way there and back, or a snapshot on its way there."""
+        return max(self.block, 2 * self.restored)
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,8 @@ def flow_bytes(
     flowing = size * (2 * tokens.streams * hidden + together * between)
     kept = min(flowing, limits.activations)
     head = tokens.evaluation * (2 * hidden * size + SCORED_BYTES) + 2 * limits.slice + 2 * TILE_BYTES if tokens.evaluation else 0
-    return FlowBytes(kept, flowing - kept, block, step, statistics, head)
+    restored = size * hidden * max(tokens.calibration, tokens.evaluation, tokens.drift)
+    return FlowBytes(kept, flowing - kept, block, step, statistics, head, restored)
 
 
 def batch_bytes(sites: Sequence[Site], length: int) -> int:

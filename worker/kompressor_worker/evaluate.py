@@ -13,7 +13,7 @@ out as little below zero, and is not clamped: the mean over tokens then has no b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -242,17 +242,6 @@ class Evaluation:
             "topOneAgreement": _digits(self._mean(self.agreement)),
             **self.notes,
         }
-
-
-def status(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """`Evaluation.summary()` as `status.result` has it."""
-    return {
-        "perplexityBefore": f"{summary['perplexityBefore']:.5g}",
-        "perplexityAfter": f"{summary['perplexityAfter']:.5g}",
-        "kl": f"{summary['kl']:.4g}",
-        "topOneAgreement": f"{100 * summary['topOneAgreement']:.4g}%",
-        "evaluatedTokens": summary["tokens"],
-    }
 
 
 def bootstrap_ratio(kl_a: Tensor | Sequence[float], kl_b: Tensor | Sequence[float], draws: int, seed: int) -> tuple[float, float, float]:

@@ -55,6 +55,8 @@ class State:
     """All units are committed; shards may be whole already."""
     devices: tuple[Span, ...] = ()
     """Who made which units; none: the fingerprint's device all of them."""
+    files: tuple[str, ...] = ()
+    """All that publishing writes, once it has begun."""
     job: str = ""
     """The uid of the CompressionJob whose work this is, so that cleaning up after another one leaves it; empty outside of a cluster."""
 
@@ -233,7 +235,7 @@ def decode(data: bytes, uri: str) -> State:
             )
         uploads = tuple(Upload(u["name"], u["id"], tuple(Part(**p) for p in u["parts"])) for u in raw.pop("uploads"))
         devices = tuple(Span(**span) for span in raw.pop("devices", ()))
-        state = State(uploads=uploads, devices=devices, **raw)
+        state = State(uploads=uploads, devices=devices, files=tuple(raw.pop("files", ())), **raw)
         if not (isinstance(state.fingerprint, dict) and type(state.unit) is int and state.unit >= 0):
             raise TypeError(f"fingerprint {state.fingerprint!r}, unit {state.unit!r}")
         return state

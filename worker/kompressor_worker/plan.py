@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kompressor_api.names import Reason
+from kompressor_api.pod import accelerators
 from kompressor_worker.estimate import FlowBytes, FlowOperations, flow_bytes, flow_operations
 from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_unusable_journal
@@ -16,7 +18,8 @@ from kompressor_worker.layout import ModelLayout
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.publish import already_published, refuse_without_room
 from kompressor_worker.reading import read_layout
-from kompressor_worker.run import assign, make_fingerprint
+from kompressor_worker.report_sections import duration, size
+from kompressor_worker.run import Summary, assign, judge_published, make_fingerprint
 from kompressor_worker.sample_warnings import size_warnings
 from kompressor_worker.samples import find_samples, flows, wanted_samples
 from kompressor_worker.schemes import Scheme
@@ -40,6 +43,19 @@ CORE_RATE = 30e9
 """Multiply-adds a second of one AVX-512 core in fp32, all that happens between the matrix products included."""
 GPU_RATE = 10e12
 """The same of a GPU: assumed, not measured."""
+GPU_IDLE_BYTES = 2 << 30
+"""Of the host's memory, a worker whose torch has opened a GPU: assumed, not measured."""
+GPU_CONTEXT_BYTES = 768 << 20
+"""Of the GPU's memory, what its driver and libraries hold beside the tensors: assumed, not measured."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the worst moment."""
+
+    host: int
+    gpu: int | None = None
+    """None where no GPU is asked for."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +63,22 @@ class Plan:
     layout: ModelLayout
     schemes: Mapping[str, Scheme]
     output: OutputPlan
-    peak_bytes: int
-    already: bool
+    memory: Memory
+    published: Mapping[str, Any] | None
+    """kompressor.json of the output, where it holds this result already."""
     flow: FlowBytes | None = None
     """Where activations flow: what they take."""
     operations: FlowOperations | None = None
-    gpu: bool = False
-    """Whether the worker asks for one."""
     warnings: tuple[str, ...] = ()
 
     @property
     def rate(self) -> float:
         """Multiply-adds a second."""
-        return GPU_RATE if self.gpu else CORE_RATE * cores()
+        return CORE_RATE * cores() if self.memory.gpu is None else GPU_RATE
 
     @property
     def seconds(self) -> int:
-        if self.already:
+        if self.published is not None:
             return 0
         products = self.operations.total / self.rate if self.operations else 0.0
         return (
@@ -80,12 +95,37 @@ class Plan:
             "shards": len(self.output.shards),
             "schemes": dict(Counter(s.name for s in self.schemes.values())),
             "exact": sum(1 for x in self.layout.linears() if x.name not in self.schemes),
-            "peakMemoryBytes": self.peak_bytes,
+            "peakMemoryBytes": self.memory.host,
+            **({} if self.memory.gpu is None else {"gpuMemoryBytes": self.memory.gpu}),
             "estimatedSeconds": self.seconds,
             **self._flow_as_json(),
-            "alreadyCompressed": self.already,
+            "alreadyCompressed": self.published is not None,
             "warnings": [*self.layout.warnings, *self.warnings],
         }
+
+    def status(self) -> dict[str, Any]:
+        """As `status.plan` has it."""
+        plan = {
+            "sourceBytes": self.layout.source_bytes,
+            "outputBytes": self.output.tensor_bytes,
+            "ratio": f"{self.layout.source_bytes / max(1, self.output.tensor_bytes):.2f}x",
+            "hostMemoryBytes": self.memory.host,
+            "gpuMemoryBytes": self.memory.gpu,
+            "seconds": self.seconds,
+            "units": len(self.layout.units),
+            "warnings": [*self.layout.warnings, *self.warnings],
+        }
+        return {name: value for name, value in plan.items() if value is not None}
+
+    def message(self, uri: str) -> dict[str, Any]:
+        """What the preflight's pod leaves in its termination message. `uri`: of the output."""
+        if self.published is not None:
+            result = Summary(self.published, 0, already=True).result(uri)
+            return {"reason": Reason.ALREADY_COMPRESSED, "message": f"{uri} already holds this result", "exitCode": 0, "summary": result}
+        status = self.status()
+        needs = size(self.memory.host) + ("" if self.memory.gpu is None else f" and {size(self.memory.gpu)} on the GPU")
+        says = f"writes {size(self.output.tensor_bytes)} ({status['ratio']} smaller), needs {needs}, takes about {duration(self.seconds)}"
+        return {"reason": Reason.VALID, "message": says, "exitCode": 0, "summary": status}
 
     def _flow_as_json(self) -> dict[str, Any]:
         if self.flow is None or self.operations is None:
@@ -102,27 +142,35 @@ class Plan:
         }
 
 
-def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None) -> Plan:
-    """Raises whatever `run` would raise before it reads a weight."""
-    stop = threading.Event()
+def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None, stop: threading.Event | None = None) -> Plan:
+    """Raises whatever `run` would raise before it reads a weight; Terminated once `stop` is set."""
+    stop = stop or threading.Event()
     source = open_source(job.spec.model.source, environ, stop)
     output = open_output(job.spec.output, environ, stop)
     layout, passes, schemes = assign(job.spec, read_layout(source))
     planned = plan_output(layout, schemes)
     data = find_samples(wanted_samples(job.spec, passes), ModelTokenizer(source), environ, stop)
     fingerprint = make_fingerprint(job.spec, layout, data)
-    already = already_published(output, fingerprint) is not None
-    if not already:
+    published = already_published(output, fingerprint)
+    if published is not None:
+        judge_published(job.spec, published, output.uri)
+    else:
         refuse_unusable_journal(output, fingerprint)
         refuse_without_room(output, planned)
     limits, flow, operations = limits or Limits(), None, None
-    peak = peak_memory(layout, planned, schemes, limits)
+    gpus = accelerators(job.spec.worker.model_dump(by_alias=True, exclude_none=True))
+    memory, warnings = Memory(peak_memory(layout, planned, schemes, limits)), size_warnings(data)
+    if gpus and not flows(job.spec, passes):
+        warnings = (*warnings, "the worker asks for a GPU that it will not use: no pass or evaluation lets activations flow; leave it out")
     if flows(job.spec, passes):
         flow = flow_bytes(job.spec, layout, passes, schemes, planned, limits)
         operations = flow_operations(job.spec, layout, passes, schemes)
-        peak = FLOW_IDLE_BYTES + SCRATCH_BYTES + flow.peak + ahead_and_behind(layout, planned, limits)
-    gpu = "nvidia.com/gpu" in str(job.spec.worker.resources)
-    return Plan(layout, schemes, planned, peak, already, flow, operations, gpu, size_warnings(data))
+        around = SCRATCH_BYTES + ahead_and_behind(layout, planned, limits)
+        if gpus:
+            memory = Memory(GPU_IDLE_BYTES + around + flow.beside_gpu, GPU_CONTEXT_BYTES + flow.on_gpu)
+        else:
+            memory = Memory(FLOW_IDLE_BYTES + around + flow.peak)
+    return Plan(layout, schemes, planned, memory, published, flow, operations, warnings)
 
 
 def ahead_and_behind(layout: ModelLayout, planned: OutputPlan, limits: Limits) -> int:

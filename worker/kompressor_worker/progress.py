@@ -10,6 +10,9 @@ from typing import Any
 
 from kompressor_worker.layout import ModelLayout
 
+PUBLISHING = "publishing"
+"""What the unit is called when all of them are done."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -20,6 +23,8 @@ class Snapshot:
     bytes_total: int
     bytes_per_second: float
     phase: str = "Compressing"
+    resumed_from: str | None = None
+    """The unit at which this worker went on; None if it began at the first."""
 
     @property
     def percent(self) -> int:
@@ -41,6 +46,7 @@ class Snapshot:
             "bytesTotal": self.bytes_total,
             "bytesPerSecond": round(self.bytes_per_second),
             "etaSeconds": self.eta_seconds,
+            "resumedFrom": self.resumed_from,  # null takes away what an earlier worker wrote
             "updatedAt": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
 
@@ -57,12 +63,15 @@ class Progress:
         self._layout: ModelLayout | None = None
         self._began = 0.0
         self._total = self._skipped = self._first = 0
+        self._resumed: str | None = None
 
     def start(self, layout: ModelLayout, first_unit: int) -> None:
         self._layout = layout
         self._began = self._clock()
         self._total = layout.source_bytes  # a sum over all tensors: once, not at every stage
         self._first = first_unit
+        if first_unit:
+            self._resumed = [*(unit.name for unit in layout.units), PUBLISHING][first_unit]
         self._skipped = sum(u.source_bytes for u in layout.units[:first_unit])
         if first_unit < len(layout.units):
             self.done(first_unit, self._skipped)
@@ -81,6 +90,7 @@ class Progress:
                 done,
                 self._total,
                 (done - self._skipped) / elapsed,
+                resumed_from=self._resumed,
             )
         )
 
@@ -88,7 +98,7 @@ class Progress:
         assert self._layout is not None
         total, units = self._total, len(self._layout.units)
         elapsed = max(1e-6, self._clock() - self._began)
-        self._tell(Snapshot("publishing", units, units, total, total, (total - self._skipped) / elapsed, "Publishing"))
+        self._tell(Snapshot(PUBLISHING, units, units, total, total, (total - self._skipped) / elapsed, "Publishing", self._resumed))
 
     def _tell(self, snapshot: Snapshot) -> None:
         for listener in self._listeners:

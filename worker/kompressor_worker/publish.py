@@ -38,7 +38,7 @@ QUANTIZATION = ("quantization_config", "compression_config")
 def publish(work: Work, source: Source, output: Output, journal: Journal, report: Mapping[str, Any]) -> None:
     """Completes the uploads, writes the small files, then config.json. Raises ClaimLost, StorageError, OutputOccupied."""
     if not journal.state.publishing:
-        journal.commit(replace(journal.state, publishing=True))
+        journal.commit(replace(journal.state, publishing=True, files=tuple(report["files"])))
     for upload in journal.state.uploads:
         try:
             output.complete(upload.name, upload.id, upload.parts)

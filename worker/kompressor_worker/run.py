@@ -26,6 +26,7 @@ from kompressor_worker.progress import Progress
 from kompressor_worker.publish import PAGE, REPORT, already_published, build_report, dumps, publish, refuse_without_room
 from kompressor_worker.reading import read_layout
 from kompressor_worker.report_html import render
+from kompressor_worker.results import measured_result
 from kompressor_worker.sample_warnings import shape_warnings, size_warnings
 from kompressor_worker.samples import FoundData, facts, find_samples, flows, unused_samples, wanted_samples
 from kompressor_worker.schemes import Scheme
@@ -84,9 +85,7 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
         log.info("%s already holds this result", output.uri)
         if output.read(JOURNAL) is not None:  # who published it was cut off before all was cleared away
             output.cleanup()
-        if job.spec.evaluation is not None:  # its gates may be stricter than those of the job that published it
-            verdicts = gates.check(job.spec.evaluation.gates, report["evaluation"])
-            gates.enforce(verdicts, measured_result(report), f"{output.uri}/{PAGE}", published=True)
+        judge_published(job.spec, report, output.uri)
         return Summary(report, time.monotonic() - began, already=True)
     refuse_without_room(output, plan)
     if not output.probe():
@@ -147,22 +146,12 @@ def measured(
     return {**found, "warnings": [*layout.warnings, *warnings]}
 
 
-def measured_result(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What evaluation, gates and drift say, as `status.result` has it."""
-    found: dict[str, Any] = {}
-    if evaluation := report.get("evaluation"):
-        from kompressor_worker import evaluate
-
-        found |= evaluate.status(evaluation)
-    if verdicts := report.get("gates"):
-        found["gates"] = gates.status(verdicts)
-    if compared := report.get("drift"):
-        from kompressor_worker import drift
-
-        found["drift"] = drift.status(compared)
-    if calibration := report.get("data", {}).get("calibration"):
-        found["calibrationDigest"] = calibration["digest"]
-    return found
+def judge_published(spec: CompressionJobSpec, report: Mapping[str, Any], uri: str) -> None:
+    """Holds a result that is there already to this job's gates, which may be stricter than those of the job that published it.
+    Raises GateFailed."""
+    if spec.evaluation is not None:
+        verdicts = gates.check(spec.evaluation.gates, report["evaluation"])
+        gates.enforce(verdicts, measured_result(report), f"{uri}/{PAGE}", published=True)
 
 
 def judge(spec: CompressionJobSpec, report: dict[str, Any], output: Output, journal: Journal) -> None:

@@ -55,7 +55,7 @@ class Lines:
             eta = f", {s.eta_seconds} s left" if s.eta_seconds else ""
             logging.getLogger("kompressor").info(
                 "%3d %%  %s  (%d of %d units, %s/s%s)",
-                s.percent, s.unit, s.units_done, s.units_total, human(s.bytes_per_second), eta,
+                s.percent, s.unit, s.units_done, s.units_total, human(s.bytes_per_second), eta, extra={"unit": s.unit},
             )  # fmt: skip
 
 

@@ -106,6 +106,9 @@ class Output(Protocol):
         """Writes the last object (config.json), if it does not exist, and with it makes the output visible: on a file system one rename
         of the staging folder (without WORK). Raises OutputOccupied when somebody else has published here."""
 
+    def unpublish(self, names: Sequence[str]) -> None:
+        """Deletes published objects, in any order; absent ones are fine."""
+
     def cleanup(self, keep: Sequence[str] = ()) -> None:
         """Removes all working objects but those in `keep`, and every upload that is not complete; the journal last, so that whoever
         finds none has nothing to clear away. Several may do it at once."""

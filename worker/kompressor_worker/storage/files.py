@@ -217,6 +217,16 @@ class FileOutput:
             pass
         raise OutputOccupied(f"{self.uri}: {self.target} holds something else; choose another output, or remove it")
 
+    def unpublish(self, names: Sequence[str]) -> None:
+        with self._reading("removing the result"):
+            for name in names:
+                path = self.target / name
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # until there is something else in a folder
+                    while path != self.target:
+                        path = path.parent
+                        path.rmdir()
+
     def cleanup(self, keep: Sequence[str] = ()) -> None:
         with self._writing("cleaning up"):
             self._staging.remove(keep)

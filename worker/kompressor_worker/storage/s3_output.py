@@ -144,6 +144,9 @@ class S3Output:
             if found is None or found[0] != data:
                 raise OutputOccupied(f"{self.uri}: somebody else has published {name} here; choose another output, or remove it") from None
 
+    def unpublish(self, names: Sequence[str]) -> None:
+        self.delete(names)
+
     def cleanup(self, keep: Sequence[str] = ()) -> None:
         for name, upload in self._uploads.leftovers():
             self._uploads.abort(name, upload)

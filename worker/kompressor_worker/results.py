@@ -1,0 +1,47 @@
+"""What evaluation, gates and drift found, as `status.result` has it: in values that a person reads. No torch: the planner says it too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kompressor_worker import gates
+
+
+def measured_result(report: Mapping[str, Any]) -> dict[str, Any]:
+    """From kompressor.json; nothing of what was not asked for."""
+    found: dict[str, Any] = {}
+    if evaluation := report.get("evaluation"):
+        found |= evaluated(evaluation)
+    if verdicts := report.get("gates"):
+        found["gates"] = gates.status(verdicts)
+    if compared := report.get("drift"):
+        found["drift"] = drifted(compared)
+    if calibration := report.get("data", {}).get("calibration"):
+        found["calibrationDigest"] = calibration["digest"]
+    return found
+
+
+def evaluated(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """From `Evaluation.summary()`."""
+    return {
+        "perplexityBefore": f"{summary['perplexityBefore']:.5g}",
+        "perplexityAfter": f"{summary['perplexityAfter']:.5g}",
+        "kl": f"{summary['kl']:.4g}",
+        "topOneAgreement": f"{100 * summary['topOneAgreement']:.4g}%",
+        "evaluatedTokens": summary["tokens"],
+    }
+
+
+def drifted(drift: Mapping[str, Any]) -> dict[str, Any]:
+    """From `drift.summarise`; empty where nothing was compared."""
+    sites = drift["sites"]
+    if not sites:
+        return {}
+    layer = max(sites, key=lambda name: sites[name]["distance"])
+    return {
+        "distance": f"{sites[layer]['distance']:.4g}",
+        "layer": layer,
+        "outside": f"{100 * max(found['outside'] for found in sites.values()):.3g}%",
+        "layersAbove": len(drift["drifting"]),
+    }
