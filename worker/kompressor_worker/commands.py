@@ -63,6 +63,8 @@ def plan_command(args: argparse.Namespace) -> int:
     found = make_plan(job, os.environ, memory_plan(), stop)
     plan = found.as_json()
     if args.in_cluster:
+        for warning in plan["warnings"]:
+            log.warning("%s", warning)
         report(found.message(job.spec.output.uri))
     if args.json:
         print(json.dumps(plan, indent=2))

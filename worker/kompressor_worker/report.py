@@ -103,12 +103,12 @@ def write_termination_message(message: Mapping[str, Any], environ: Mapping[str, 
     if not path.exists():
         return
     text = json.dumps(message)
-    if len(text.encode()) > TERMINATION_BYTES:
-        shorter = dict(message)
-        if summary := shorter.get("summary"):
-            shorter["summary"] = {k: v for k, v in summary.items() if k != "warnings"}
-        shorter["message"] = str(message.get("message", ""))[:1500]
-        text = json.dumps(shorter)
+    if len(text) > TERMINATION_BYTES:
+        shorter = {**message, "message": str(message.get("message", ""))[:1500]}
+        warnings = list((message.get("summary") or {}).get("warnings") or ())
+        while len(text := json.dumps(shorter)) > TERMINATION_BYTES and warnings:
+            warnings.pop()  # kompressor.json has all of them
+            shorter["summary"] = {**message["summary"], "warnings": list(warnings)}
     try:
         path.write_text(text)
     except OSError as error:
