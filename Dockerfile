@@ -1,7 +1,7 @@
-# Two images:   docker build --target operator .   docker build --target worker .
+# Three images:   docker build --target operator .   docker build --target planner .   docker build --target worker .
 #
 # BASE needs Python 3.11 or newer with venv; CUDA_BASE needs apt. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL,
-# PIP_CERT) may be given as build arguments, or a pip.conf mounted over /etc/pip.conf. `make image-check` builds and starts both.
+# PIP_CERT) may be given as build arguments, or a pip.conf mounted over /etc/pip.conf. `make image-check` builds and starts them.
 ARG BASE=python:3.11-slim-bookworm
 # -base, not -runtime: torch's wheels bring the CUDA libraries that they were built with
 ARG CUDA_BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
@@ -32,6 +32,33 @@ ENV PATH=/opt/kompressor/bin:/usr/local/bin:/usr/bin:/bin \
 USER 65532:65532
 EXPOSE 8080
 ENTRYPOINT ["kompressor-operator"]
+
+FROM ${BASE} AS planner-build
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_CERT
+RUN python3 -m venv /opt/kompressor
+COPY locks/planner.lock /src/locks/
+RUN /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check -r /src/locks/planner.lock
+COPY pyproject.toml /src/
+COPY crds /src/crds
+COPY worker /src/worker
+RUN mkdir /src/operator && touch /src/README.md \
+ && /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps /src \
+ && rm /opt/kompressor/bin/kompressor-operator \
+ && /opt/kompressor/bin/pip uninstall --quiet --yes setuptools pip
+
+# the worker's code without what computes: for `kompressor plan` and `kompressor clean` in a cluster
+FROM ${BASE} AS planner
+LABEL org.opencontainers.image.title="kompressor planner"
+COPY --from=planner-build /opt/kompressor /opt/kompressor
+RUN echo "kompressor:x:65532:65532:kompressor:/nonexistent:/usr/sbin/nologin" >> /etc/passwd
+ENV PATH=/opt/kompressor/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp
+USER 65532:65532
+ENTRYPOINT ["kompressor"]
 
 FROM ${CUDA_BASE} AS worker
 ARG PIP_INDEX_URL

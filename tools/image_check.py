@@ -1,7 +1,7 @@
 """Builds the images with buildah, over a Debian made by debootstrap, and starts them: no container engine, no registry.
 
-    python tools/image_check.py                     both images; the worker's CUDA libraries take several GB and some minutes
-    python tools/image_check.py --only operator     a minute
+    python tools/image_check.py                     all three; the worker's CUDA libraries take several GB and some minutes
+    python tools/image_check.py --only operator     a minute; planner likewise
 
 Starts what is built as a kubelet would: the image's own user, environment and entry, a read-only root, a writable /tmp.
 Needs root; installs buildah and debootstrap with apt-get where they are missing. The base is kept in the cache folder.
@@ -94,13 +94,13 @@ class Image:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the images with buildah, start them, check what they are.")
-    parser.add_argument("--only", choices=["operator", "worker"], help="one of the two; the worker's takes several GB and minutes")
+    parser.add_argument("--only", choices=list(CHECKS), help="one of the three; the worker's takes several GB and minutes")
     parser.add_argument("--keep", action="store_true", help="leave the images in the cache folder's store (buildah --root ...)")
     options = parser.parse_args()
     try:
         install_tools()
         make_base()
-        for target, check in (("operator", check_operator), ("worker", check_worker)):
+        for target, check in CHECKS.items():
             if options.only not in (None, target):
                 continue
             with step(f"building the {target}'s image"):
@@ -190,9 +190,7 @@ def scratch_folder() -> Iterator[Path]:
 def check_operator(image: Image, scratch: Path) -> None:
     """Serves its liveness probe while no API server is there, ends on SIGTERM, has neither torch nor the worker, is not root."""
     check_user(image, scratch)
-    for module in ("torch", "kompressor_worker", "boto3", "pip"):
-        found = image.run("python3", "-c", f"import importlib.util as u; print(u.find_spec({module!r}) is not None)", scratch=scratch)
-        expect(found == "False", f"{image.name} has {module}, which it must not have")
+    check_lacks(image, scratch, "torch", "kompressor_worker", "boto3", "pip")
     health, nobody = free_ports(2)
     cluster = {"clusters": [{"name": "c", "cluster": {"server": f"https://127.0.0.1:{nobody}"}}], "current-context": "c"}
     cluster |= {"contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}], "users": [{"name": "u", "user": {"token": "t"}}]}
@@ -206,6 +204,38 @@ def check_operator(image: Image, scratch: Path) -> None:
         output, _ = process.communicate(timeout=20)
     expect(process.returncode == 0, f"the operator ended with {process.returncode} on SIGTERM:\n{output}")
     print(f"    the operator answers its liveness probe after {seconds:.1f} s, as user {image.user}, {size(image)}", flush=True)
+
+
+def check_planner(image: Image, scratch: Path) -> None:
+    """Plans a job and cleans up after none, as a pod of the preflight does; has neither torch nor the operator, is not root."""
+    check_user(image, scratch)
+    check_lacks(image, scratch, "torch", "transformers", "kubernetes", "rich", "kompressor_operator", "pip")
+    write_checkpoint(scratch / "source")
+    source, output = {"uri": "file:///tmp/source"}, {"uri": "file:///tmp/out"}
+    spec = {"model": {"source": source}, "output": output, "passes": [{"rtn": {"scheme": "W4A16", "groupSize": 32}}]}
+    job = {"apiVersion": "kompressor.io/v1alpha1", "kind": "CompressionJob", "metadata": {"name": "j"}, "spec": spec}
+    (scratch / "job.json").write_text(json.dumps(job))
+    began = time.monotonic()
+    plan = json.loads(image.run(*image.entry, "plan", "/tmp/job.json", "--json", scratch=scratch))
+    seconds = time.monotonic() - began
+    expect(plan["schemes"] == {"W4A16": 1} and plan["outputBytes"] < plan["sourceBytes"], f"{image.name} plans {plan}")
+    image.run(*image.entry, "clean", "/tmp/out", scratch=scratch)
+    print(f"    the planner answers after {seconds:.1f} s, as user {image.user}, {size(image)}", flush=True)
+
+
+def write_checkpoint(folder: Path) -> None:
+    """A linear of zeros, as safetensors."""
+    folder.mkdir()
+    shape, size = [256, 256], 256 * 256 * 2
+    header = json.dumps({"model.layers.0.mlp.up_proj.weight": {"dtype": "BF16", "shape": shape, "data_offsets": [0, size]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    (folder / "config.json").write_text(json.dumps({"model_type": "check", "hidden_size": 256, "num_hidden_layers": 1, "vocab_size": 8}))
+
+
+def check_lacks(image: Image, scratch: Path, *modules: str) -> None:
+    for module in modules:
+        found = image.run("python3", "-c", f"import importlib.util as u; print(u.find_spec({module!r}) is not None)", scratch=scratch)
+        expect(found == "False", f"{image.name} has {module}, which it must not have")
 
 
 def check_worker(image: Image, scratch: Path) -> None:
@@ -282,6 +312,9 @@ def _answers(url: str, process: subprocess.Popen[str]) -> float:
             time.sleep(0.2)
     process.terminate()
     raise CheckError(f"{url} does not answer:\n{process.communicate(timeout=20)[0]}")
+
+
+CHECKS = {"operator": check_operator, "planner": check_planner, "worker": check_worker}
 
 
 if __name__ == "__main__":

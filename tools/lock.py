@@ -14,6 +14,7 @@ LOCKS = ROOT / "locks"
 TARGETS: dict[str, list[str]] = {
     "dev": ["--all-extras", "pyproject.toml"],
     "operator": ["--constraint", "locks/dev.lock", "--extra", "operator", "pyproject.toml"],  # what is tested is what is shipped
+    "planner": ["--constraint", "locks/dev.lock", "--extra", "planner", "pyproject.toml"],
     "worker": ["--constraint", "locks/dev.lock", "--extra", "worker", "pyproject.toml"],
     "vllm": ["--override", "locks/vllm-overrides.txt", "locks/vllm.in"],
     "peer": ["locks/peer.in"],
