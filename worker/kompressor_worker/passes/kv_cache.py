@@ -75,7 +75,8 @@ class KvCache(Pass):
         added = []
         for output in output_projections(stage):
             shape = (1,) if self.params.strategy == "tensor" else (kv_heads(output, layout), 1, 1)
-            added += [SourceTensor(scale_name(output, kind), output.dtype, shape, (), "made") for kind in KINDS]
+            # in fp32: two of bf16 would leave what comes after them in the file, W4A16's int64 shapes, unaligned
+            added += [SourceTensor(scale_name(output, kind), "F32", shape, (), "made") for kind in KINDS]
         if twice := [t.name for t in added if t.name in there]:
             raise UserError(f"{twice[0]}: the layer has this scale already; use kvCache once")
         return replace(stage, tensors=(*stage.tensors, *added))
@@ -124,9 +125,9 @@ def kv_heads(output: LinearLayout, layout: ModelLayout) -> int:
 
 
 def scale_of(seen: KvStatistics, strategy: Literal["tensor", "head"], dtype: torch.dtype) -> torch.Tensor:
-    """[1] or [KV heads, 1, 1], on the CPU, in `dtype`: largest magnitude / 448 in fp32, then rounded; never 0."""
+    """[1] or [KV heads, 1, 1], fp32 on the CPU: largest magnitude / 448, rounded to `dtype`, in which loaders may hold it; never 0."""
     from kompressor_worker import grid
 
     largest = seen.largest.cpu()
     largest = largest.amax().reshape(1) if strategy == "tensor" else largest.reshape(-1, 1, 1)
-    return grid.grid_of_range(-largest, largest, SCHEMES["FP8"], dtype).scale.to(dtype)
+    return grid.grid_of_range(-largest, largest, SCHEMES["FP8"], dtype).scale
