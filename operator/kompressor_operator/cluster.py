@@ -84,6 +84,10 @@ class Cluster:
         """When the API server last answered anything at all."""
         self.requests: Counter[tuple[str, str, int]] = Counter()
         """(verb, kind, status code; 0 for no answer) -> requests made."""
+        self.timed: Callable[[str, float], None] = lambda verb, seconds: None
+        """Told the verb and the seconds of every request."""
+        self.may_write: Callable[[], bool] = lambda: True
+        """Asked before every request that changes something but the Lease: whoever has lost the lead changes nothing any more."""
 
     @classmethod
     async def connect(cls, request_seconds: float, pool: int, clock: Callable[[], float] = time.monotonic) -> Self:
@@ -179,6 +183,9 @@ class Cluster:
 
     async def _request(self, verb: str, kind: str, url: str, doing: str, body: Manifest | None = None) -> Manifest:
         method = "GET" if verb == "LIST" else verb
+        if method != "GET" and kind != "Lease" and not self.may_write():
+            raise ApiError(doing, 0, "NotLeading", "another operator may lead by now")
+        began = self._clock()
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if method == "PATCH":
             headers["Content-Type"] = "application/merge-patch+json"
@@ -189,14 +196,18 @@ class Cluster:
             )
             text = await answer.read()
         except (TimeoutError, OSError, aiohttp.ClientError) as error:
-            self.requests[verb, kind, 0] += 1
+            self._count(verb, kind, 0, began)
             raise ApiError(doing, 0, type(error).__name__, str(error) or "no answer") from error
         self.answered = self._clock()
-        self.requests[verb, kind, answer.status] += 1
+        self._count(verb, kind, answer.status, began)
         if answer.status >= 400:
             raise _error(doing, answer.status, text, answer.getheader("Retry-After"))
         parsed: Manifest = json.loads(text)
         return parsed
+
+    def _count(self, verb: str, kind: str, code: int, began: float) -> None:
+        self.requests[verb, kind, code] += 1
+        self.timed(verb, self._clock() - began)
 
 
 _GERUNDS = {"GET": "reading", "POST": "creating", "PATCH": "patching", "PUT": "replacing", "DELETE": "deleting"}

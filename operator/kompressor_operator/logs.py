@@ -7,9 +7,12 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+FIELDS = ("namespace", "job", "uid", "reason", "attempt")
+"""What a line is about, each as a field of its own."""
+
 
 class JsonFormatter(logging.Formatter):
-    """time, level, logger, message; detail and exception where there are any."""
+    """time, level, logger, message; what it is about, detail and exception where there are any."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -18,6 +21,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        entry |= {name: value for name in FIELDS if (value := getattr(record, name, None)) is not None}
         if detail := getattr(record, "detail", None):
             entry["detail"] = str(detail)
         if record.exc_info:

@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -24,6 +26,8 @@ from kompressor_api import names
 from kompressor_operator import logs
 from kompressor_operator.cluster import Cluster
 from kompressor_operator.health import Health, Watchdog, serve_probes
+from kompressor_operator.leader import Leader, LeaseLost
+from kompressor_operator.metrics import Metrics, Moment
 from kompressor_operator.observed import Key, Manifest
 from kompressor_operator.reconcile import Reconciler, utc_now
 from kompressor_operator.relist import Relister
@@ -131,12 +135,24 @@ def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
 
 
 async def serve(settings: Settings, stop: asyncio.Event, clock: Callable[[], datetime] = utc_now) -> None:
-    """Probes, first list, queue, watches; until `stop` is set. Then the other way round. `clock` is what jobs are judged by."""
+    """Probes, Lease, first list, queue, watches; until `stop` is set. Then the other way round. `clock` is what jobs are judged by.
+
+    Raises LeaseLost if another may lead.
+    """
+    metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
         store, dog = Store(), Watchdog(settings.stale_seconds)
         cluster = await stack.enter_async_context(await Cluster.connect(settings.request_seconds, pool=settings.concurrency * 3))
-        reconciler = Reconciler(cluster, store, settings, known_passes(), clock, tries=lambda key: queue.tries(key))
-        queue = WorkQueue(reconciler.reconcile, initial=settings.backoff_initial_seconds, maximum=settings.backoff_maximum_seconds)
+        cluster.timed = metrics.requested
+        leader = leader_of(settings, cluster)
+        reconciler = Reconciler(cluster, store, settings, known_passes(), clock, tries=lambda key: queue.tries(key), metrics=metrics)
+        queue = WorkQueue(
+            reconciler.reconcile,
+            initial=settings.backoff_initial_seconds,
+            maximum=settings.backoff_maximum_seconds,
+            waited=metrics.waited,
+            looked=metrics.looked,
+        )
         relister = Relister(cluster, store, queue.add, settings.namespaces, settings.relist_seconds, settings.stale_seconds / 4)
 
         def problem() -> str:
@@ -150,17 +166,31 @@ async def serve(settings: Settings, stop: asyncio.Event, clock: Callable[[], dat
             owed = dog.overdue(store.unproven, cluster.answered)
             return f"the watch of {owed[0]} does not deliver {'/'.join(owed[1])}" if owed else ""
 
-        health = Health(problem)
+        def leading() -> bool:
+            return leader is None or leader.leading
+
+        async def finish() -> None:
+            await queue.stop(settings.shutdown_seconds if leading() else 0)
+
+        metrics.add(
+            Moment(lambda: queue.depth, store.tally, cluster.requests, leading, lambda: dog.longest(store.unproven, cluster.answered))
+        )
+        cluster.may_write = leading
+        health = Health(problem, standby=leader is not None, exposition=metrics.exposition)
         runner, port = await serve_probes(health, settings.health_host, settings.health_port)
         stack.push_async_callback(runner.cleanup)
         log.info("probes on port %d", port)
+        lag = asyncio.create_task(metrics.measure_lag(), name="lag")
+        stack.callback(lag.cancel)
+        if leader is not None and not await _unless(stop, lead(leader, stack, stop)):
+            return
         if not await _unless(stop, relister.first()):
             return
         queue.start(settings.concurrency)
-        stack.push_async_callback(queue.stop, settings.shutdown_seconds)
+        stack.push_async_callback(finish)
         timer = asyncio.create_task(relister.forever(), name="relist")
         stack.callback(timer.cancel)
-        health.ready = True
+        health.ready, health.standby = True, False
         log.info("watching %s", ", ".join(settings.namespaces) or "all namespaces")
         await watch_until(stop, settings, lambda: registry_for(store, queue, cluster))
         health.ready = False
@@ -168,6 +198,29 @@ async def serve(settings: Settings, stop: asyncio.Event, clock: Callable[[], dat
         for (verb, kind, _), count in sorted(cluster.requests.items()):
             made[f"{verb} {kind}"] += count
         log.info("stopping", extra={"detail": json.dumps(made)})
+
+
+def leader_of(settings: Settings, cluster: Cluster) -> Leader | None:
+    """A candidate with a name of its own, if there is a Lease to agree by."""
+    if not settings.lease_namespace:
+        return None
+    identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+    return Leader(cluster, settings.lease_namespace, settings.lease_name, identity)
+
+
+async def lead(leader: Leader, stack: contextlib.AsyncExitStack, stop: asyncio.Event) -> None:
+    """Returns once the Lease is ours. Losing it stops everything, and leaves `stack` as LeaseLost; a stop in order lets it go."""
+    await leader.acquire()
+    holding = asyncio.create_task(leader.hold(), name="lease")
+
+    async def let_go() -> None:
+        if holding.done():
+            holding.result()
+        holding.cancel()
+        await leader.release()
+
+    stack.push_async_callback(let_go)
+    holding.add_done_callback(lambda _: stop.set())
 
 
 async def watch_until(stop: asyncio.Event, settings: Settings, registry: Callable[[], kopf.OperatorRegistry]) -> None:
@@ -209,10 +262,14 @@ async def _run(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Console entry. Exits 1 if a setting is unusable."""
+    """Console entry. Exits 1 if a setting is unusable, or another operator may lead."""
     try:
         settings = Settings.from_env(os.environ)
     except SettingError as error:
         sys.exit(f"kompressor-operator: {error}")
     logs.configure(settings.log_level)
-    asyncio.run(_run(settings))
+    try:
+        asyncio.run(_run(settings))
+    except LeaseLost as error:
+        log.error("%s; ending, to stand by again", error)
+        sys.exit(1)

@@ -13,6 +13,7 @@ from typing import Any
 
 from kompressor_api import names
 from kompressor_api.names import Condition, Step
+from kompressor_api.pod import accelerators
 from kompressor_api.v1alpha1 import RetrySpec
 
 Manifest = dict[str, Any]
@@ -100,6 +101,8 @@ class ChildJob:
     """When the Job controller started it, or started it again after a suspension; None if it never did."""
     image: str = ""
     """Of the worker's container."""
+    gpus: int = 0
+    """That the worker's container asks for."""
     queue: str = ""
     """Kueue's queue that admits it."""
     deleting: bool = False
@@ -132,7 +135,8 @@ class ChildJob:
             created=moment(meta.get("creationTimestamp")),
             step=step_of(labels),
             started=moment(status["startTime"]) if status.get("startTime") else None,
-            image=_image(spec),
+            image=sys.intern(str(_worker(spec).get("image", ""))),  # one text for all that have the same: there are tens of thousands
+            gpus=accelerators(_worker(spec)),
             queue=labels.get(names.QUEUE_LABEL, ""),
             deleting="deletionTimestamp" in meta,
             suspended=bool(spec.get("suspend")),
@@ -306,10 +310,10 @@ def number(text: str | None, default: int) -> int:
     return int(text) if text and text.isascii() and text.isdigit() else default
 
 
-def _image(spec: Mapping[str, Any]) -> str:
-    """One text for all that have the same: there are tens of thousands."""
+def _worker(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The worker's container in a Job's template; empty if a stranger's Job has none."""
     containers = ((spec.get("template") or {}).get("spec") or {}).get("containers") or ()
-    return sys.intern(next((str(c.get("image", "")) for c in containers if c.get("name") == names.WORKER_CONTAINER), ""))
+    return next((c for c in containers if c.get("name") == names.WORKER_CONTAINER), {})
 
 
 def _terminated(state: Mapping[str, Any] | None) -> Terminated | None:

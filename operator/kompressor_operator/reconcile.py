@@ -12,10 +12,12 @@ from datetime import UTC, datetime
 
 from kompressor_api import names
 from kompressor_operator import manifests
+from kompressor_operator.cleanup import given_up
 from kompressor_operator.cluster import ApiError, Cluster
 from kompressor_operator.conditions import Event, Verdict, events, generation_patch, status_patch
 from kompressor_operator.decide import Decision, Involved, Policy, View, decide
 from kompressor_operator.manifests import Attempt
+from kompressor_operator.metrics import Metrics
 from kompressor_operator.observed import (
     ChildJob,
     ChildPod,
@@ -28,9 +30,10 @@ from kompressor_operator.observed import (
 )
 from kompressor_operator.policies import POLICIES
 from kompressor_operator.recipes import fetch
-from kompressor_operator.refusals import Refusal, conflict, refusal
+from kompressor_operator.refusals import NAMESPACE_GOES, Refusal, conflict, refusal
 from kompressor_operator.settings import Settings
 from kompressor_operator.store import Store, observe
+from kompressor_operator.usage import with_usage
 from kompressor_operator.validation import PassParameters
 from kompressor_operator.work import RetryLater
 
@@ -38,6 +41,8 @@ log = logging.getLogger(__name__)
 
 LOOKS = 6
 """Times that one reconcile may ask for more before it decides: each of confirm, look, finalizer and resolve once, and one to spare."""
+CREATION_TRIES = 8
+"""Tries after which a clean-up Job that is refused is given up: about half a minute, so that nothing hangs for a full quota."""
 EVENT_LIMIT = 1024
 """Bytes that the API server takes in an event's message."""
 
@@ -68,6 +73,7 @@ class Reconciler:
     policies: Sequence[Policy] = POLICIES
     tries: Callable[[Key], int] = field(default=lambda key: 0)
     """How often this key has failed since its last success."""
+    metrics: Metrics = field(default_factory=Metrics)
 
     async def reconcile(self, key: Key) -> float | None:
         """Make the world as the spec wants it, one step, and say so. Returns seconds after which to look again, if at all.
@@ -80,7 +86,7 @@ class Reconciler:
         try:
             return await self._step(job)
         except ApiError as error:
-            if error.status == 404 or "is being terminated" in error.message:
+            if error.status == 404 or NAMESPACE_GOES in error.message:
                 raise RetryLater(f"{error}; it is probably being deleted", 1.0) from error
             raise RetryLater(str(error), error.retry_after) from error
 
@@ -117,21 +123,31 @@ class Reconciler:
         return view
 
     async def _conclude(self, view: View, decision: Decision) -> float | None:
-        refused = await self._act(view, decision)
+        try:
+            refused = await self._act(view, decision)
+        except ApiError as error:
+            if not (view.job.deleting and decision.create and NAMESPACE_GOES in error.message):
+                raise
+            decision, refused = given_up(view, error.message), None  # no Job can be made there ever again
+        if refused and view.job.deleting and view.tries >= CREATION_TRIES:
+            decision, refused = given_up(view, refused.message), None
         if refused:
             await self._refuse(view, refused)
             return None
         if decision.verdict is not None:
-            await self._tell(view.job, decision.verdict)
+            await self._tell(view.job, with_usage(view, decision.verdict))
         elif decision.keep_generation:
             await self._write(view.job, generation_patch(view.job))
         if decision.finalizer is False:
             await self._release(view.job)
+            self.metrics.cleaned(decision.event)
         if decision.event:
             await self._emit(view.job, decision.event)
         return decision.again_after
 
     async def _refuse(self, view: View, refused: Refusal) -> None:
+        if view.job.deleting:  # its status tells how it ended, not what becomes of its output
+            raise RetryLater(refused.message)
         await self._tell(view.job, refused.verdict(self.clock()))
         if not refused.final:
             raise RetryLater(refused.message)
@@ -233,6 +249,7 @@ class Reconciler:
     async def _tell(self, job: CompressionJob, verdict: Verdict) -> None:
         """Write the status if it says something new, and only then tell it as an event."""
         if await self._write(job, status_patch(job, verdict, self.clock())):
+            self.metrics.told(job, verdict)
             for event in events(job, verdict):
                 await self._emit(job, event)
 
@@ -244,7 +261,9 @@ class Reconciler:
         self.store.put_resource(await self.cluster.patch(names.KIND, job.namespace, job.name, body, status=True))
         if "conditions" in patch:
             said = patch["conditions"][0]
-            log.info("%s/%s: %s", job.namespace, job.name, said["reason"], extra={"detail": said["message"]})
+            about = {"namespace": job.namespace, "job": job.name, "uid": job.uid, "reason": said["reason"]}
+            attempt = patch.get("attempt") or job.status.get("attempt")
+            log.info("%s/%s: %s", job.namespace, job.name, said["reason"], extra={**about, "attempt": attempt, "detail": said["message"]})
         return True
 
     async def _emit(self, job: CompressionJob, event: Event) -> None:
@@ -275,4 +294,5 @@ class Reconciler:
         try:
             await self.cluster.create(body)
         except ApiError as error:
-            log.warning("event lost: %s", error)
+            about = {"namespace": job.namespace, "job": job.name, "uid": job.uid, "reason": event.reason}
+            log.warning("event lost: %s", error, extra={**about, "detail": event.message})

@@ -9,6 +9,9 @@ from kompressor_api.names import Reason
 from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.observed import stamp
 
+NAMESPACE_GOES = "is being terminated"
+"""In the message of whatever is refused because its namespace is being deleted."""
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -28,7 +31,7 @@ class Refusal:
 def refusal(kind: str, name: str, status: int, message: str) -> Refusal | None:
     """Judge a failed creation. None: trouble that may pass by itself, such as a busy server, so just try again."""
     said = f"{kind} {name}: {message}"
-    if "is being terminated" in message:
+    if NAMESPACE_GOES in message:
         return None  # the namespace goes away, and the CompressionJob with it
     if status == 403 and "exceeded quota" in message:
         remedy = "ask for less in spec.worker.resources, end other jobs, or raise the ResourceQuota"

@@ -58,8 +58,17 @@ class Relister:
         self.store.list_pods(pods, version)
         resources, version = await self._all(names.KIND, Packed.pack)
         self.store.list_resources(resources, version)
+        self.store.kueue = await self._has_kueue()
         for key in self.store.keys:
             self.enqueue(key)
+
+    async def _has_kueue(self) -> bool | None:
+        """For a hint only, so nothing fails without the answer."""
+        try:
+            return await self.cluster.has_group(names.QUEUE_GROUP)
+        except ApiError as error:
+            log.info("looking for Kueue, %s", error)
+            return self.store.kueue
 
     async def _try(self) -> bool:
         self.attempted = self.clock()

@@ -85,7 +85,7 @@ class Settings:
     """Address of the probes. Default: all, since the kubelet calls from outside the pod."""
 
     health_port: int = 8080
-    """Port of /healthz and /readyz. Default 8080; 0 picks a free one."""
+    """Port of /healthz, /readyz and /metrics. Default 8080; 0 picks a free one."""
 
     stale_seconds: float = 120.0
     """/healthz fails when a watch has not delivered, for this long, what a list has shown; or the relist task is this late. Default 120."""

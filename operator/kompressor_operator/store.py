@@ -7,6 +7,8 @@ Three sources feed it: watch events, full lists, and the answers to our own writ
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -38,6 +40,9 @@ class Packed:
     uid: str
     resource_version: str
     text: str
+    phase: str = ""
+    reason: str = ""
+    """Of Ready: what there is to count, without unpacking it."""
 
     @classmethod
     def pack(cls, body: Mapping[str, Any]) -> Packed:
@@ -45,7 +50,8 @@ class Packed:
         kept = {k: meta[k] for k in _KEPT if k in meta}
         rest = {name: value for name, value in body.items() if name not in _LEFT_OUT}
         text = json.dumps({**rest, "metadata": kept, "spec": body.get("spec") or {}, "status": body.get("status") or {}})
-        return cls(meta["namespace"], meta["name"], meta["uid"], meta.get("resourceVersion", ""), text)
+        phase, reason = _said(body.get("status") or {})
+        return cls(meta["namespace"], meta["name"], meta["uid"], meta.get("resourceVersion", ""), text, phase, reason)
 
     def unpack(self) -> CompressionJob:
         return CompressionJob.parse(json.loads(self.text))
@@ -188,6 +194,10 @@ class Store:
     def keys(self) -> list[Key]:
         return list(self.resources.records)
 
+    def tally(self) -> Counter[tuple[str, str]]:
+        """(phase, reason) -> CompressionJobs."""
+        return Counter((packed.phase, packed.reason) for packed in self.resources)
+
     @property
     def unproven(self) -> frozenset[tuple[str, Key, int]]:
         shelves: dict[str, Shelf[Any]] = {"resources": self.resources, "jobs": self.jobs, "pods": self.pods}
@@ -225,6 +235,12 @@ def observe(jobs: Iterable[ChildJob], pods: Iterable[ChildPod], live: bool = Fal
         step_pods=tuple(pod for pod in by_creation if pod.step is not Step.COMPRESS),
         live=live,
     )
+
+
+def _said(status: Mapping[str, Any]) -> tuple[str, str]:
+    """Phase and reason; one text for all that have the same."""
+    reason = next((c.get("reason") for c in status.get("conditions") or () if c.get("type") == "Ready"), "")
+    return sys.intern(str(status.get("phase") or "")), sys.intern(str(reason or ""))
 
 
 def _by_owner(shelf: Shelf[Any]) -> dict[str, set[Key]]:

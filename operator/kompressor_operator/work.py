@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -34,11 +35,14 @@ class WorkQueue:
         initial: float,
         maximum: float,
         jitter: Callable[[], float] = random.random,
+        waited: Callable[[float], None] = lambda seconds: None,
+        looked: Callable[[str, float], None] = lambda outcome, seconds: None,
     ) -> None:
         self._handle = handle
+        self._waited, self._looked = waited, looked
         self._initial, self._maximum, self._jitter = initial, maximum, jitter
         self._ready: deque[Key] = deque()
-        self._waiting: set[Key] = set()
+        self._waiting: dict[Key, float] = {}
         self._working: set[Key] = set()
         self._dirty: set[Key] = set()
         self._timers: dict[Key, asyncio.TimerHandle] = {}
@@ -55,7 +59,7 @@ class WorkQueue:
             self._dirty.add(key)
             return
         self._cancel_timer(key)
-        self._waiting.add(key)
+        self._waiting[key] = time.monotonic()
         self._ready.append(key)
         self._wake.release()
 
@@ -105,7 +109,7 @@ class WorkQueue:
             if self._stopping:
                 return
             key = self._ready.popleft()
-            self._waiting.discard(key)
+            self._waited(time.monotonic() - self._waiting.pop(key))
             self._working.add(key)
             try:
                 await self._once(key)
@@ -116,29 +120,34 @@ class WorkQueue:
                     self.add(key)
 
     async def _once(self, key: Key) -> None:
+        began, outcome = time.monotonic(), "ok"
         try:
             again = await self._handle(key)
         except RetryLater as wish:
+            outcome = "retry"
             self._retry(key, str(wish), wish.after)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
+            outcome = "retry"
             self._retry(key, "cancelled from outside", 0.0)  # a task that it waited for, not this worker
         except Exception:
-            log.exception("reconciling %s/%s", *key)
+            outcome = "error"
+            log.exception("reconciling %s/%s", *key, extra={"namespace": key[0], "job": key[1]})
             self._retry(key, "unexpected error", 0.0)
         else:
             self._failures.pop(key, None)
             if again is not None:
                 self.add_after(key, again)
+        self._looked(outcome, time.monotonic() - began)
 
     def _retry(self, key: Key, why: str, at_least: float) -> None:
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
         delay = min(self._maximum, self._initial * 2 ** min(failures, 30)) * (0.5 + self._jitter())
         delay = max(delay, at_least)
-        log.info("%s/%s again in %.2fs: %s", *key, delay, why)
+        log.info("%s/%s again in %.2fs: %s", *key, delay, why, extra={"namespace": key[0], "job": key[1]})
         self.add_after(key, delay)
 
     def _due(self, key: Key) -> None:

@@ -1,0 +1,135 @@
+"""deletionPolicy Delete: the finalizer first, the clean-up only after the worker, and in the end it goes whatever happened."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from kcj_builders import NOW, PASSES, SETTINGS, UID, ago, child, complete, condition, ended_status, failed, judge, kcj, pod
+
+from kompressor_api import names
+from kompressor_api.names import Step
+from kompressor_operator.cleanup import cleanup_job, given_up
+from kompressor_operator.decide import NOTHING, Decision, View
+from kompressor_operator.observed import ChildJob, CompressionJob, Observed, ours
+
+OUTPUT = {"uri": "s3://models/llama-w4", "credentialsSecret": "results", "caBundle": {"configMap": "ca", "key": "store.pem"}}
+
+
+def doomed(*finalizers: str, **fields: Any) -> CompressionJob:
+    job = kcj(deleting=True, deletionPolicy="Delete", output=OUTPUT, **fields)
+    return replace(job, finalizers=finalizers or (names.FINALIZER,))
+
+
+def cleaning(**fields: Any) -> ChildJob:
+    return replace(child(), name="llama-cleanup", uid="cleanup", step=Step.CLEANUP, **fields)
+
+
+def said(message: str, code: int) -> Any:
+    told = json.dumps({"reason": "X", "message": message, "exitCode": code})
+    return replace(pod(exit=code, said=told), name="p", job="llama-cleanup", step=Step.CLEANUP)
+
+
+@pytest.mark.parametrize(
+    ("job", "wanted"),
+    [
+        (kcj(deletionPolicy="Delete"), True),
+        (replace(kcj(deletionPolicy="Delete"), finalizers=(names.FINALIZER,)), None),
+        (kcj(deletionPolicy="Retain"), None),
+        (kcj(), None),
+        (kcj(deletionPolicy="Delete", status=ended_status()), None),
+    ],
+)
+def test_a_finalizer_is_put_on_before_the_first_child_and_only_for_delete(job: CompressionJob, wanted: bool | None) -> None:
+    decision = judge(job)
+    assert decision.finalizer is wanted
+    if wanted:
+        assert decision == Decision(finalizer=True), "nothing else is done in the same look"
+
+
+def test_without_our_finalizer_nothing_is_done_about_a_deletion() -> None:
+    assert judge(doomed("foregroundDeletion"), child(), pod()) == NOTHING
+    assert judge(kcj(deleting=True), child(), pod()) == NOTHING
+
+
+def test_the_worker_is_stopped_then_waited_for_then_comes_the_clean_up() -> None:
+    job = doomed(status={"jobName": "llama-1"})
+    preflight = replace(child(), name="llama-preflight", step=Step.PREFLIGHT)
+    assert judge(job, child(), pod(), live=False).confirm, "what cannot be taken back is asked anew"
+    assert judge(job, child(), pod()).deletes == (child(),)
+    assert judge(job, child(), preflight, pod()).deletes == (child(), preflight)
+    for children in ([child(deleting=True), pod()], [pod(deletion_due=NOW)], [failed(), pod()]):
+        decision = judge(job, *children)
+        assert decision.again_after and not decision.create and not decision.deletes, "two on one output, never"
+    for children in ([complete(), pod(exit=0)], [], [failed()], [child(deleting=True)]):
+        (made,) = judge(job, *children).create
+        assert made["metadata"]["name"].endswith("-cleanup")
+
+
+def test_a_pod_on_a_lost_node_is_not_waited_for() -> None:
+    job = doomed(status={"jobName": "llama-1"})
+    gone = pod(deletion_due=ago(60))
+    assert judge(job, gone).create and judge(job, pod(silent=True)).create
+    assert not judge(job, gone, pod(suffix="b")).create
+
+
+def test_what_never_had_a_worker_has_nothing_to_clean_up() -> None:
+    refused = {"conditions": [condition("Failed")], "observedGeneration": 1}
+    assert judge(doomed(status=refused)) == Decision(finalizer=False)
+    assert judge(doomed(status=refused | {"jobName": "llama-1"})).create
+    assert judge(doomed(status={})).create, "a Job that went before its name was written is not seen any more"
+
+
+def test_a_clean_up_that_goes_on_is_left_alone() -> None:
+    assert judge(doomed(), cleaning(), live=False) == NOTHING
+    assert judge(doomed(), cleaning(ended="Complete"), child(), pod()).finalizer is False, "it began after the worker, so it was right"
+
+
+def test_how_it_ended_is_told_and_the_finalizer_goes() -> None:
+    done = judge(doomed(), cleaning(ended="Complete"), said("12 files deleted", 0), live=False)
+    assert done.finalizer is False and done.event and (done.event.reason, done.event.warning) == ("CleanedUp", False)
+    assert done.event.message == "12 files deleted" and done.verdict is None, "its status keeps telling how it ended"
+    lost = cleaning(ended="Failed", ended_reason="BackoffLimitExceeded")
+    assert judge(doomed(), lost, live=False).confirm
+    failed_ = judge(doomed(), lost, said("bucket models: access denied", 64))
+    assert failed_.finalizer is False and failed_.event and (failed_.event.reason, failed_.event.warning) == ("CleanupFailed", True)
+    assert "access denied" in failed_.event.message and "`kompressor clean s3://models/llama-w4`" in failed_.event.message
+
+
+def test_one_that_cannot_be_created_is_given_up_with_a_warning() -> None:
+    decision = given_up(View(doomed(), Observed(), NOW, SETTINGS, PASSES), "exceeded quota: " + "x" * 2000)
+    assert decision.finalizer is False and decision.event and decision.event.warning
+    assert "exceeded quota" in decision.event.message and "s3://models/llama-w4" in decision.event.message
+    assert len(decision.event.message) < 1024, "what to do about it is not cut off"
+
+
+def test_the_job_has_no_owner_and_sees_the_output_alone() -> None:
+    made = cleanup_job(doomed(worker={"serviceAccountName": "mine", "image": "custom:1"}), replace(SETTINGS, planner_image="slim:1"))
+    assert "ownerReferences" not in made["metadata"] and ours(made, kcj())
+    spec = made["spec"]
+    assert spec["ttlSecondsAfterFinished"] and spec["activeDeadlineSeconds"]
+    assert spec["template"]["metadata"]["labels"][names.LABEL_JOB_UID] == UID, "by which the watch sees its pods"
+    pod_spec = spec["template"]["spec"]
+    assert pod_spec["serviceAccountName"] == "mine" and pod_spec["automountServiceAccountToken"] is False
+    (container,) = pod_spec["containers"]
+    env = {entry["name"]: entry for entry in container["env"]}
+    assert container["image"] == "slim:1" and container["command"] == ["kompressor", "clean", "--in-cluster"]
+    assert json.loads(env[names.ENV_OUTPUT]["value"]) == OUTPUT and env[names.ENV_JOB_UID]["value"] == UID
+    assert env["OUTPUT_AWS_ACCESS_KEY_ID"]["valueFrom"]["secretKeyRef"] == {"name": "results", "key": "AWS_ACCESS_KEY_ID"}
+    assert container["envFrom"] == [{"prefix": "OUTPUT_", "secretRef": {"name": "results"}}]
+    assert {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]} == {
+        "/tmp": False,
+        "/etc/kompressor/ca/output": True,
+    }
+    assert "models" not in json.dumps(pod_spec).replace("s3://models", ""), "nothing of the source's Secret"
+
+
+def test_a_claim_is_mounted_where_the_worker_had_it() -> None:
+    job = replace(doomed(), spec={**doomed().spec, "output": {"uri": "pvc://models/llama-w4"}})
+    pod_spec = cleanup_job(job, SETTINGS)["spec"]["template"]["spec"]
+    assert pod_spec["serviceAccountName"] == "default", "the one made for the job may be gone"
+    mounts = {mount["mountPath"] for mount in pod_spec["containers"][0]["volumeMounts"]}
+    assert "/var/run/kompressor/claims/models" in mounts
+    assert {"name": "claim", "persistentVolumeClaim": {"claimName": "models"}} in pod_spec["volumes"]
