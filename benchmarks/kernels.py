@@ -3,11 +3,11 @@
     python benchmarks/kernels.py --device cuda     # the same on a GPU, and GPTQ on blocks of Llama 3 8B's shape (gptq_blocks.py)
     python benchmarks/kernels.py --only gram,GPTQ
 
-Prints Markdown: bytes read and written, operations, time, and what was reached of the two limits: bytes a second beside a copy between two
-places that are in use already, operations a second beside a matrix product in the dtype that is multiplied (else fp32), where a multiply-add
-counts as two. A kernel is bound by that of which it reaches more. All three are measured by turns, best of some rounds each, since a shared
-machine is noisy. Operations are what has to be computed; of kernels that are no products about so many an element, a division or a conversion
-counting as one. The reference runs once.
+Prints Markdown: bytes read and written, operations, time, and what was reached of the two limits: bytes a second beside a copy between
+two places that are in use already, operations a second beside a matrix product in the dtype that is multiplied (else fp32), where a
+multiply-add counts as two. A kernel is bound by that of which it reaches more. All three are measured by turns, best of some rounds each,
+since a shared machine is noisy. Operations are what has to be computed; of kernels that are no products about so many an element, a
+division or a conversion counting as one. The reference runs once.
 """
 
 from __future__ import annotations
@@ -64,12 +64,10 @@ def measure(case: Case, machine: Machine, rounds: int) -> dict[str, Any]:
 
 
 def show(f: dict[str, Any]) -> str:
-    amounts = f"{f['bytes'] / 1e6:.0f} | {f['operations'] / 1e9:.2f} | {f['seconds'] * 1e3:.1f}"
-    reached = (
-        f"{f['bytes'] / f['seconds'] / 1e9:.1f} | {f['ofCopy']:.2f} | {f['operations'] / f['seconds'] / 1e9:.0f} | {f['ofProduct']:.2f}"
-    )
-    slower = f"{f['eagerSeconds'] / f['seconds']:.1f}" if f["eagerSeconds"] else "-"
-    return f"| {f['kernel']} | {amounts} | {reached} | {slower} |"
+    moved, computed, seconds = f["bytes"] / 1e9, f["operations"] / 1e9, f["seconds"]
+    copied, multiplied = f"{moved / seconds:.1f} | {f['ofCopy']:.2f}", f"{computed / seconds:.0f} | {f['ofProduct']:.2f}"
+    slower = f"{f['eagerSeconds'] / seconds:.1f}" if f["eagerSeconds"] else "-"
+    return f"| {f['kernel']} | {moved * 1e3:.0f} | {computed:.2f} | {seconds * 1e3:.1f} | {copied} | {multiplied} | {slower} |"
 
 
 def main() -> None:

@@ -3,7 +3,10 @@
 All arithmetic is fp32, as compressed-tensors does it for fp32 input, bit for bit; only the result is in the input's dtype. (vLLM's own
 INT8 kernel divides a token's largest magnitude by 127, not 127.5.)
 
-Reads and writes an input once: 2 bytes moved a byte of input, some 20 operations an element. The floor is a copy.
+Reads and writes an input once: 2 bytes moved a byte of input, about 10 operations an element for INT8 and 20 for FP8 and FP4, a division
+among them. The limit is a copy. `benchmarks/kernels.py` on two EPYC cores: the compiled one moves 5 to 8 GB/s, 0.15 to 0.25 of a copy
+between places in use and 0.1 to 0.2 of the arithmetic, since the division, the rounding and fresh memory for the result cost most; 21 to
+54 times as fast as this.
 """
 
 from __future__ import annotations

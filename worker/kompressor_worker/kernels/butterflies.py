@@ -1,6 +1,8 @@
 """The Walsh-Hadamard transform of rows, by butterflies, in plain torch: the specification of the compiled kernel.
 
-log2(2^k) additions an element and, for an order above 1, as many multiply-adds; rows are read and written once. The floor is a copy.
+log2(2^k) additions an element and, for an order above 1, as many multiply-adds as it; rows are read and written once, 2 bytes moved a byte
+of x. The limit is a copy, of which the compiled one reaches 0.4 (`benchmarks/kernels.py`, 4096 columns, two EPYC cores), with a factor of
+the order 12 0.2; 13 to 23 times as fast as this.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What GPTQ needs of a Hessian: the triangular factor of its inverse, for about the price of one matrix product and no second matrix."""
+"""What GPTQ needs of a Hessian: the triangular factor of its inverse, for about the price of one matrix product and no second matrix.
+
+n^3 operations on 4 n^2 bytes, read and written a few times: bound by arithmetic. It reaches 0.6 to 0.7 of a product in fp32 (n = 4096,
+`benchmarks/kernels.py`, two EPYC cores), 1.7 times the rate of factorising, inverting and factorising again.
+"""
 
 from __future__ import annotations
 

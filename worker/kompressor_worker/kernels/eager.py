@@ -1,4 +1,11 @@
-"""The kernels in plain torch: what the compiled ones must equal."""
+"""The kernels in plain torch that work on weights: what the compiled ones must equal.
+
+Those read a weight once and write its codes once: 2 bytes in bf16 and bits / 8 an element to quantise, the other way round to decode.
+About 13 operations an element for integers, 25 for FP8 and FP4: range, division, rounding, and the error with its square in fp64.
+`benchmarks/kernels.py` on two EPYC cores, of a copy between places in use and of arithmetic: quantising 0.1 to 0.3 and 0.1 to 0.25,
+decoding 0.07 to 0.2 and 0.03 to 0.1, the largest magnitude 0.8 of a copy; most of the rest is spent on divisions, conversions and fresh
+memory. 13 to 170 times as fast as this.
+"""
 
 from __future__ import annotations
 
