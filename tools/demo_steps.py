@@ -63,9 +63,11 @@ def local() -> None:
 def cluster(keep: bool) -> None:
     model = trained_model()
     root = Path(tempfile.mkdtemp(prefix="kompressor-demo-"))
-    # One image name each, as in the chart; on this machine both are the virtual environment.
+    # One image name each, as in the chart; on this machine all are the virtual environment.
     version = subprocess.run([VENV / "bin" / "kompressor", "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
-    images = {f"kompressor/{part}:{version}": {"path": [str(VENV / "bin")], "keep": [str(ROOT)]} for part in ("operator", "worker")}
+    images = {
+        f"kompressor/{part}:{version}": {"path": [str(VENV / "bin")], "keep": [str(ROOT)]} for part in ("operator", "planner", "worker")
+    }
     with step("an S3 server"):
         server = S3Server(root / "s3", keep=keep).start()
     with step("etcd, API server, controller manager, scheduler, one node"):

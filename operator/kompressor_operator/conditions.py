@@ -91,7 +91,7 @@ def conditions(job: CompressionJob, verdict: Verdict, now: datetime) -> list[Man
         states[Condition.RECONCILING] = (True, *said)
     if verdict.phase is Phase.FAILED:
         states[Condition.STALLED] = (True, *said)
-    states[Condition.VALIDATED] = _validated(verdict)
+    states[Condition.VALIDATED] = _validated(job, verdict)
     if suspended:
         states[Condition.SUSPENDED] = (True, *said)
     elif over and job.suspend:
@@ -105,12 +105,21 @@ def conditions(job: CompressionJob, verdict: Verdict, now: datetime) -> list[Man
     return [_condition(job, kind, *state, now) for kind, state in states.items()]
 
 
-def _validated(verdict: Verdict) -> State:
-    if verdict.validated is None:
-        return None, Reason.PREFLIGHT, verdict.validated_message or "the preflight Job looks at source, data and passes"
-    if verdict.validated:
-        return True, Reason.VALID, verdict.validated_message or "the spec is valid"
-    return False, verdict.reason, verdict.validated_message or verdict.message
+def _validated(job: CompressionJob, verdict: Verdict) -> State:
+    """What a preflight has found stays, unless it is told anew; before one that is wanted has looked, nobody knows."""
+    before = job.condition(Condition.VALIDATED)
+    known = str(before.get("message") or "") if before.get("status") == "True" else ""
+    if verdict.validated is False:
+        return False, verdict.reason, verdict.validated_message or verdict.message
+    if verdict.validated is None or (not known and _unseen(job, verdict)):
+        return None, Reason.PREFLIGHT, verdict.validated_message or "the preflight has not told yet what it found"
+    return True, Reason.VALID, verdict.validated_message or known or "the spec is valid"
+
+
+def _unseen(job: CompressionJob, verdict: Verdict) -> bool:
+    """Is a preflight wanted that has not told its outcome?"""
+    told = (*job.status, *verdict.facts)
+    return job.spec.get("preflight") == "Job" and verdict.phase is not Phase.COMPLETE and not {"plan", "jobName"} & {*told}
 
 
 def status_patch(job: CompressionJob, verdict: Verdict, now: datetime) -> Manifest:
@@ -143,7 +152,7 @@ def transition(job: CompressionJob, verdict: Verdict) -> Event | None:
 
 def events(job: CompressionJob, verdict: Verdict) -> list[Event]:
     """All that is to be told, once the status is written."""
-    changed = job.condition(Condition.VALIDATED).get("message") != _validated(verdict)[2]
+    changed = job.condition(Condition.VALIDATED).get("message") != _validated(job, verdict)[2]
     return [event for event in (transition(job, verdict), verdict.note if changed else None) if event]
 
 

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kompressor_api import names
 from kompressor_api.failures import KILLED
 from kompressor_api.names import ExitCode, Step
 from kompressor_operator.observed import CompressionJob, Manifest
+from kompressor_operator.pod_template import overlay_of
 from kompressor_operator.settings import Settings
-from kompressor_operator.worker_pod import pod_template
+from kompressor_operator.worker_pod import worker_template
 
 MUTABLE_SPEC = ("suspend", "retry", "ttlSecondsAfterFinished")
 """What may change while a job runs; everything else is in the digest."""
+
+RECIPE_FILE = "recipe.json"
+"""Beside job.json in the ConfigMap of a job with a recipe: {kind, name, generation, spec} as it was read."""
 
 OUT_OF_MEMORY_CODES = (int(ExitCode.OUT_OF_MEMORY), KILLED)
 """The worker's own, and SIGKILL; only the pod's reason says whether the kernel killed it for memory."""
@@ -37,6 +43,8 @@ class Attempt:
     """Of the worker; empty for what the job and the settings say now. An attempt keeps the image of the one before it."""
     deadline: int | None = None
     """Seconds that this attempt may take; None for no limit."""
+    plan: Mapping[str, Any] | None = None
+    """What the preflight estimates, before the status says so; None for what the status says."""
 
 
 def stem(job: CompressionJob) -> str:
@@ -78,31 +86,42 @@ def spec_digest(spec: Manifest) -> str:
 
 def service_account_name(job: CompressionJob) -> str:
     """The user's own, which is used as it is, or the one made for this job alone."""
-    return str((job.spec.get("worker") or {}).get("serviceAccountName") or stem(job))
+    return users_account(job) or stem(job)
 
 
-def supports(job: CompressionJob) -> list[Manifest]:
-    """What must exist before the RoleBinding and the Job, in any order."""
-    children = [config_map(job), role(job)]
-    if not (job.spec.get("worker") or {}).get("serviceAccountName"):
+def users_account(job: CompressionJob) -> str:
+    """A service account that the job names; podTemplate has the last word."""
+    template = overlay_of(job.spec).get("spec") or {}
+    named = template.get("serviceAccountName") or template.get("serviceAccount")
+    return str(named or (job.spec.get("worker") or {}).get("serviceAccountName") or "")
+
+
+def supports(job: CompressionJob, config: bool = True) -> list[Manifest]:
+    """What must exist before the RoleBinding and the Jobs, in any order; without the ConfigMap where it is there for certain."""
+    children = [*([config_map(job)] if config else []), role(job)]
+    if not users_account(job):
         children.append(service_account(job))
     return children
 
 
-def config_map(job: CompressionJob) -> Manifest:
-    """The job as the worker reads it: immutable, so that nothing that runs changes under its feet."""
+def config_map(job: CompressionJob, spec: Manifest | None = None, recipe: Manifest | None = None) -> Manifest:
+    """The job as the worker reads it: immutable, so that nothing that runs changes under its feet.
+
+    With a recipe, the spec that was made with it, and the recipe itself for the record.
+    """
     told = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
         "metadata": {"name": job.name, "namespace": job.namespace, "uid": job.uid, "generation": job.generation},
-        "spec": job.spec,
+        "spec": job.spec if spec is None else spec,
     }
-    return _child(job, "v1", "ConfigMap", {"immutable": True, "data": {names.JOB_FILE: json.dumps(told, indent=1)}})
+    data = {names.JOB_FILE: told} | ({RECIPE_FILE: recipe} if recipe else {})
+    return child(job, "v1", "ConfigMap", {"immutable": True, "data": {name: json.dumps(value, indent=1) for name, value in data.items()}})
 
 
 def service_account(job: CompressionJob) -> Manifest:
     """The worker's identity; the token is mounted by the pod that asks for it, and by no other."""
-    return _child(job, "v1", "ServiceAccount", {"automountServiceAccountToken": False})
+    return child(job, "v1", "ServiceAccount", {"automountServiceAccountToken": False})
 
 
 def role(job: CompressionJob) -> Manifest:
@@ -112,32 +131,34 @@ def role(job: CompressionJob) -> Manifest:
         {**api, "resources": [names.PLURAL], "verbs": ["get"]},
         {**api, "resources": [f"{names.PLURAL}/status"], "verbs": ["get", "patch"]},
     ]
-    return _child(job, "rbac.authorization.k8s.io/v1", "Role", {"rules": rules})
+    return child(job, "rbac.authorization.k8s.io/v1", "Role", {"rules": rules})
 
 
 def role_binding(job: CompressionJob) -> Manifest:
     subject = {"kind": "ServiceAccount", "name": service_account_name(job), "namespace": job.namespace}
     group = "rbac.authorization.k8s.io"
     reference = {"apiGroup": group, "kind": "Role", "name": stem(job)}
-    return _child(job, f"{group}/v1", "RoleBinding", {"roleRef": reference, "subjects": [subject]})
+    return child(job, f"{group}/v1", "RoleBinding", {"roleRef": reference, "subjects": [subject]})
 
 
 def worker_job(job: CompressionJob, attempt: Attempt, settings: Settings) -> Manifest:
     """The Job that retries in place. Its template cannot change later, so all of it is decided here."""
     marks = {**labels(job), names.LABEL_STEP: str(Step.COMPRESS), names.LABEL_ATTEMPT: str(attempt.number)}
-    template = pod_template(job, settings, stem(job), service_account_name(job), attempt.memory_plan, attempt.image)
-    template["metadata"] = {"labels": marks}
+    plan = job.status.get("plan") if attempt.plan is None else attempt.plan
+    template = worker_template(
+        job, settings, stem(job), service_account_name(job), memory_plan=attempt.memory_plan, image=attempt.image, plan=plan
+    )
     spec: Manifest = {
         "parallelism": 1,
         "completions": 1,
         "backoffLimit": backoff_limit(job, attempt.failures_before),
         "podFailurePolicy": {"rules": pod_failure_rules()},
         "podReplacementPolicy": "Failed",  # never two pods on one output; demanded with a podFailurePolicy anyway
-        "template": template,
+        "template": marked(template, marks),
     }
     if attempt.deadline is not None:
         spec["activeDeadlineSeconds"] = attempt.deadline
-    manifest = _child(job, "batch/v1", "Job", {"spec": spec}, name=job_name(job, attempt.number))
+    manifest = child(job, "batch/v1", "Job", {"spec": spec}, name=job_name(job, attempt.number))
     manifest["metadata"]["labels"] = marks
     if queue := job.spec.get("queueName"):
         spec["suspend"] = True  # until the queue admits it, which alone writes this field from now on
@@ -149,28 +170,35 @@ def worker_job(job: CompressionJob, attempt: Attempt, settings: Settings) -> Man
     return manifest
 
 
+def marked(template: Manifest, marks: Mapping[str, str]) -> Manifest:
+    """With the labels that the operator finds its pods by, over those of podTemplate."""
+    metadata = template.get("metadata") or {}
+    return template | {"metadata": metadata | {"labels": {**(metadata.get("labels") or {}), **marks}}}
+
+
 def backoff_limit(job: CompressionJob, failures_before: int) -> int:
     """What is left of retry.limit for a Job that comes after others."""
     return max(0, job.retry_limit - failures_before)
 
 
-def pod_failure_rules() -> list[Manifest]:
+def pod_failure_rules(smaller: bool = True) -> list[Manifest]:
     """First hit wins, so the order is the policy: outside causes and a commit on SIGTERM are free, final codes end the Job,
-    running out of memory ends this attempt, all else counts against backoffLimit."""
+    running out of memory ends this attempt (where a `smaller` one can follow), all else counts against backoffLimit."""
 
     def exit_codes(action: str, codes: tuple[int, ...]) -> Manifest:
         on = {"containerName": names.WORKER_CONTAINER, "operator": "In", "values": sorted(codes)}
         return {"action": action, "onExitCodes": on}
 
-    return [
+    rules = [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
         exit_codes("Ignore", (int(ExitCode.TERMINATED),)),
         exit_codes("FailJob", tuple(int(code) for code in names.FINAL_EXIT_CODES)),
         exit_codes("FailJob", OUT_OF_MEMORY_CODES),
     ]
+    return rules if smaller else rules[:-1]
 
 
-def _child(job: CompressionJob, api_version: str, kind: str, body: Manifest, name: str = "") -> Manifest:
+def child(job: CompressionJob, api_version: str, kind: str, body: Manifest, name: str = "") -> Manifest:
     metadata = {
         "name": name or stem(job),
         "namespace": job.namespace,

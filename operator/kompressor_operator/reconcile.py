@@ -201,7 +201,7 @@ class Reconciler:
             if refused := await self._create(job, child):
                 return refused
         if decision.start is not None:
-            refused = await self._start(job, decision.start)
+            refused = await self._start(view, decision.start)
             if refused:
                 return refused
         for change in decision.patches:
@@ -213,14 +213,17 @@ class Reconciler:
                 await self.cluster.delete("Job", doomed.namespace, doomed.name, doomed.uid)
         return None
 
-    async def _start(self, job: CompressionJob, attempt: Attempt) -> Refusal | None:
+    async def _start(self, view: View, attempt: Attempt) -> Refusal | None:
         """Create the children: first what the others need, then the Job.
 
         The RoleBinding goes beside the Job, since the API server takes 100 ms to see that it does not escalate and the worker needs it
         only later. So a Job may be there without it, if we die in between: until the status names the Job, all of this is done again.
+        What the others need was made for the preflight already, so its Job is proof that it is there.
         """
-        worker_job = manifests.worker_job(job, attempt, self.settings)
-        for together in (manifests.supports(job), [manifests.role_binding(job), worker_job]):
+        job, worker_job = view.told, manifests.worker_job(view.told, attempt, self.settings)
+        proved = view.observed.preflight is not None and not view.job.status.get("jobName")
+        supports = [] if proved else manifests.supports(job, config=view.resolved is None)
+        for together in (supports, [manifests.role_binding(job), worker_job]):
             refusals = await asyncio.gather(*(self._create(job, child) for child in together))
             if refused := next((found for found in refusals if found), None):
                 return refused

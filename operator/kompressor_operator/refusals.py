@@ -40,7 +40,8 @@ def refusal(kind: str, name: str, status: int, message: str) -> Refusal | None:
         remedy = "allow it in the operator's Role or in the admission policy that is named; the operator tries again"
         return Refusal(Reason.FORBIDDEN, f"{said}; {remedy}")
     if kind == "Job" and status in (400, 422):
-        remedy = "correct spec.worker (or the claim in a pvc:// uri), delete this CompressionJob and apply again"
+        where = "spec.worker, whose podTemplate is laid over spec.template here, or the claim in a pvc:// uri"
+        remedy = f"correct {where}; delete this CompressionJob and apply again"
         return Refusal(Reason.INVALID_SPEC, f"{said}; {remedy}", final=True)
     return None
 

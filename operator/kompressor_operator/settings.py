@@ -37,7 +37,7 @@ class Settings:
     """JSON object of environment variables for every worker, such as a proxy or a hub mirror. The operator's own names win."""
 
     worker_resources: Mapping[str, Any] = field(default_factory=dict)
-    """JSON object: resources of the worker's container where a job names none. Default: none."""
+    """JSON object: resources of the worker's container that neither a job nor its preflight's plan names. Default: none."""
 
     worker_grace_seconds: int = 60
     """Seconds between SIGTERM and SIGKILL. Default 60: committing the journal to a slow object store takes that long at worst."""

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from kompressor_api import names
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_operator.observed import Manifest
+from kompressor_operator.pod_template import misshapen
 
 PassParameters = Mapping[str, Sequence[str]]
 """Pass name -> names of its parameters; empty if the generated file is not there."""
@@ -49,6 +50,7 @@ def known_passes() -> PassParameters:
 def invalid(spec: Manifest, passes: PassParameters, beside: Mapping[str, Any] | None = None) -> str:
     """All that is wrong with the spec, and with what stands `beside` it, in one message; empty if nothing is."""
     problems = [*_stray_problems(beside or {}), *_model_problems(spec), *_pass_problems(spec, passes), *_cluster_problems(spec)]
+    problems += _template_problems(spec)
     if not problems:
         return ""
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -121,6 +123,15 @@ def _cluster_problems(spec: Manifest) -> Iterable[Problem]:
             yield Problem(
                 f"spec.{'.'.join(place)}.uri", f"{uri} cannot be used in a cluster; use s3:// or pvc://, or run `kompressor run` locally"
             )
+
+
+def _template_problems(spec: Manifest) -> Iterable[Problem]:
+    """What the API server cannot judge, since it never sees it: the rest is its own to say, in a dry run."""
+    worker = spec.get("worker")
+    template = worker.get("podTemplate") if isinstance(worker, dict) else None
+    if isinstance(template, dict) and (problem := misshapen(template)):
+        path, _, text = problem.partition(": ")
+        yield Problem(f"spec.worker.podTemplate.{path}", text)
 
 
 def dotted(root: str, location: Sequence[str | int]) -> str:

@@ -6,32 +6,90 @@ has an emptyDir. Credentials reach the container from Secrets by reference; the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 from kompressor_api import names
 from kompressor_api.names import Role
 from kompressor_operator.observed import CompressionJob, Manifest
+from kompressor_operator.pod_template import merge, overlay_of
+from kompressor_operator.resources import worker_resources
 from kompressor_operator.settings import Settings
 
 USER = 65532
-COMMAND = ["kompressor", "run", f"{names.JOB_DIRECTORY}/{names.JOB_FILE}", "--in-cluster"]
+JOB_PATH = f"{names.JOB_DIRECTORY}/{names.JOB_FILE}"
+COMMAND = ("kompressor", "run", JOB_PATH, "--in-cluster")
 PROBED_KEY = {"s3": "AWS_ACCESS_KEY_ID", "hf": "HF_TOKEN"}
 """The key that a Secret must hold for a scheme; named one by one, so that a missing one shows as CreateContainerConfigError."""
 DATASETS = {Role.DATA: "calibration", Role.EVALUATION: "evaluation", Role.DRIFT: "drift"}
 """Sections of a spec that name a dataset."""
 
-_JOB, _SCRATCH, _TMP = "job", "scratch", "tmp"
+OWN_ENV = frozenset({names.ENV_POD_UID, names.ENV_POD_NAME, names.ENV_POD_NAMESPACE, names.ENV_MEMORY_PLAN})
+"""Variables that are the operator's alone."""
+
+_JOB, _SCRATCH, _TMP, _SHARED = "job", "scratch", "tmp", "shared-memory"
 
 
-def pod_template(
-    job: CompressionJob, settings: Settings, config_map: str, service_account: str, memory_plan: int, image: str = ""
+@dataclass(frozen=True)
+class Program:
+    """What a pod runs, and what only this one needs."""
+
+    command: tuple[str, ...]
+    image: str
+    resources: Manifest
+    token: bool = False
+    """Whether it talks to the API server."""
+    shared_memory: bool = False
+    writes: bool = True
+    """To the claims that it has."""
+    memory_plan: int = 0
+
+
+def worker_template(
+    job: CompressionJob,
+    settings: Settings,
+    config_map: str,
+    service_account: str,
+    *,
+    memory_plan: int = 0,
+    image: str = "",
+    plan: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """The Job's template without its labels; `image` is that of the attempt before, if there was one."""
+    """The Job's template without the operator's labels; `image` is that of the attempt before, if there was one."""
     worker = job.spec.get("worker") or {}
+    program = Program(
+        command=COMMAND,
+        image=image or worker_image(job, settings),
+        resources=worker_resources(job.spec, settings, plan or {}),
+        token=True,
+        shared_memory=True,
+        memory_plan=memory_plan,
+    )
+    base = template(job, settings, program, config_map, service_account)
+    for field in ("nodeSelector", "tolerations"):
+        if worker.get(field):
+            base["spec"][field] = worker[field]
+    made = own(merge(base, overlay_of(job.spec)), base)
+    if image:
+        container_of(made)["image"] = image
+    return made
+
+
+def worker_image(job: CompressionJob, settings: Settings) -> str:
+    """Of the first attempt."""
+    containers = (overlay_of(job.spec).get("spec") or {}).get("containers") or ()
+    theirs = next((one.get("image") for one in containers if one.get("name") == names.WORKER_CONTAINER), None)
+    return str(theirs or (job.spec.get("worker") or {}).get("image") or settings.worker_image)
+
+
+def template(job: CompressionJob, settings: Settings, program: Program, config_map: str, service_account: str) -> Manifest:
+    """A pod that reads this job: the operator's own shape, which podTemplate is laid over."""
     spec: Manifest = {
         "restartPolicy": "Never",
         "serviceAccountName": service_account,
-        "automountServiceAccountToken": True,
+        "automountServiceAccountToken": program.token,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": settings.worker_grace_seconds,
         "securityContext": {
@@ -42,25 +100,47 @@ def pod_template(
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(job, settings, memory_plan, image)],
-        "volumes": _volumes(job, settings, config_map),
+        "containers": [_container(job, settings, program)],
+        "volumes": _volumes(job, settings, program, config_map),
     }
-    for field in ("nodeSelector", "tolerations"):
-        if worker.get(field):
-            spec[field] = worker[field]
     if settings.worker_image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.worker_image_pull_secrets]
     return {"spec": spec}
 
 
-def _container(job: CompressionJob, settings: Settings, memory_plan: int, image: str) -> Manifest:
-    worker = job.spec.get("worker") or {}
+def own(made: Manifest, base: Manifest) -> Manifest:
+    """What no podTemplate changes: what is run, with which job, credentials and identity, and where its last words go."""
+    spec = {name: value for name, value in made["spec"].items() if name != "serviceAccount"}
+    spec |= {name: base["spec"][name] for name in ("restartPolicy", "serviceAccountName", "automountServiceAccountToken")}
+    volume = next(one for one in base["spec"]["volumes"] if one["name"] == _JOB)
+    spec["volumes"] = [volume, *(one for one in spec["volumes"] if one["name"] != _JOB)]
+    kept = container_of(base)
+    container = {name: value for name, value in container_of(made).items() if name != "args"}
+    container |= {name: kept[name] for name in ("command", "terminationMessagePath", "terminationMessagePolicy")}
+    # first, so that a user's variables can refer to them
+    env = [entry for entry in kept["env"] if entry["name"] in OWN_ENV]
+    container["env"] = [*env, *(entry for entry in container["env"] if entry["name"] not in OWN_ENV)]
+    mount = next(one for one in kept["volumeMounts"] if one["mountPath"] == names.JOB_DIRECTORY)
+    container["volumeMounts"] = [mount, *(one for one in container["volumeMounts"] if one["mountPath"] != names.JOB_DIRECTORY)]
+    if lost := [source for source in kept.get("envFrom", ()) if source not in container.get("envFrom", ())]:
+        container["envFrom"] = [*container.get("envFrom", ()), *lost]
+    others = [one for one in spec["containers"] if one["name"] != names.WORKER_CONTAINER]
+    return made | {"spec": spec | {"containers": [container, *others]}}
+
+
+def container_of(made: Manifest) -> Manifest:
+    """The worker's own container of a template."""
+    found: Manifest = next(one for one in made["spec"]["containers"] if one["name"] == names.WORKER_CONTAINER)
+    return found
+
+
+def _container(job: CompressionJob, settings: Settings, program: Program) -> Manifest:
     container: Manifest = {
         "name": names.WORKER_CONTAINER,
-        "image": image or worker.get("image") or settings.worker_image,
-        "command": COMMAND,
-        "env": _environment(job, settings, memory_plan),
-        "volumeMounts": _mounts(job),
+        "image": program.image,
+        "command": list(program.command),
+        "env": _environment(job, settings, program.memory_plan),
+        "volumeMounts": _mounts(job, program),
         "terminationMessagePath": names.TERMINATION_LOG,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
@@ -72,8 +152,8 @@ def _container(job: CompressionJob, settings: Settings, memory_plan: int, image:
     }
     if settings.worker_image_pull_policy:
         container["imagePullPolicy"] = settings.worker_image_pull_policy
-    if resources := worker.get("resources") or dict(settings.worker_resources):
-        container["resources"] = resources
+    if program.resources:
+        container["resources"] = program.resources
     if sources := _env_from(job):
         container["envFrom"] = sources
     return container
@@ -113,13 +193,16 @@ def _env_from(job: CompressionJob) -> list[Manifest]:
     ]
 
 
-def _volumes(job: CompressionJob, settings: Settings, config_map: str) -> list[Manifest]:
+def _volumes(job: CompressionJob, settings: Settings, program: Program, config_map: str) -> list[Manifest]:
     limit = {"sizeLimit": settings.worker_scratch_size} if settings.worker_scratch_size else {}
     volumes: list[Manifest] = [
         {"name": _JOB, "configMap": {"name": config_map}},
         {"name": _SCRATCH, "emptyDir": limit},
         {"name": _TMP, "emptyDir": {}},
     ]
+    if program.shared_memory:
+        size = {"sizeLimit": settings.worker_shared_memory} if settings.worker_shared_memory else {}
+        volumes.append({"name": _SHARED, "emptyDir": {"medium": "Memory", **size}})
     for role, bundle in _bundles(job):
         key = bundle.get("key") or "ca.crt"
         source = {"name": bundle["configMap"], "items": [{"key": key, "path": key}]}
@@ -129,17 +212,19 @@ def _volumes(job: CompressionJob, settings: Settings, config_map: str) -> list[M
     return volumes
 
 
-def _mounts(job: CompressionJob) -> list[Manifest]:
+def _mounts(job: CompressionJob, program: Program) -> list[Manifest]:
     mounts: list[Manifest] = [
         {"name": _JOB, "mountPath": names.JOB_DIRECTORY, "readOnly": True},
         {"name": _SCRATCH, "mountPath": names.SCRATCH_DIRECTORY},
         {"name": _TMP, "mountPath": "/tmp"},
     ]
+    if program.shared_memory:
+        mounts.append({"name": _SHARED, "mountPath": names.SHARED_MEMORY_DIRECTORY})
     for role, _ in _bundles(job):
         mounts.append({"name": f"ca-{role}", "mountPath": f"{names.CA_DIRECTORY}/{role}", "readOnly": True})
     for index, (claim, writable) in enumerate(claims(job).items()):
         mount: Manifest = {"name": f"claim-{index}", "mountPath": f"{names.CLAIM_DIRECTORY}/{claim}"}
-        mounts.append(mount if writable else {**mount, "readOnly": True})
+        mounts.append(mount if writable and program.writes else {**mount, "readOnly": True})
     return mounts
 
 

@@ -64,6 +64,12 @@ class Installed:
             raise AssertionError(json.dumps(self.status(name), indent=1)) from error
         return self.status(name)
 
+    def steps(self, name: str) -> list[str]:
+        """What its child Jobs are for."""
+        uid = self.cluster.get("kcj", name)["metadata"]["uid"]
+        found = self.cluster.get("jobs", "-l", f"kompressor.io/job-uid={uid}")["items"]
+        return sorted(job["metadata"]["labels"]["kompressor.io/step"] for job in found)
+
     def status(self, name: str) -> dict[str, Any]:
         status: dict[str, Any] = self.cluster.get("kcj", name)["status"]
         return status
@@ -72,7 +78,7 @@ class Installed:
 @pytest.fixture(scope="module")
 def installed(cluster: Cluster, s3: S3Server) -> Iterator[Installed]:
     image = {"path": [str(Path(sys.executable).parent)], "keep": [str(ROOT)], "user": 65532, "group": 65532}
-    cluster.add_images({"kompressor/operator:0.1.0": image, "kompressor/worker:0.1.0": image})
+    cluster.add_images({f"kompressor/{part}:0.1.0": image for part in ("operator", "planner", "worker")})
     flags = ["-n", "kompressor-system", "--create-namespace", "--wait", "--set", f"healthPort={free_port()}"]
     cluster.helm("install", "kompressor", str(ROOT / "charts" / "kompressor"), *flags)
     bucket = Bucket(s3, f"e2e-{uuid.uuid4().hex[:8]}")
@@ -81,6 +87,7 @@ def installed(cluster: Cluster, s3: S3Server) -> Iterator[Installed]:
     cluster.kubectl("create", "secret", "generic", "models-s3", *(f"--from-literal={k}={v}" for k, v in keys.items()))
     yield Installed(cluster, bucket)
     cluster.kubectl("delete", "kcj", "--all", "--wait=true")
+    cluster.kubectl("delete", "secret", "models-s3")
     cluster.helm("uninstall", "kompressor", "-n", "kompressor-system", "--wait")
 
 
@@ -92,7 +99,8 @@ def published(
     for kind, folder in (("llama", trained_llama), ("qwen3_moe", trained_moe)):
         installed.bucket.upload(folder, kind)
         for scheme, (parameters, _) in SCHEMES.items():
-            installed.apply(name_of(kind, scheme), kind, [{"rtn": {"scheme": scheme, **parameters}}])
+            # without a pod of its own each that looks first: other tests have it
+            installed.apply(name_of(kind, scheme), kind, [{"rtn": {"scheme": scheme, **parameters}}], preflight="Skip")
     folder = tmp_path_factory.mktemp("published")
 
     def get(kind: str, scheme: str) -> Path:
@@ -167,6 +175,19 @@ def test_status_tells_the_story(published: Callable[..., Path], installed: Insta
     assert "finished unit" in log
 
 
+def test_a_result_that_is_there_already_needs_no_worker(published: Callable[..., Path], installed: Installed) -> None:
+    """Another job, the same source, passes and output: the preflight finds the result, and no worker is ever asked for."""
+    published("llama", "W4A16")
+    before = installed.bucket.files("llama-w4a16")
+    same = {"uri": installed.bucket.uri("llama-w4a16"), "endpoint": installed.bucket.server.endpoint, "credentialsSecret": "models-s3"}
+    installed.apply("already", "llama", [{"rtn": {"scheme": "W4A16", "groupSize": 64}}], output=same)
+    status = installed.wait("already", "Complete", 120)
+    conditions = {c["type"]: c for c in status["conditions"]}
+    assert conditions["Complete"]["reason"] == "AlreadyCompressed" and conditions["Validated"]["status"] == "True"
+    assert status["result"]["resultDigest"] == installed.status("llama-w4a16")["result"]["resultDigest"]
+    assert installed.steps("already") == ["preflight"] and installed.bucket.files("llama-w4a16") == before
+
+
 @pytest.fixture(scope="module")
 def data(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """`calibration` and `evaluation` of a spec, in the bucket, for a Secret of their own."""
@@ -185,6 +206,8 @@ def test_a_calibrated_job_says_what_it_measured(installed: Installed, data: dict
     gates = [{"metric": "perplexity", "maxIncrease": "2%"}, {"metric": "kl", "maxKL": 0.05}]
     installed.apply("calibrated", "llama", CALIBRATED, **data | {"evaluation": data["evaluation"] | {"gates": gates}})
     status = installed.wait("calibrated", "Complete")
+    assert installed.steps("calibrated") == ["compress", "preflight"]
+    assert status["plan"]["outputBytes"] == status["result"]["outputBytes"], "as the preflight said"
     assert {c["type"]: c["reason"] for c in status["conditions"]}["Complete"] == "Completed"
     assert status["progress"]["percent"] == 100
     files = installed.bucket.files("calibrated")
@@ -236,6 +259,7 @@ def test_failures_are_told(installed: Installed, trained_llama: Path, name: str,
     assert conditions["Stalled"]["status"] == "True"
     assert conditions["Ready"]["status"] == "False"
     assert word in conditions["Failed"]["message"]
+    assert conditions["Validated"]["status"] == "False" and installed.steps(name) == ["preflight"]
     assert installed.bucket.names(name) == []
 
 
@@ -249,6 +273,7 @@ def test_early_truth_and_deletion(installed: Installed) -> None:
     for name, reason in (("no-image", "ImagePullFailed"), ("no-secret", "SecretMissing")):
         path = "{.status.conditions[?(@.type=='Ready')].reason}"
         installed.cluster.kubectl("wait", f"kcj/{name}", f"--for=jsonpath={path}={reason}", "--timeout=60s")
-        job = installed.status(name)["jobName"]
+        assert installed.steps(name) == ["preflight"], "before a worker is asked for"
+        selector = f"kompressor.io/job-uid={installed.cluster.get('kcj', name)['metadata']['uid']}"
         installed.cluster.kubectl("delete", "kcj", name, "--wait=true")
-        installed.cluster.kubectl("wait", f"job/{job}", "--for=delete", "--timeout=60s")
+        installed.cluster.kubectl("wait", "job", "-l", selector, "--for=delete", "--timeout=60s")

@@ -210,7 +210,11 @@ def test_a_claim_that_is_source_and_output_is_mounted_once_and_writable() -> Non
 def test_what_must_be_writable_is_and_nothing_else() -> None:
     found = mounts_of(kcj())
     assert found[names.JOB_DIRECTORY]["readOnly"] is True
-    assert {path for path, mount in found.items() if not mount.get("readOnly")} == {"/tmp", names.SCRATCH_DIRECTORY}
+    assert {path for path, mount in found.items() if not mount.get("readOnly")} == {"/tmp", "/dev/shm", names.SCRATCH_DIRECTORY}
+    shared = {v["name"]: v for v in pod_of(kcj())["volumes"]}["shared-memory"]
+    assert shared["emptyDir"] == {"medium": "Memory"}
+    limited = pod_of(kcj(), replace(SETTINGS, worker_shared_memory="8Gi"))["volumes"]
+    assert {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}} in limited
     assert worker_of(kcj())["securityContext"]["readOnlyRootFilesystem"] is True
 
 
@@ -238,7 +242,7 @@ def test_the_shape_of_the_pod_is_the_users_then_the_operators() -> None:
     settings = replace(SETTINGS, worker_resources={"limits": {"memory": "1Gi"}}, worker_image_pull_secrets=("pull",))
     job = kcj(worker=shape)
     assert worker_of(job, settings)["image"] == "mine:2"
-    assert worker_of(job, settings)["resources"] == shape["resources"]
+    assert worker_of(job, settings)["resources"] == {"limits": {"memory": "1Gi", "nvidia.com/gpu": 1}}
     assert pod_of(job, settings)["nodeSelector"] == shape["nodeSelector"]
     assert pod_of(job, settings)["tolerations"] == shape["tolerations"]
     assert pod_of(job, settings)["imagePullSecrets"] == [{"name": "pull"}]

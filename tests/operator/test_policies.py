@@ -254,11 +254,6 @@ def test_a_queued_job_is_its_queues() -> None:
     assert decision.patches == () and said(decision) == ("Queued", "Queued")
 
 
-def test_a_recipe_is_not_silently_left_out() -> None:
-    decision = judge(kcj(passes=None, recipeRef={"name": "w4"}), live=False)
-    assert said(decision) == ("Failed", "InvalidSpec") and decision.start is None and "spec.recipeRef" in message(decision)
-
-
 def test_suspended_while_an_attempt_is_due_starts_it_only_after_resume() -> None:
     assert judge(kcj(suspend=True), failed(), pod(exit=71)).start is None
     assert judge(kcj(suspend=False), failed(), pod(exit=71)).start == Attempt(2, memory_plan=1)

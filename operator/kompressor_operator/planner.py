@@ -1,0 +1,60 @@
+"""The preflight's Job: `kompressor plan` over the same job, from headers alone, in a small pod without a GPU. Pure."""
+
+from __future__ import annotations
+
+from kompressor_api import names
+from kompressor_api.names import Step
+from kompressor_operator.manifests import backoff_limit, child, labels, marked, pod_failure_rules, service_account_name, stem
+from kompressor_operator.observed import CompressionJob, Manifest
+from kompressor_operator.pod_template import merge, overlay_of
+from kompressor_operator.settings import Settings
+from kompressor_operator.worker_pod import JOB_PATH, Program, own, template
+
+COMMAND = ("kompressor", "plan", JOB_PATH, "--in-cluster")
+MEMORY_LIMIT = "1Gi"
+RESOURCES: Manifest = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": MEMORY_LIMIT}}
+SHORTEST_TTL = 3600
+"""Seconds that its end can be read for, whatever the job's own TTL: an operator that is away for longer runs it again."""
+
+POD_FIELDS = frozenset(
+    {"serviceAccountName", "imagePullSecrets", "hostAliases", "dnsPolicy", "dnsConfig", "securityContext", "tolerations"}
+)
+CONTAINER_FIELDS = frozenset({"name", "env", "envFrom", "imagePullPolicy", "securityContext"})
+"""What of podTemplate holds for it: identity, network and names. Where the GPUs are, and what they need, does not."""
+
+
+def preflight_job(job: CompressionJob, settings: Settings) -> Manifest:
+    """Retried in place like the worker, without a queue; its TTL is there from the beginning, for its outcome can be had again."""
+    marks = {**labels(job), names.LABEL_STEP: str(Step.PREFLIGHT)}
+    spec: Manifest = {
+        "parallelism": 1,
+        "completions": 1,
+        "backoffLimit": backoff_limit(job, 0),
+        "podFailurePolicy": {"rules": pod_failure_rules(smaller=False)},
+        "podReplacementPolicy": "Failed",
+        "template": marked(_template(job, settings), marks),
+    }
+    if job.ttl is not None:
+        spec["ttlSecondsAfterFinished"] = max(job.ttl, SHORTEST_TTL)
+    made = child(job, "batch/v1", "Job", {"spec": spec}, name=f"{stem(job)}-preflight")
+    made["metadata"]["labels"] = marks
+    return made
+
+
+def _template(job: CompressionJob, settings: Settings) -> Manifest:
+    worker = job.spec.get("worker") or {}
+    image = settings.planner_image or worker.get("image") or settings.worker_image
+    base = template(job, settings, Program(COMMAND, image, RESOURCES, writes=False), stem(job), service_account_name(job))
+    if worker.get("tolerations"):
+        base["spec"]["tolerations"] = worker["tolerations"]
+    return own(merge(base, _shared(overlay_of(job.spec))), base)
+
+
+def _shared(overlay: Manifest) -> Manifest:
+    """The part of a podTemplate that the preflight takes over."""
+    metadata, spec = overlay.get("metadata") or {}, overlay.get("spec") or {}
+    marks = {name: value for name, value in (metadata.get("labels") or {}).items() if name != names.QUEUE_LABEL}
+    kept = {name: value for name, value in spec.items() if name in POD_FIELDS}
+    own_container = [one for one in spec.get("containers") or () if one["name"] == names.WORKER_CONTAINER]
+    kept["containers"] = [{name: value for name, value in one.items() if name in CONTAINER_FIELDS} for one in own_container]
+    return {"metadata": {**metadata, "labels": marks}, "spec": kept}
