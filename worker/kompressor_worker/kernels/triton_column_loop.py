@@ -1,7 +1,8 @@
 """GPTQ's column loop in Triton: one block of columns of some rows in registers; what is right of it, by cuBLAS.
 
-Of out * in^2 multiply-adds all but a share of 128 / in are in the products, fp32 (no TF32 unless torch is told so). A block costs 128
-dependent steps, whatever its number of rows.
+Of out * in^2 operations all but a share of 128 / in are in the products, fp32 (no TF32 unless torch is told so). These read and write what
+is left of the weight once a block, 8 bytes for 256 operations: bound by arithmetic where a GPU has fewer than 32 operations for a byte
+(H100: 20). A block costs 128 dependent steps, whatever its number of rows.
 """
 # mypy: disable-error-code="import-untyped,import-not-found,untyped-decorator,no-untyped-def,no-untyped-call,misc"
 
