@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ from binaries import BinaryError
 from cluster_access import Cluster
 from local_cluster import provide
 from s3 import S3Server
+
+sys.path.insert(0, str(Path(__file__).parent))  # no packages in tests/
 
 
 @pytest.fixture(scope="session")
