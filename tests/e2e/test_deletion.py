@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from test_compress import Installed, installed  # noqa: F401  (a fixture)
-from test_suspend import until
 
 import jobs
 from cluster_access import CommandError
@@ -45,7 +45,10 @@ def test_deleted_when_complete_and_in_the_middle_nothing_of_it_stays(installed: 
     assert "config.json" in bucket.names("whole")
     bucket.server.client().put_object(Bucket=bucket.name, Key="whole/theirs.txt", Body=b"2")
     installed.apply("half", "source", jobs.RTN_W4, preflight="Skip", deletionPolicy="Delete")
-    until(lambda: "model.layers.5" in log_of(installed, "half"))
+    deadline = time.monotonic() + 120
+    while "model.layers.5" not in log_of(installed, "half"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     cluster.kubectl("delete", "kcj", "whole", "half", "--wait=true", "--timeout=120s", timeout=130)
     assert bucket.names("whole") == ["theirs.txt"] and bucket.names("half") == [] and bucket.uploads("half") == []
     assert bucket.names("whole-beside") == bucket.names("half-beside") == ["theirs.txt"], "a prefix that only begins alike"

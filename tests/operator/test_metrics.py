@@ -7,19 +7,21 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
-from kcj_builders import NOW, PASSES, SETTINGS, ago, child, child_body, condition, kcj, pod
+from kcj_builders import NOW, PASSES, SETTINGS, ago, child, child_body, condition, job_body, kcj, pod
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from kompressor_operator.cluster import ApiError, Cluster
 from kompressor_operator.conditions import Event, Phase, Verdict
-from kompressor_operator.decide import View
+from kompressor_operator.decide import Decision, View
 from kompressor_operator.health import Health, Watchdog, serve_probes
 from kompressor_operator.metrics import Metrics, Moment, bounded
 from kompressor_operator.observed import ChildJob, Terminated, stamp
+from kompressor_operator.reconcile import Reconciler
 from kompressor_operator.store import Store, observe
 from kompressor_operator.usage import with_usage
 from kompressor_operator.work import RetryLater, WorkQueue
@@ -89,6 +91,33 @@ def test_an_end_is_counted_once_and_bytes_only_where_something_was_compressed() 
         ("complete", "Completed"): 1,
     }
     assert bounded("") == "New" and bounded("Nonsense") == "Other" and bounded("OutOfMemory") == "OutOfMemory"
+
+
+async def test_only_what_was_written_is_counted() -> None:
+    """Of two operators that see the same end, the one whose conditional write succeeds."""
+    store, refusing = Store(), [True]
+
+    class OneAnswer:
+        async def patch(self, kind: str, namespace: str, name: str, body: Any, status: bool = False) -> Any:
+            if refusing[0]:
+                raise ApiError("patching", 409, "Conflict", "the object has been modified")
+            return job_body(version=2, status=body["status"])
+
+        async def create(self, body: Any) -> Any:
+            return body
+
+    store.tell_resource(job_body())
+    decided = Decision(verdict=complete(jobName="llama-1"))
+    reconciler = Reconciler(cast(Cluster, OneAnswer()), store, SETTINGS, PASSES, policies=(lambda view: decided,))
+    with pytest.raises(RetryLater):
+        await reconciler.reconcile(("team", "llama"))
+    assert "kompressor_jobs_finished_total" not in read(reconciler.metrics)
+    refusing[0] = False
+    for _ in range(2):
+        await reconciler.reconcile(("team", "llama"))
+    found = read(reconciler.metrics)
+    assert found["kompressor_jobs_finished_total"] == {("complete", "Completed"): 1}
+    assert found["kompressor_attempts_total"] == {("first",): 1}
 
 
 def test_jobs_by_phase_and_reason_come_from_what_the_watches_told() -> None:
