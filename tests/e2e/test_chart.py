@@ -51,6 +51,7 @@ JOB: Manifest = {
         "model": {"source": {"uri": "s3://models/llama"}},
         "output": {"uri": "s3://models/llama-w4a16"},
         "passes": [{"rtn": {"scheme": "W4A16"}}],
+        "preflight": "Skip",
     },
 }
 

@@ -26,6 +26,24 @@
 - name: KOMPRESSOR_WORKER_SCRATCH_SIZE
   value: {{ . | quote }}
 {{- end }}
+{{- with .Values.worker.sharedMemory }}
+- name: KOMPRESSOR_WORKER_SHARED_MEMORY
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.worker.gpuResource }}
+- name: KOMPRESSOR_WORKER_GPU_RESOURCE
+  value: {{ . | quote }}
+{{- end }}
+{{- if .Values.planner.image.repository }}
+- name: KOMPRESSOR_PLANNER_IMAGE
+  value: {{ include "kompressor.image" (dict "image" .Values.planner.image "chart" .Chart) | quote }}
+{{- end }}
+{{- if gt (int .Values.replicas) 1 }}
+- name: KOMPRESSOR_LEASE_NAMESPACE
+  value: {{ .Release.Namespace }}
+- name: KOMPRESSOR_LEASE_NAME
+  value: {{ include "kompressor.fullname" . }}
+{{- end }}
 {{- with .Values.watch.namespaces }}
 - name: KOMPRESSOR_NAMESPACES
   value: {{ join "," . | quote }}

@@ -47,6 +47,11 @@ app.kubernetes.io/part-of: kompressor
 {{- end -}}
 {{- end -}}
 
+{{/* PromQL's matchers for this release's operator, as a ServiceMonitor labels what it scrapes. */}}
+{{- define "kompressor.selector" -}}
+namespace="{{ .Release.Namespace }}", service="{{ include "kompressor.fullname" . }}-metrics"
+{{- end -}}
+
 {{/* What Pod Security calls restricted, container part. */}}
 {{- define "kompressor.containerSecurityContext" -}}
 allowPrivilegeEscalation: false
