@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kompressor_api import names
-from kompressor_api.failures import ADVICE, FAILURES, KILLED
+from kompressor_api.failures import ADVICE, FAILURES, KILLED, failure_of_code
 from kompressor_api.names import ExitCode, Reason
 from kompressor_operator.observed import ChildJob, ChildPod, Terminated
 
@@ -57,6 +57,8 @@ def ending_of(job: ChildJob, pods: Sequence[ChildPod]) -> Ending:
         finished = [pod for pod in finished if pod.name == named["pod"]]
     elif job.ended == "Complete":
         finished = [pod for pod in finished if pod.phase == "Succeeded"]
+    else:
+        finished = [pod for pod in finished if not _free(pod)] or finished  # what did not count does not speak for the rest
     if finished:
         return ending_of_pod(max(finished, key=lambda pod: (_finished_at(pod), pod.created, pod.name)))
     if named:  # the pod is gone, its exit code is not
@@ -72,13 +74,18 @@ def ending_of_pod(pod: ChildPod) -> Ending:
     if pod.terminated is None:
         why = pod.disrupted or pod.reason or "no container status"
         return Ending(Reason.TERMINATED, advised(Reason.TERMINATED, f"pod {pod.name} ended without its worker: {why}"))
+    if pod.disrupted and pod.terminated.exit_code != ExitCode.DONE:  # whatever the worker made of it
+        text = f"pod {pod.name} was taken away ({pod.disrupted})"
+        return Ending(Reason.TERMINATED, advised(Reason.TERMINATED, text), pod.terminated.exit_code)
     return _ending(pod.terminated, f"pod {pod.name}")
 
 
-def advised(reason: str, text: str) -> str:
-    """The text and what to do about it."""
+def advised(reason: str, text: str, code: int | None = None) -> str:
+    """The text and what to do about it: for this reason, or else for this class of failures."""
     advice = ADVICE.get(Reason(reason)) if reason in _REASONS else None
-    return f"{text.rstrip('.')}: {advice}" if advice else text
+    if advice is None and code:
+        advice = failure_of_code(code).advice
+    return f"{text.rstrip('. ')}; {advice}" if advice and advice not in text else text
 
 
 def _ending(ended: Terminated, who: str) -> Ending:
@@ -100,10 +107,10 @@ def _ending(ended: Terminated, who: str) -> Ending:
 
 def _words(told: Mapping[str, Any], ended: Terminated, who: str, reason: str) -> str:
     own = str(told.get("message") or "").strip()
-    if own:
-        return own[:TEXT_LIMIT]
     if ended.exit_code == ExitCode.DONE:
-        return ""
+        return own[:TEXT_LIMIT]
+    if own:
+        return advised(reason, own[:TEXT_LIMIT], ended.exit_code)
     how = f"{who} ended with exit code {ended.exit_code}"
     if ended.reason == "OOMKilled":
         how = f"{who} was killed because it used more memory than its limit"
@@ -114,7 +121,7 @@ def _words(told: Mapping[str, Any], ended: Terminated, who: str, reason: str) ->
     elif ended.exit_code in names.UNCAUGHT_EXIT_CODES:
         how = f"{who} crashed with exit code {ended.exit_code}"
     text = "" if told else ended.message.strip()[-TEXT_LIMIT:]
-    return advised(reason, how) + (f"; it said last: {text}" if text else "")
+    return advised(reason, how, ended.exit_code) + (f"; it said last: {text}" if text else "")
 
 
 def _report(message: str) -> Mapping[str, Any]:
@@ -124,6 +131,11 @@ def _report(message: str) -> Mapping[str, Any]:
     except ValueError:
         return {}
     return told if isinstance(told, dict) else {}
+
+
+def _free(pod: ChildPod) -> bool:
+    """Did its end not count, by the first two rules of the podFailurePolicy?"""
+    return bool(pod.disrupted) or (pod.terminated is not None and pod.terminated.exit_code == ExitCode.TERMINATED)
 
 
 def _finished_at(pod: ChildPod) -> str:

@@ -11,17 +11,27 @@ from kompressor_api.v1alpha1 import Result
 from kompressor_operator.decide import View
 from kompressor_operator.manifests import spec_digest
 from kompressor_operator.observed import ChildJob, stamp
+from kompressor_operator.retries import counted
 
 __all__ = ["facts_of", "facts_of_told", "result_of"]
 
 
 def facts_of(view: View, job: ChildJob | None) -> dict[str, Any]:
-    """Which Job it is about, and since when."""
+    """Which Job it is about, since when, and what must outlive it: with no Job left the next attempt is made from these."""
     if job is None:
         return {}
-    first = view.job.status.get("startTime") or stamp(view.observed.jobs[0].created)
-    facts = {"jobName": job.name, "attempt": job.attempt, "retries": job.failed, "startTime": first}
-    return facts | {"specDigest": view.job.status.get("specDigest") or spec_digest(view.told.spec)}
+    status = view.job.status
+    return {
+        "jobName": job.name,
+        "attempt": job.attempt,
+        "retries": job.failed,
+        "startTime": status.get("startTime") or stamp(view.observed.jobs[0].created),
+        "specDigest": status.get("specDigest") or spec_digest(view.told.spec),
+        "memoryPlan": job.memory_plan,
+        "failures": counted(view, job),
+        "workerImage": job.image or None,
+        "resumedFromBlock": (status.get("progress") or {}).get("resumedFrom"),
+    }
 
 
 def facts_of_told(view: View, job: ChildJob | None) -> dict[str, Any]:

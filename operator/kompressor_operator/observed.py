@@ -113,6 +113,8 @@ class ChildJob:
     failures_before: int = 0
     active: int = 0
     failed: int = 0
+    failing: str = ""
+    """Why it is going to fail once its pods are gone; they are being stopped."""
     ended: str = ""
     """Complete, Failed, or empty while it goes on."""
     ended_reason: str = ""
@@ -123,8 +125,8 @@ class ChildJob:
     def parse(cls, body: Mapping[str, Any]) -> ChildJob:
         meta, spec, status = body["metadata"], body.get("spec") or {}, body.get("status") or {}
         notes, labels = meta.get("annotations") or {}, meta.get("labels") or {}
-        ends = [c for c in status.get("conditions") or () if c["type"] in ("Complete", "Failed") and c["status"] == "True"]
-        end = ends[0] if ends else {}
+        true = [c for c in status.get("conditions") or () if c["status"] == "True"]
+        end: Mapping[str, Any] = next((c for c in true if c["type"] in ("Complete", "Failed")), {})
         return cls(
             namespace=meta["namespace"],
             name=meta["name"],
@@ -146,6 +148,7 @@ class ChildJob:
             failures_before=number(notes.get(names.ANNOTATION_FAILURES_BEFORE), 0),
             active=status.get("active") or 0,
             failed=status.get("failed") or 0,
+            failing=next((c.get("reason", "") for c in true if c["type"] == "FailureTarget"), ""),
             ended=end.get("type", ""),
             ended_reason=end.get("reason", ""),
             ended_message=end.get("message", ""),

@@ -17,14 +17,13 @@ from kompressor_operator.endings import Ending, ending_of
 from kompressor_operator.facts import facts_of, facts_of_told, result_of
 from kompressor_operator.manifests import OUT_OF_MEMORY_CODES, Attempt, backoff_limit, job_name, spec_digest
 from kompressor_operator.observed import ChildJob, stamp
-from kompressor_operator.preflight import preflight, with_plan
+from kompressor_operator.preflight import preflight
 from kompressor_operator.progress import created, follows, running
 from kompressor_operator.recipes import resolve
-from kompressor_operator.retries import SMALLER_PLANS, next_attempt
-from kompressor_operator.suspension import may_unsuspend, queued, suspended
+from kompressor_operator.retries import SMALLER_PLANS, again, counted, next_attempt, out_of_time, pause
+from kompressor_operator.suspension import may_unsuspend, queued, resuming, suspended, waits
 from kompressor_operator.troubles import LOST_AFTER, lost
 from kompressor_operator.validation import invalid
-from kompressor_operator.worker_pod import worker_image
 
 
 def finished(view: View) -> Decision | None:
@@ -42,8 +41,6 @@ def refused(view: View) -> Decision | None:
     if view.observed.jobs or view.job.status.get("jobName"):
         return None
     problem = invalid(view.told.spec, view.passes, view.job.beside)
-    if problem and view.recipe:
-        problem = f"with {view.recipe['kind']} {view.recipe['name']}: {problem}"
     return Decision(verdict=invalid_spec(view, problem)) if problem else None
 
 
@@ -65,24 +62,36 @@ def ended(view: View) -> Decision | None:
         return CONFIRM  # the pod that decided may not have reached us yet
     if next_attempt(view) is not None:
         return None
-    return Decision(verdict=_failed(view, job, ending))
+    return Decision(verdict=_failed(view, job, out_of_time(view) or ending))
 
 
 def waiting(view: View) -> Decision | None:
-    """Never two at once: the next Job waits until the one before and its pods are gone."""
+    """Never two at once: the next Job waits until the one before and its pods are gone, and for a while after a failure."""
     attempt, job = next_attempt(view), view.observed.current
     if job is not None and job.deleting:
         message = f"Job {job.name} is being deleted; the next one starts when it is gone"
         return Decision(verdict=_pending(view, message))
     alive = [pod for pod in view.observed.pods if not pod.ended]
     if attempt is None or not alive:
-        return None
+        return _paused(view, job, attempt) if job and attempt else None
     trouble = lost(alive[-1], view.now)
     if trouble:
         verdict = Verdict(Phase.RETRYING, trouble.reason, trouble.message, facts=facts_of(view, job))
         return Decision(verdict=verdict, again_after=LOST_AFTER.total_seconds())
     message = f"pod {alive[-1].name} of an earlier attempt is ending; the next one starts when it is gone"
     return Decision(verdict=_pending(view, message), again_after=LOST_AFTER.total_seconds())
+
+
+def _paused(view: View, before: ChildJob, attempt: Attempt) -> Decision | None:
+    """The Job controller makes a failed pod wait; it knows nothing of a Job that follows another."""
+    seconds, due = pause(view, attempt)
+    if not seconds:
+        return None
+    message = follows(view, before, attempt.number, attempt.memory_plan, due)
+    return Decision(
+        verdict=Verdict(Phase.RETRYING, Reason.RETRYING, message, facts=facts_of(view, before)),
+        again_after=seconds,
+    )
 
 
 def start(view: View) -> Decision | None:
@@ -97,11 +106,16 @@ def start(view: View) -> Decision | None:
         "jobName": name,
         "attempt": attempt.number,
         "retries": 0,
-        "workerImage": worker_image(view.told, view.settings),
+        "memoryPlan": attempt.memory_plan,
+        "failures": attempt.failures_before,
+        "workerImage": attempt.image or None,
         "startTime": view.job.status.get("startTime") or stamp(view.now),
         "specDigest": spec_digest(view.told.spec),
     }
     before = view.observed.current
+    if before is None and view.job.spec.get("queueName"):  # it is created suspended
+        queueing = Verdict(Phase.QUEUED, Reason.QUEUED, waits(view, name, attempt.memory_plan), facts=facts)
+        return Decision(start=attempt, verdict=queueing)
     if before is None:
         return Decision(start=attempt, verdict=Verdict(Phase.PENDING, Reason.PENDING, created(name), facts=facts))
     message = follows(view, before, attempt.number, attempt.memory_plan)
@@ -127,7 +141,7 @@ def run(view: View) -> Decision | None:
     if view.job.status.get("jobName") == job.name:
         return decision
     # its start was never told, so perhaps it was cut short: finish it, what is there already does no harm
-    return replace(decision, start=Attempt(job.attempt, job.memory_plan, job.failures_before))
+    return replace(decision, start=again(view, job))
 
 
 POLICIES: tuple[Policy, ...] = (
@@ -140,8 +154,8 @@ POLICIES: tuple[Policy, ...] = (
     suspended,
     waiting,
     preflight,
-    with_plan(start),
-    with_plan(run),
+    start,
+    run,
 )
 
 
@@ -158,7 +172,7 @@ def _failed(view: View, job: ChildJob, ending: Ending) -> Verdict:
     facts = facts_of(view, job) | {"completionTime": job.ended_at or stamp(view.now)}
     if ending.summary and not view.job.status.get("result"):
         facts["result"] = result_of(ending.summary)  # what was measured before a gate was not met
-    message, count = ending.message, job.failures_before + job.failed
+    message, count = ending.message, counted(view, job)
     if ending.out_of_memory and job.memory_plan >= SMALLER_PLANS:
         message = f"out of memory with the smallest memory plan too: {message}"
     elif job.ended_reason == "BackoffLimitExceeded" or ending.exit_code in OUT_OF_MEMORY_CODES:
@@ -167,4 +181,7 @@ def _failed(view: View, job: ChildJob, ending: Ending) -> Verdict:
 
 
 def _pending(view: View, message: str) -> Verdict:
-    return Verdict(Phase.PENDING, Reason.PENDING, message, facts=facts_of_told(view, view.observed.current))
+    facts = facts_of_told(view, view.observed.current)
+    if resuming(view):
+        return Verdict(Phase.SUSPENDED, Reason.SUSPENDED, message, facts=facts)
+    return Verdict(Phase.PENDING, Reason.PENDING, message, facts=facts)

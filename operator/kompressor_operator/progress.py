@@ -38,10 +38,11 @@ def created(job_name: str) -> str:
     return f"created Job {job_name}; its pod is about to start"
 
 
-def follows(view: View, before: ChildJob, attempt: int, memory_plan: int) -> str:
-    """Why there is another attempt."""
+def follows(view: View, before: ChildJob, attempt: int, memory_plan: int, due: str = "") -> str:
+    """Why there is another attempt, and when if not at once."""
     ending = ending_of(before, view.observed.pods_of(before))
-    return f"attempt {before.attempt} ended: {ending.message}; attempt {attempt}{retry_note(memory_plan)} follows"
+    when = f" at {due}" if due else ""
+    return f"attempt {before.attempt} ended: {ending.message}; attempt {attempt}{retry_note(memory_plan)} follows{when}"
 
 
 def retry_note(memory_plan: int) -> str:
@@ -57,8 +58,9 @@ def _of_pod(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
     if gone:
         return Phase.RETRYING, gone.reason, gone.message, LOST_AFTER.total_seconds()
     if pod.deletion_due is not None and not pod.ended:
-        why = f" ({pod.disrupted})" if pod.disrupted else ""
-        message = f"pod {pod.name} is being stopped{why}; the next one goes on at the last committed block"
+        why = f" ({pod.disrupted or job.failing})" if pod.disrupted or job.failing else ""
+        then = "it commits its last block, and none follows" if job.failing else "the next one goes on at the last committed block"
+        message = f"pod {pod.name} is being stopped{why}; {then}"
         return Phase.RETRYING, Reason.RETRYING, message, _seconds(view.now, pod.deletion_due + LOST_AFTER)
     trouble = start_trouble(pod) if pod.phase == "Pending" else None
     if trouble:

@@ -1,31 +1,35 @@
-"""Stopped by its user, or kept waiting by something else. Pure.
+"""Stopped by its user, or kept waiting by a queue or something else. Pure.
 
 Only what the operator has suspended itself it lets go again, and the stored Suspended condition is the proof: it is written before the
-Job is touched. Whatever else suspends a Job, such as Kueue, is waited for and not fought.
+Job is touched. Whatever else suspends a Job, such as Kueue, is waited for and not fought. A Job in a queue is the queue's alone: Kueue
+would unsuspend one that it has admitted, so there the user's suspend removes the Job, and resuming makes the next attempt.
 """
 
 from __future__ import annotations
 
-from kompressor_api.names import Condition, Reason
+from kompressor_api.names import QUEUE_GROUP, Condition, Reason
 from kompressor_operator.conditions import Phase, Verdict
-from kompressor_operator.decide import Decision, JobPatch, View
+from kompressor_operator.decide import CONFIRM, Decision, JobPatch, View
 from kompressor_operator.facts import facts_of, facts_of_told
 from kompressor_operator.observed import ChildJob
+from kompressor_operator.progress import retry_note
 
 
 def suspended(view: View) -> Decision | None:
-    """The Job's own `suspend` stops its pod, which commits its block; nothing starts meanwhile."""
+    """Nothing starts meanwhile, and what runs is stopped: it commits its block."""
     if not view.job.suspend:
         return None
     job = view.observed.current
     going = job is not None and not job.ended and not job.deleting and view.job.is_true(Condition.SUSPENDED)
-    patches = (JobPatch(job.name, {"suspend": True}),) if job and going and not job.suspended else ()
-    alive = [pod.name for pod in view.observed.pods if not pod.ended]
-    message = "spec.suspend is true; set it to false and the job goes on at its last committed block"
-    if alive:
-        message = f"pod {alive[-1]} commits its last block and stops; {message}"
     facts = facts_of_told(view, job)
-    return Decision(patches=patches, verdict=Verdict(Phase.SUSPENDED, Reason.SUSPENDED, message, facts=facts))
+    if view.job.spec.get("queueName"):
+        if going and not view.observed.live:
+            return CONFIRM  # it may have ended, or been resumed
+        # all of them, the newest last: with no Job left the status alone, which is stored by now, tells the history
+        removed = tuple(each for each in view.observed.jobs if not each.deleting) if going else ()
+        return Decision(deletes=removed, verdict=_stopped(view, "a next attempt queues and goes on at the last committed block", facts))
+    patches = (JobPatch(job.name, {"suspend": True}),) if job and going and not job.suspended else ()
+    return Decision(patches=patches, verdict=_stopped(view, "the job goes on at its last committed block", facts))
 
 
 def may_unsuspend(view: View) -> bool:
@@ -35,5 +39,35 @@ def may_unsuspend(view: View) -> bool:
 
 def queued(view: View, job: ChildJob) -> Verdict:
     """The Job is suspended, but not by its user."""
-    message = f"Job {job.name} is kept suspended by something else, and goes on when that lets it go"
+    alive = [pod.name for pod in view.observed.pods_of(job) if not pod.ended]
+    message = waits(view, job.name, job.memory_plan)
+    if alive:
+        message = f"pod {alive[-1]} commits its last block and stops; {message}"
     return Verdict(Phase.QUEUED, Reason.QUEUED, message, facts=facts_of(view, job))
+
+
+def waits(view: View, job_name: str, memory_plan: int) -> str:
+    """For what, and what to do if that never comes."""
+    queue = view.job.spec.get("queueName")
+    if not queue:
+        return (
+            f"something else keeps Job {job_name} suspended, and it goes on when that lets it go; if that is Kueue's "
+            "manageJobsWithoutQueueName, apply the job again with spec.queueName"
+        )
+    text = f"Job {job_name}{retry_note(memory_plan)} waits in queue {queue} for admission"
+    if view.kueue is False:
+        return f"{text}; this cluster has no Kueue ({QUEUE_GROUP}): install it, or apply the job again without spec.queueName"
+    return f"{text}; `kubectl get workloads` says what it waits for"
+
+
+def resuming(view: View) -> bool:
+    """A Job that was removed by its user's suspend is not gone yet. Until it is, Suspended stays stored, or its number would come again."""
+    return bool(view.job.spec.get("queueName")) and view.job.is_true(Condition.SUSPENDED)
+
+
+def _stopped(view: View, then: str, facts: dict[str, object]) -> Verdict:
+    alive = [pod.name for pod in view.observed.pods if not pod.ended]
+    message = f"spec.suspend is true; set it to false and {then}"
+    if alive:
+        message = f"pod {alive[-1]} commits its last block and stops; {message}"
+    return Verdict(Phase.SUSPENDED, Reason.SUSPENDED, message, facts=facts)

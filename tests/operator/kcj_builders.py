@@ -66,11 +66,11 @@ def child(attempt: int = 1, **fields: Any) -> ChildJob:
 
 def failed(attempt: int = 1, reason: str = "PodFailurePolicy", **fields: Any) -> ChildJob:
     """A child Job that is over."""
-    return child(attempt, ended="Failed", ended_reason=reason, ended_at=stamp(ago(1)), **({"failed": 1} | fields))
+    return child(attempt, ended="Failed", ended_reason=reason, **({"failed": 1, "ended_at": stamp(ago(1))} | fields))
 
 
 def complete(attempt: int = 1, **fields: Any) -> ChildJob:
-    return child(attempt, ended="Complete", ended_at=stamp(ago(1)), **fields)
+    return child(attempt, ended="Complete", **({"ended_at": stamp(ago(1))} | fields))
 
 
 def pod(attempt: int = 1, suffix: str = "a", **fields: Any) -> ChildPod:
@@ -100,12 +100,13 @@ def judge(
     live: bool = True,
     warnings: list[tuple[str, str]] | None = None,
     now: datetime = NOW,
+    kueue: bool | None = None,
 ) -> Decision:
     """What the policies say, by default on what was read just now."""
     observed = observe([c for c in children if isinstance(c, ChildJob)], [c for c in children if isinstance(c, ChildPod)], live=live)
     if warnings is not None:
         observed = replace(observed, warnings=tuple(Warned(reason, message, now) for reason, message in warnings))
-    return decide(View(job, observed, now, SETTINGS, PASSES), POLICIES)
+    return decide(View(job, observed, now, SETTINGS, PASSES, kueue=kueue), POLICIES)
 
 
 def condition(kind: str, status: str = "True", **fields: Any) -> dict[str, Any]:

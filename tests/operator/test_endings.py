@@ -7,7 +7,8 @@ import json
 import pytest
 from kcj_builders import ago, complete, failed, pod
 
-from kompressor_api.names import FINAL_EXIT_CODES, UNCAUGHT_EXIT_CODES, ExitCode
+from kompressor_api.failures import ADVICE, FAILURES, Failure
+from kompressor_api.names import FINAL_EXIT_CODES, UNCAUGHT_EXIT_CODES, ExitCode, Reason
 from kompressor_operator.endings import REASON_OF_CODE, TEXT_LIMIT, ending_of, ending_of_pod
 
 
@@ -32,7 +33,25 @@ def test_a_crash_shows_the_end_of_the_log(code: int) -> None:
 def test_the_workers_own_report_wins() -> None:
     report = {"reason": "AccessDenied", "message": "s3://models: 403; check the secret", "exitCode": 64}
     ending = ending_of_pod(pod(exit=64, said=json.dumps(report)))
-    assert (ending.reason, ending.message, ending.exit_code) == ("AccessDenied", "s3://models: 403; check the secret", 64)
+    assert (ending.reason, ending.exit_code) == ("AccessDenied", 64)
+    assert ending.message == f"s3://models: 403; check the secret; {ADVICE[Reason.ACCESS_DENIED]}"
+
+
+@pytest.mark.parametrize(
+    "said", ["", json.dumps({"message": "the worker's own words."}), json.dumps({"reason": "NobodyKnows", "message": "m"})]
+)
+@pytest.mark.parametrize("failure", FAILURES[1:], ids=lambda failure: failure.title)
+def test_every_class_comes_with_its_advice_whatever_the_worker_said(failure: Failure, said: str) -> None:
+    for code in failure.codes:
+        ending = ending_of_pod(pod(exit=code, said=said))
+        assert ending.message.count(failure.advice) == 1 and ".;" not in ending.message
+        assert ending.reason == ("NobodyKnows" if "Nobody" in said else failure.reason)
+
+
+def test_advice_that_the_worker_gave_itself_is_not_repeated() -> None:
+    own = f"model-2: truncated; {ADVICE[Reason.CORRUPT_SOURCE]}"
+    assert ending_of_pod(pod(exit=65, said=json.dumps({"message": own}))).message == own
+    assert ending_of_pod(pod(exit=0, said=json.dumps({"reason": "AlreadyCompressed", "message": "same digest."}))).message == "same digest."
 
 
 @pytest.mark.parametrize("said", ['{"reason": "no camel"}', '{"reason": 3}', "{", "[]", "null", "{}", '{"message": null}'])
@@ -43,7 +62,7 @@ def test_a_broken_report_falls_back_to_the_code(said: str) -> None:
 
 def test_long_words_are_cut_in_the_report_from_its_end_in_a_log_from_its_beginning() -> None:
     report = ending_of_pod(pod(exit=64, said=json.dumps({"message": "a" * 3000})))
-    assert len(report.message) == TEXT_LIMIT
+    assert report.message.count("a" * TEXT_LIMIT) == 1 and "a" * (TEXT_LIMIT + 1) not in report.message
     log = ending_of_pod(pod(exit=1, said="old" + "b" * 3000 + "new"))
     assert "new" in log.message and "old" not in log.message
 
@@ -83,6 +102,15 @@ def test_a_deadline_is_the_jobs_own_end_whatever_a_pod_did_before() -> None:
 def test_the_last_pod_speaks_for_a_job_that_used_up_its_retries() -> None:
     pods = [pod(suffix="a", exit=74, at=ago(5)), pod(suffix="b", exit=1, at=ago(50))]
     assert ending_of(failed(reason="BackoffLimitExceeded"), pods).exit_code == 74
+
+
+def test_what_did_not_count_does_not_speak_for_a_job_that_gave_up() -> None:
+    counts = pod(suffix="a", exit=74, at=ago(50))
+    evicted = pod(suffix="b", exit=1, at=ago(5), disrupted="EvictionByEvictionAPI")
+    for free in (evicted, pod(suffix="b", exit=75, at=ago(5))):
+        assert ending_of(failed(reason="BackoffLimitExceeded"), [counts, free]).exit_code == 74
+    ending = ending_of(failed(reason="BackoffLimitExceeded"), [evicted])
+    assert ending.reason == "Terminated" and "EvictionByEvictionAPI" in ending.message, "not the crash that the eviction led to"
 
 
 def test_success_is_told_by_the_pod_that_succeeded() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from datetime import datetime, timedelta
 
 import pytest
 from stage import GO_ON, HELD, SUCCEED, ApiRefusal, Operator, Stage, eventually, report
@@ -128,7 +130,7 @@ def test_a_final_code_fails_once_and_for_good(stage: Stage, operator: Operator) 
     uid = stage.play(report("CorruptSource", "model-2.safetensors: truncated at byte 7; upload it again", 65))
     status = stage.until("CorruptSource")
     assert stage.conditions() == {"Ready": "False", "Validated": "True", "Stalled": "True", "Failed": "True"}
-    assert stage.message() == "model-2.safetensors: truncated at byte 7; upload it again"
+    assert stage.message().startswith("model-2.safetensors: truncated at byte 7; upload it again; upload the checkpoint again")
     assert status["retries"] == 1 and "completionTime" in status
     eventually(lambda: stage.events()[-1] == "CorruptSource")
     stage.patch("compressionjobs", "play", {"spec": {"retry": {"limit": 9}}})
@@ -155,11 +157,19 @@ def test_out_of_memory_three_times_is_the_end(stage: Stage, operator: Operator) 
     assert "spec.worker.resources.limits.memory" in stage.message()
 
 
-def test_killed_from_outside_is_a_next_attempt_that_counts(stage: Stage, operator: Operator) -> None:
+def test_killed_from_outside_is_a_next_attempt_that_counts_and_waits(stage: Stage, operator: Operator) -> None:
+    """Ten seconds, as a next pod would; also where the operator is killed meanwhile."""
     uid = stage.play("exit 137", retry={"limit": 1})
-    stage.until("WorkerCrashed")
-    assert [job["spec"]["backoffLimit"] for job in stage.jobs(uid)] == [1, 0]
-    assert "gave up after 2 failures" in stage.message()
+    stage.until("Retrying")
+    operator.stop(signal.SIGKILL)
+    with stage.operator():
+        stage.until("WorkerCrashed")
+    first, second = stage.jobs(uid)
+    assert [job["spec"]["backoffLimit"] for job in (first, second)] == [1, 0]
+    ended = next(c["lastTransitionTime"] for c in first["status"]["conditions"] if c["type"] == "Failed")
+    waited = datetime.fromisoformat(second["metadata"]["creationTimestamp"]) - datetime.fromisoformat(ended)
+    assert waited >= timedelta(seconds=10)
+    assert "gave up after 2 failures" in stage.message() and stage.status()["failures"] == 2
 
 
 def test_retried_in_place_until_the_limit(stage: Stage, operator: Operator) -> None:

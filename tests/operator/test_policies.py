@@ -11,6 +11,7 @@ from kcj_builders import NOW, SPEC, ago, child, complete, condition, ended_statu
 from kompressor_operator.conditions import Phase
 from kompressor_operator.decide import Decision, JobPatch
 from kompressor_operator.manifests import Attempt
+from kompressor_operator.observed import stamp
 
 FINAL = json.dumps({"reason": "CorruptSource", "message": "model-2.safetensors: truncated", "exitCode": 65})
 SUMMARY = json.dumps(
@@ -132,7 +133,7 @@ def test_a_final_exit_code_fails_with_the_workers_own_words() -> None:
     assert judge(kcj(), failed(), pod(exit=65, said=FINAL), live=False).confirm
     decision = judge(kcj(), failed(), pod(exit=65, said=FINAL))
     assert said(decision) == ("Failed", "CorruptSource")
-    assert message(decision) == "model-2.safetensors: truncated"
+    assert message(decision).startswith("model-2.safetensors: truncated; upload the checkpoint again")
     assert decision.start is None
 
 
@@ -175,7 +176,7 @@ def test_out_of_memory_does_not_count_but_earlier_failures_of_the_same_job_do() 
 
 
 def test_killed_but_not_for_memory_counts_against_the_limit() -> None:
-    assert judge(kcj(), failed(1, failed=2), pod(exit=137)).start == Attempt(2, failures_before=2)
+    assert judge(kcj(), failed(1, failed=2, ended_at=stamp(ago(20))), pod(exit=137)).start == Attempt(2, failures_before=2)
     decision = judge(kcj(), failed(2, failures_before=4, failed=1), pod(2, exit=137))
     assert decision.start is None
     assert said(decision) == ("Failed", "WorkerCrashed")
@@ -198,7 +199,7 @@ def test_retries_used_up_in_place_is_the_end_with_the_last_pods_reason() -> None
         kcj(), failed(reason="BackoffLimitExceeded", failed=5), pod(suffix="a", exit=1, at=ago(30)), pod(suffix="b", exit=74, said=storage)
     )
     assert said(decision) == ("Failed", "StorageFailed")
-    assert message(decision) == "gave up after 5 failures (spec.retry.limit 4): s3://models: no answer; check the endpoint"
+    assert message(decision).startswith("gave up after 5 failures (spec.retry.limit 4): s3://models: no answer; check the endpoint; ")
 
 
 def test_a_changed_limit_reaches_the_running_job() -> None:
