@@ -17,13 +17,14 @@ from kompressor_operator.endings import Ending, ending_of
 from kompressor_operator.facts import facts_of, facts_of_told, result_of
 from kompressor_operator.manifests import OUT_OF_MEMORY_CODES, Attempt, backoff_limit, job_name, spec_digest
 from kompressor_operator.observed import ChildJob, stamp
-from kompressor_operator.preflight import preflight
+from kompressor_operator.preflight import preflight, with_plan
 from kompressor_operator.progress import created, follows, running
 from kompressor_operator.recipes import resolve
 from kompressor_operator.retries import SMALLER_PLANS, again, counted, next_attempt, out_of_time, pause
 from kompressor_operator.suspension import may_unsuspend, queued, resuming, suspended, waits
 from kompressor_operator.troubles import LOST_AFTER, lost
 from kompressor_operator.validation import invalid
+from kompressor_operator.worker_pod import worker_image
 
 
 def finished(view: View) -> Decision | None:
@@ -41,6 +42,8 @@ def refused(view: View) -> Decision | None:
     if view.observed.jobs or view.job.status.get("jobName"):
         return None
     problem = invalid(view.told.spec, view.passes, view.job.beside)
+    if problem and view.recipe:
+        problem = f"with {view.recipe['kind']} {view.recipe['name']}: {problem}"
     return Decision(verdict=invalid_spec(view, problem)) if problem else None
 
 
@@ -108,7 +111,7 @@ def start(view: View) -> Decision | None:
         "retries": 0,
         "memoryPlan": attempt.memory_plan,
         "failures": attempt.failures_before,
-        "workerImage": attempt.image or None,
+        "workerImage": attempt.image or worker_image(view.told, view.settings),
         "startTime": view.job.status.get("startTime") or stamp(view.now),
         "specDigest": spec_digest(view.told.spec),
     }
@@ -154,8 +157,8 @@ POLICIES: tuple[Policy, ...] = (
     suspended,
     waiting,
     preflight,
-    start,
-    run,
+    with_plan(start),
+    with_plan(run),
 )
 
 
