@@ -82,6 +82,8 @@ def clean(output: Output, uid: str | None) -> Cleaned:
     kept = output.read(f"{WORK}{REPORT}") if state is None else None  # of a gate that was not met
     unfinished = state is not None or (kept is not None and (uid is None or made_by(parse_report(kept[0]), uid)))
     if unfinished:
+        if kept is not None:
+            output.cleanup(keep=[f"{WORK}{REPORT}"])  # it goes last: whose the rest is stands there
         output.cleanup()
     return Cleaned(output.uri, len(removed), unfinished)
 
