@@ -1,7 +1,8 @@
 """Sums of x^T x in plain torch: half of a matrix product, since the result is symmetric (BLAS: SYRK).
 
 rows * n^2 operations where a product takes twice that; the compiled one multiplies bf16 pairs where the CPU can (AVX512-BF16), exact
-products summed in fp32, at twice the rate of fp32.
+products summed in fp32, at twice the rate of fp32. Bound by arithmetic: rows * n^2 operations on 2 or 4 bytes of x and 8 n^2 of sums. The
+compiled one reaches 0.81 of a product in bf16 and 0.95 in fp32 (n = 4096, `benchmarks/kernels.py`, two EPYC cores).
 """
 
 from __future__ import annotations
