@@ -112,10 +112,12 @@ async def test_times_in_the_lease_decide_nothing(leases: FakeLeases, clock: Cloc
     one, two = candidate(leases, clock, "one"), candidate(leases, clock, "two")
     await tries(one)
     assert leases.body
-    for renewed in ("1970-01-01T00:00:00.000000Z", "2999-01-01T00:00:00.000000Z"):
+    for renewed in ("2999-01-01T00:00:00.000000Z", "1970-01-01T00:00:00.000000Z"):
         leases.body["spec"]["renewTime"] = renewed
         leases.version += 1
         leases.body["metadata"]["resourceVersion"] = str(leases.version)
+        assert not await tries(two)
+        clock.now += two.duration - 1
         assert not await tries(two), "a change was seen: somebody is alive"
     clock.now += two.duration
     assert await tries(two), "nothing changed since: nobody is, whatever the time says"

@@ -144,7 +144,8 @@ def test_gpu_seconds_are_those_of_containers_that_ran() -> None:
         return pod(suffix=suffix, phase="Failed", terminated=ended, **fields)
 
     job = child(gpus=2, ended="Failed", started=ago(5000))
-    pods = [ran("a", 30), ran("b", 12), pod(suffix="c", phase="Failed")]
+    unknown = pod(suffix="d", phase="Failed", terminated=Terminated(137, "ContainerStatusUnknown", "", finished_at=stamp(ago(5))))
+    pods = [ran("a", 30), ran("b", 12), pod(suffix="c", phase="Failed"), unknown]
     view = View(kcj(), observe([job], pods), NOW, SETTINGS, PASSES)
     assert with_usage(view, complete()).facts["gpuSeconds"] == 84, "not the hour that it waited for a node"
     assert "gpuSeconds" not in with_usage(view, Verdict(Phase.COMPRESSING, "Compressing", "")).facts
