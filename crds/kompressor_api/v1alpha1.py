@@ -85,11 +85,11 @@ class WorkerSpec(Model):
         default=None,
         description="Existing service account for the pod (workload identity). Default: one made for this job alone.",
     )
-    allow_device_change: Flag = Field(
-        default=False,
+    allow_device_change: Flag | None = Field(
+        default=None,
         description=(
             "Whether a calibrated job that was cut off may go on on another kind of GPU or processor, or with another number of threads: "
-            "the result is as good, but not the same to the byte, and says which units were made on what."
+            "the result is as good, but not the same to the byte, and says which units were made on what. Default: false."
         ),
     )
     pod_template: dict[str, Any] | None = Field(

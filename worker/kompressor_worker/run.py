@@ -105,7 +105,7 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     flowing = flows(job.spec, passes)
     units = calibrated(work, output, rows) if flowing else DataFree(work)
     bound = {**fingerprint, "device": device_fingerprint()} if flowing else fingerprint
-    journal = open_journal(output, bound, job.owner, plan, job.spec.worker.allow_device_change, job.uid)
+    journal = open_journal(output, bound, job.owner, plan, bool(job.spec.worker.allow_device_change), job.uid)
     if journal.resumed_from is not None:
         log.info("going on at unit %d of %d", journal.resumed_from, len(layout.units))
     progress.start(layout, journal.state.unit)
