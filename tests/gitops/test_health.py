@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from judges import ROOT, ArgoCD, Flux, kstatus
+from health_judges import ROOT, ArgoCD, Flux, kstatus
 from kcj_builders import NOW, child, complete, condition, failed, judge, kcj, pod
 
 from kompressor_api import names
@@ -23,7 +23,7 @@ Judged = tuple[str, str, str]
 """Words of kstatus, Argo CD and Flux."""
 
 ON_THE_WAY: Judged = ("InProgress", "Progressing", "InProgress")
-WORDS: dict[Phase, Judged] = {phase: ON_THE_WAY for phase in Phase} | {
+WORDS: dict[Phase, Judged] = dict.fromkeys(Phase, ON_THE_WAY) | {
     Phase.SUSPENDED: ("InProgress", "Suspended", "Current"),  # its user wants it so: nothing else is to wait for it
     Phase.COMPLETE: ("Current", "Healthy", "Current"),
     Phase.FAILED: ("Failed", "Degraded", "Failed"),
