@@ -90,6 +90,9 @@ def test_schema_knows_exactly_the_values() -> None:
         ({"planner__image": {"digest": "latest"}}, "at '/planner/image/digest'"),
         ({"metrics__serviceMonitor": {"interval": "often"}}, "at '/metrics/serviceMonitor/interval'"),
         ({"metrics__port": 1}, "additional properties 'port' not allowed"),
+        ({"admissionPolicy__allowed": {"outputPrefixes": ["s3://models"]}}, "at '/admissionPolicy/allowed/outputPrefixes/0'"),
+        ({"admissionPolicy__allowed": {"outputEndpoints": ["https://s3.example.com"]}}, "at '/admissionPolicy/allowed/outputEndpoints/0'"),
+        ({"networkPolicy__workers": {"enabled": True}}, "networkPolicy.workers.namespaces"),
         ({"networkPolicy__apiServerPorts": []}, "at '/networkPolicy/apiServerPorts'"),
     ],
 )
@@ -124,6 +127,8 @@ ODD: dict[str, Manifest] = {
         "worker__resources": {"limits": {"nvidia.com/gpu": 1, "memory": "24Gi"}},
         "worker__gpuResource": "nvidia.com/gpu",
         "worker__sharedMemory": "8Gi",
+        "networkPolicy__workers": {"enabled": True, "egressPorts": [443, 9000]},
+        "admissionPolicy__allowed": {"outputPrefixes": ["s3://'a\"/"], "outputEndpoints": ["", "http://x:1/"], "images": ["a/", "b:"]},
         "metrics__dashboard": {"enabled": True, "labels": {"a/b": "1"}},
         "extraEnv": [{"name": "KOMPRESSOR_CONCURRENCY", "valueFrom": {"configMapKeyRef": {"name": "a", "key": "b", "optional": True}}}],
         "serviceAccount__annotations": {"a/b": "true"},
