@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv binaries demo test test-vllm check crds lock bench image-check clean
+.PHONY: help venv binaries demo test test-vllm check crds docs lock bench image-check clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,9 +31,13 @@ check: venv ## ruff, mypy --strict, import-linter, generated files up to date
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_crds.py --check
+	$(BIN)/python tools/generate_docs.py --check
 
 crds: venv ## generate the CRD, the chart's copy and its admission policy from the models
 	$(BIN)/python tools/generate_crds.py
+
+docs: venv ## generate docs/failures.md from the table of failures
+	$(BIN)/python tools/generate_docs.py
 
 lock: venv ## compile the lock files from pyproject.toml
 	$(PYTHON) tools/lock.py
