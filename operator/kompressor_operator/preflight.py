@@ -91,7 +91,7 @@ def _looking(view: View, job: ChildJob) -> Decision:
         return replace(decision, verdict=_checking(view, f"preflight Job {job.name} is kept suspended by something else"))
     stopped = verdict.reason == Reason.RETRYING and not job.failed
     if verdict.reason not in ON_THE_WAY and not stopped:
-        return replace(decision, verdict=replace(verdict, validated=None))
+        return decision
     if 0 <= age < QUIET_SECONDS and not view.job.condition(Condition.READY):
         return Decision(again_after=QUIET_SECONDS - age)
     return replace(decision, verdict=_checking(view))

@@ -131,6 +131,11 @@ def test_another_source_replaces_the_old_one() -> None:
     assert made["containers"][0]["env"] == [{"name": "HOME", "value": "/h"}, held]
 
 
+def test_null_takes_a_field_away() -> None:
+    made = merge(BASE, {"spec": {"nodeSelector": {"disk": None}, "containers": [{"name": "worker", "args": None}]}})["spec"]
+    assert made["nodeSelector"] == {"zone": "x"} and "args" not in made["containers"][0]
+
+
 # ---- the operator's own
 
 
