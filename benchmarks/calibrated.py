@@ -192,7 +192,7 @@ def run_small(work: Path, python: Path | None, recipes: list[str], dtype: str, r
 
     source, _ = small_model()
     bench = Bench(work, source, write_rows(work / "rows.jsonl", token_rows(source, 0, seed=41, rows=128, length=512)), 128, 512)
-    held = token_rows(source, 0, seed=1_000_003, rows=100, length=512)
+    held = token_rows(source, 0, seed=1_000_003, rows=160, length=512)
     floor = floor_flops(json.loads((source / "config.json").read_text()), 128 * 512, 512) / rate
     found = []
     for recipe in recipes:
