@@ -22,6 +22,7 @@ pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "kompressor"
+ACTOR = ROOT / "tests" / "operator" / "actor"
 CRD = "compressionjobs.kompressor.io"
 
 Manifest = dict[str, Any]
@@ -38,10 +39,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if isinstance(wanted, LocalCluster):
         code = {"PYTHONPATH": f"{ROOT / 'crds'}:{ROOT / 'operator'}"}
         image = {"path": [str(Path(sys.executable).parent)], "keep": [str(ROOT)], "env": code, "user": 65532, "group": 65532}
-        wanted.add_images({"kompressor/operator:0.1.0": image})
+        actor = {**image, "path": [str(ACTOR), str(Path(sys.executable).parent)], "env": {}}
+        wanted.add_images({"kompressor/operator:0.1.0": image, "kompressor/worker:0.1.0": actor, "kompressor/planner:0.1.0": actor})
     yield wanted
     wanted.stop()
 
+
+PLURALS = ("compressionjobs", "compressionrecipes", "clustercompressionrecipes")
+GO_ON = "trap 'exit 75' TERM; while :; do sleep 0.1; done"
+"""What the worker of these tests does, which is an actor: it works until it is told to stop."""
 
 JOB: Manifest = {
     "apiVersion": "kompressor.io/v1alpha1",
@@ -50,7 +56,7 @@ JOB: Manifest = {
     "spec": {
         "model": {"source": {"uri": "s3://models/llama"}},
         "output": {"uri": "s3://models/llama-w4a16"},
-        "passes": [{"rtn": {"scheme": "W4A16"}}],
+        "passes": [{"rtn": {"scheme": "W4A16", "ignore": [GO_ON]}}],
         "preflight": "Skip",
     },
 }
@@ -64,7 +70,7 @@ def namespaces(cluster: Cluster) -> Iterator[None]:
     yield
     for release in json.loads(cluster.helm("list", "-n", "system", "-o", "json")):
         cluster.helm("uninstall", release["name"], "-n", "system", "--wait")
-    cluster.kubectl("delete", "crd", CRD, "--ignore-not-found")
+    cluster.kubectl("delete", "crd", *(f"{plural}.kompressor.io" for plural in PLURALS), "--ignore-not-found")
     cluster.kubectl("delete", "namespace", "system", "team-a", "team-b")
 
 
@@ -152,6 +158,31 @@ def test_uninstall_keeps_the_crd_and_the_jobs_unless_told(cluster: Cluster, name
     install(cluster, "--set=replicas=0", "--set=crds.keep=false")  # takes the kept CRD over again
     cluster.helm("uninstall", "one", "-n", "system", "--wait")
     wait_until(lambda: not cluster.kubectl("get", "crd", CRD, "--ignore-not-found"), "the CRD to go")
+
+
+def test_uninstall_cleans_up_before_the_crd_goes(cluster: Cluster, namespaces: None) -> None:
+    """With deletionPolicy Delete a finalizer holds the job: nothing may hang, and who cannot clean up says why."""
+    (port,) = free_ports(1)
+    install(cluster, f"--set=healthPort={port}", "--set=crds.keep=false", "--set=watch.namespaces={team-a}")
+    spec = {**JOB["spec"], "deletionPolicy": "Delete", "output": {"uri": "s3://models/mine-0"}}
+    apply(cluster, {**JOB, "spec": spec})
+    apply(cluster, {**JOB, "metadata": {"name": "theirs", "namespace": "team-b"}})  # which this release does not serve
+    running = ("-n", "team-a", "-l", "kompressor.io/step=compress", "--field-selector=status.phase=Running")
+    wait_until(lambda: cluster.get("pods", *running)["items"], "the worker")
+    cluster.kubectl("scale", "deployment", "one-kompressor", "-n", "system", "--replicas=0")
+    with pytest.raises(CommandError):
+        cluster.helm("uninstall", "one", "-n", "system", "--wait")
+    log = cluster.kubectl("logs", "-n", "system", "job/one-kompressor-drain")
+    assert "1 CompressionJobs are still there (team-a/first): no operator cleans up" in log
+    assert "scale deployment one-kompressor --replicas=1" in log
+    assert cluster.get("crd", CRD)["metadata"].get("deletionTimestamp") is None, "and nothing is lost"
+    cluster.kubectl("scale", "deployment", "one-kompressor", "-n", "system", "--replicas=1")
+    cluster.helm("uninstall", "one", "-n", "system", "--wait")
+    wait_until(lambda: not cluster.kubectl("get", "crd", CRD, "--ignore-not-found"), "the CRD to go")
+    (cleanup,) = cluster.get("jobs", "-n", "team-a", "-l", "kompressor.io/step=cleanup")["items"]
+    assert cleanup["status"]["succeeded"] == 1
+    left = cluster.kubectl("get", "clusterroles,clusterrolebindings", "-l", "app.kubernetes.io/instance=one", "-o", "name")
+    assert left == "", "the hook's own too"
 
 
 def test_crd_applied_by_hand_first(cluster: Cluster, namespaces: None) -> None:

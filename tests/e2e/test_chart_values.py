@@ -219,7 +219,9 @@ def test_pods_pass_restricted_pod_security(cluster: Cluster, render: Callable[..
     template = of_kind(objects, "Deployment")[0]["spec"]["template"]
     operator = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "operator", "namespace": "restricted"}, "spec": template["spec"]}
     test = of_kind(objects, "Pod")[0]
-    for pod in (operator, test):
+    (drain,) = of_kind(render("--set=crds.keep=false", namespace="restricted"), "Job")
+    before = {**operator, "metadata": {"name": "drain", "namespace": "restricted"}, "spec": drain["spec"]["template"]["spec"]}
+    for pod in (operator, test, before):
         pod["spec"]["serviceAccountName"] = "one"
         cluster.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(pod))
         (container,) = pod["spec"]["containers"]
@@ -235,7 +237,9 @@ def test_crds_in_the_chart_are_the_crds(render: Callable[..., list[Manifest]]) -
     rendered = of_kind(render(), "CustomResourceDefinition")
     assert {one["metadata"]["name"]: one["spec"] for one in rendered} == originals and len(originals) == 3
     assert all(one["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"} for one in rendered)
+    assert of_kind(render(), "Job") == []
     removable = of_kind(render("--set=crds.keep=false"), "CustomResourceDefinition")
+    assert len(of_kind(render("--set=crds.keep=false"), "Job")) == 1, "the hook that deletes all jobs first"
     assert len(removable) == 3 and not any("annotations" in one["metadata"] for one in removable)
     assert of_kind(render("--set=crds.enabled=false"), "CustomResourceDefinition") == []
 
