@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from health_judges import ROOT, ArgoCD, Flux, kstatus
 from kcj_builders import NOW, child, complete, condition, failed, judge, kcj, pod
 
+from gitops.health_judges import ROOT, ArgoCD, Flux, kstatus
 from kompressor_api import names
 from kompressor_api.names import Reason
 from kompressor_operator.conditions import Phase, Verdict, generation_patch, status_patch
