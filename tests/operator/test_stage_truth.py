@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,19 @@ def test_every_version_is_judged_rightly_and_the_docs_commands_work(stage: Stage
         judged(stage, since, judge)
 
 
+def told(stage: Stage, since: str) -> Iterator[Manifest]:
+    """All that a watch tells until now."""
+    left = {job["metadata"]["resourceVersion"] for job in stage.list("compressionjobs")}
+    for event in stage.api.watch(stage.path("compressionjobs") + f"?watch=1&resourceVersion={since}&timeoutSeconds=60"):
+        yield event
+        left.discard(event["object"]["metadata"]["resourceVersion"])
+        if not left:
+            return
+    raise AssertionError(f"the watch did not tell versions {sorted(left)}")
+
+
 def judged(stage: Stage, since: str, judge: Path) -> None:
-    query = f"?watch=1&resourceVersion={since}&timeoutSeconds=3"
-    events = [e for e in stage.api.watch(stage.path("compressionjobs") + query) if e["type"] != "DELETED"]
+    events = [event for event in told(stage, since) if event["type"] != "DELETED"]
     argo, flux, met = ArgoCD(), Flux(), set()
     last: dict[str, str] = {}
     for event, word in zip(events, kstatus((e["object"] for e in events), judge), strict=True):
