@@ -166,9 +166,7 @@ def test_numbers_equal_compressed_tensors(seed: int, power: int, strategy: Any, 
     theirs = torch.where(theirs == 0, torch.finfo(torch.float32).eps, theirs).to(dtype).float()
     assert torch.equal(ours, theirs.reshape(ours.shape))
     widened = states * 1.5  # some saturate
-    assert torch.equal(
-        kernels.fake_quantize_kv(widened, ours), fake_quantize(widened, ours, zero_point.float().reshape(ours.shape), args)
-    )
+    assert torch.equal(kernels.fake_quantize_kv(widened, ours), fake_quantize(widened, ours, zero_point.float().reshape(ours.shape), args))
 
 
 def layout(family: str) -> ModelLayout:
