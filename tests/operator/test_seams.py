@@ -16,7 +16,7 @@ from kompressor_api import names
 from kompressor_operator import manifests
 from kompressor_operator.cluster import ApiError, Cluster
 from kompressor_operator.conditions import Event
-from kompressor_operator.decide import NOTHING, Decision, View
+from kompressor_operator.decide import NOTHING, Decision, Involved, View
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.observed import ChildJob, CompressionJob, Manifest
 from kompressor_operator.reconcile import Reconciler
@@ -138,5 +138,5 @@ async def test_groups_and_what_else_is_asked(hand: Hand) -> None:
 
 async def test_what_keeps_asking_for_more_is_ended(hand: Hand) -> None:
     with pytest.raises(RetryLater, match="still undecided"):
-        await hand.does(resolve=True)
+        await hand.does(look=Involved("CompressionJob", "play", hand.job.uid))
     await hand.does(**vars(NOTHING))
