@@ -11,6 +11,7 @@ import torch
 from test_compress import Installed, installed  # noqa: F401  (a fixture)
 
 import jobs
+from cluster_access import CommandError
 
 pytestmark = pytest.mark.cluster
 
@@ -38,13 +39,21 @@ def until(look: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+def log(installed: Installed, selector: str) -> str:  # noqa: F811
+    """Empty as long as there is no container to have one."""
+    try:
+        return installed.cluster.kubectl("logs", "-l", selector, "--tail=-1")
+    except CommandError:
+        return ""
+
+
 def test_suspended_in_the_middle_it_goes_on_at_that_block_with_the_same_bytes(installed: Installed, deep: Path) -> None:  # noqa: F811
     installed.bucket.upload(deep, "deep")
     installed.apply("undisturbed", "deep", jobs.RTN_W4, preflight="Skip")
     installed.wait("undisturbed", "Complete")
     installed.apply("stopped", "deep", jobs.RTN_W4, preflight="Skip")
     cluster, selector = installed.cluster, "app.kubernetes.io/instance=stopped"
-    until(lambda: "model.layers.5" in cluster.kubectl("logs", "-l", selector, "--tail=-1"))
+    until(lambda: "model.layers.5" in log(installed, selector))
     cluster.kubectl("patch", "kcj/stopped", "--type=merge", "-p", '{"spec":{"suspend":true}}')
     installed.wait("stopped", "Suspended")
     until(lambda: not cluster.get("pods", "-l", selector)["items"])
