@@ -16,9 +16,10 @@ from kompressor_operator.decide import CONFIRM, NOTHING, Decision, View
 from kompressor_operator.endings import ending_of
 from kompressor_operator.manifests import labels, pod_failure_rules, stem
 from kompressor_operator.observed import ChildJob, CompressionJob, Manifest
+from kompressor_operator.pod_shape import container, pod_spec
 from kompressor_operator.settings import Settings
 from kompressor_operator.troubles import LOST_AFTER, lost
-from kompressor_operator.worker_pod import PROBED_KEY, USER
+from kompressor_operator.worker_pod import PROBED_KEY
 
 COMMAND = ["kompressor", "clean", "--in-cluster"]
 SECONDS = 600
@@ -101,26 +102,9 @@ def _left(job: CompressionJob, why: str) -> Event:
 
 
 def _pod(job: CompressionJob, settings: Settings) -> Manifest:
-    """Sees the output alone, with the credentials that the worker had for it; under the restricted Pod Security Standard."""
-    spec: Manifest = {
-        "restartPolicy": "Never",
-        "serviceAccountName": _account(job),
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [_container(job, settings)],
-        "volumes": [{"name": name, **source} for name, source, _ in _volumes(job)],
-    }
-    if settings.worker_image_pull_secrets:
-        spec["imagePullSecrets"] = [{"name": name} for name in settings.worker_image_pull_secrets]
-    return spec
+    """Sees the output alone, with the credentials that the worker had for it."""
+    volumes = [{"name": name, **source} for name, source, _ in _volumes(job)]
+    return pod_spec(settings, _account(job), _container(job, settings), volumes, token=False)
 
 
 def _container(job: CompressionJob, settings: Settings) -> Manifest:
@@ -128,29 +112,15 @@ def _container(job: CompressionJob, settings: Settings) -> Manifest:
     values = dict(settings.worker_env) | {"HOME": "/tmp", "XDG_CACHE_HOME": "/tmp"}
     values |= {names.ENV_OUTPUT: json.dumps(output), names.ENV_JOB_UID: job.uid}
     env: list[Manifest] = [{"name": name, "value": value} for name, value in values.items()]
-    container: Manifest = {
-        "name": names.WORKER_CONTAINER,
-        "image": settings.planner_image or worker.get("image") or settings.worker_image,
-        "command": COMMAND,
-        "env": env,
-        "volumeMounts": [{"name": name, **mount} for name, _, mount in _volumes(job)],
-        "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "1Gi"}},
-        "terminationMessagePath": names.TERMINATION_LOG,
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "runAsNonRoot": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-    }
-    if settings.worker_image_pull_policy:
-        container["imagePullPolicy"] = settings.worker_image_pull_policy
+    env_from: list[Manifest] = []
     if secret := output.get("credentialsSecret"):
-        container["envFrom"] = [{"prefix": Role.OUTPUT.env_prefix, "secretRef": {"name": secret}}]
+        env_from.append({"prefix": Role.OUTPUT.env_prefix, "secretRef": {"name": secret}})
         if key := PROBED_KEY.get(urlsplit(output["uri"]).scheme):
             env.append({"name": Role.OUTPUT.env_prefix + key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
-    return container
+    image = settings.planner_image or worker.get("image") or settings.worker_image
+    mounts = [{"name": name, **mount} for name, _, mount in _volumes(job)]
+    made = container(settings, image, COMMAND, env, mounts, env_from)
+    return made | {"resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "1Gi"}}}
 
 
 def _volumes(job: CompressionJob) -> list[tuple[str, Manifest, Manifest]]:

@@ -13,7 +13,8 @@ from enum import StrEnum
 from typing import Any
 
 from kompressor_api.names import Condition, Reason
-from kompressor_operator.observed import CompressionJob, Manifest, stamp
+from kompressor_operator.object_meta import stamp
+from kompressor_operator.observed import CompressionJob, Manifest
 
 
 class Phase(StrEnum):

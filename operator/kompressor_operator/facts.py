@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from kompressor_api.v1alpha1 import Result
 from kompressor_operator.decide import View
 from kompressor_operator.manifests import spec_digest
-from kompressor_operator.observed import ChildJob, stamp
+from kompressor_operator.object_meta import stamp
+from kompressor_operator.observed import ChildJob
 from kompressor_operator.retries import counted
 
 __all__ = ["facts_of", "facts_of_told", "result_of"]

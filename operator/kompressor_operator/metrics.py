@@ -20,7 +20,8 @@ from prometheus_client.registry import Collector
 
 from kompressor_api.names import Reason
 from kompressor_operator.conditions import Event, Phase, Verdict
-from kompressor_operator.observed import CompressionJob, moment
+from kompressor_operator.object_meta import moment
+from kompressor_operator.observed import CompressionJob
 
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 JOB_BUCKETS = (10.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0, 43200.0, 86400.0)

@@ -16,7 +16,8 @@ from kompressor_operator.decide import CONFIRM, Decision, JobPatch, Policy, View
 from kompressor_operator.endings import Ending, ending_of
 from kompressor_operator.facts import facts_of, facts_of_told, result_of
 from kompressor_operator.manifests import OUT_OF_MEMORY_CODES, Attempt, backoff_limit, job_name, spec_digest
-from kompressor_operator.observed import ChildJob, stamp
+from kompressor_operator.object_meta import stamp
+from kompressor_operator.observed import ChildJob
 from kompressor_operator.preflight import preflight, with_plan
 from kompressor_operator.progress import created, follows, running
 from kompressor_operator.recipes import resolve

@@ -20,7 +20,8 @@ from kompressor_operator.decide import CONFIRM, Decision, Policy, View
 from kompressor_operator.endings import Ending, ending_of
 from kompressor_operator.facts import result_of
 from kompressor_operator.manifests import spec_digest, supports
-from kompressor_operator.observed import ChildJob, moment, stamp
+from kompressor_operator.object_meta import moment, stamp
+from kompressor_operator.observed import ChildJob
 from kompressor_operator.planner import MEMORY_LIMIT, preflight_job
 from kompressor_operator.pod_template import overlay_of
 from kompressor_operator.progress import running

@@ -11,7 +11,8 @@ from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.decide import Decision, Involved, JobPatch, View
 from kompressor_operator.endings import ending_of, ending_of_pod
 from kompressor_operator.manifests import OUT_OF_MEMORY_CODES
-from kompressor_operator.observed import ChildJob, ChildPod, moment
+from kompressor_operator.object_meta import moment
+from kompressor_operator.observed import ChildJob, ChildPod
 from kompressor_operator.troubles import LOST_AFTER, Trouble, creation_trouble, lost, mount_trouble, start_trouble
 
 NO_POD_SECONDS = 3.0

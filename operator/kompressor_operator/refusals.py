@@ -7,7 +7,7 @@ from datetime import datetime
 
 from kompressor_api.names import Reason
 from kompressor_operator.conditions import Phase, Verdict
-from kompressor_operator.observed import stamp
+from kompressor_operator.object_meta import stamp
 
 NAMESPACE_GOES = "is being terminated"
 """In the message of whatever is refused because its namespace is being deleted."""

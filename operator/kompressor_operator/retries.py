@@ -14,7 +14,8 @@ from kompressor_api.names import Condition, Reason
 from kompressor_operator.decide import View
 from kompressor_operator.endings import Ending, advised, ending_of
 from kompressor_operator.manifests import OUT_OF_MEMORY_CODES, Attempt
-from kompressor_operator.observed import ChildJob, moment, stamp
+from kompressor_operator.object_meta import moment, stamp
+from kompressor_operator.observed import ChildJob
 
 __all__ = ["SMALLER_PLANS", "again", "counted", "next_attempt", "out_of_time", "pause"]
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.decide import View
-from kompressor_operator.observed import ChildPod, moment
+from kompressor_operator.object_meta import moment
+from kompressor_operator.observed import ChildPod
 
 
 def with_usage(view: View, verdict: Verdict) -> Verdict:

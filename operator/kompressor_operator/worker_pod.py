@@ -1,7 +1,6 @@
-"""The worker's pod: command, environment, credentials, volumes, security context. Pure.
+"""The worker's pod: command, environment, credentials, volumes. Pure.
 
-It passes the `restricted` Pod Security Standard: numeric non-root user, no capabilities, read-only root; what must be written
-has an emptyDir. Credentials reach the container from Secrets by reference; the operator never reads one.
+What must be written has an emptyDir. Credentials reach the container from Secrets by reference; the operator never reads one.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from urllib.parse import urlsplit
 from kompressor_api import names
 from kompressor_api.names import Role
 from kompressor_operator.observed import CompressionJob, Manifest
+from kompressor_operator.pod_shape import container, pod_spec
 from kompressor_operator.pod_template import merge, overlay_of
 from kompressor_operator.resources import worker_resources
 from kompressor_operator.settings import Settings
 
-USER = 65532
 JOB_PATH = f"{names.JOB_DIRECTORY}/{names.JOB_FILE}"
 COMMAND = ("kompressor", "run", JOB_PATH, "--in-cluster")
 PROBED_KEY = {"s3": "AWS_ACCESS_KEY_ID", "hf": "HF_TOKEN"}
@@ -86,26 +85,9 @@ def worker_image(job: CompressionJob, settings: Settings) -> str:
 
 def template(job: CompressionJob, settings: Settings, program: Program, config_map: str, service_account: str) -> Manifest:
     """A pod that reads this job: the operator's own shape, which podTemplate is laid over."""
-    spec: Manifest = {
-        "restartPolicy": "Never",
-        "serviceAccountName": service_account,
-        "automountServiceAccountToken": program.token,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": settings.worker_grace_seconds,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,  # a claim is writable for the worker
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [_container(job, settings, program)],
-        "volumes": _volumes(job, settings, program, config_map),
-    }
-    if settings.worker_image_pull_secrets:
-        spec["imagePullSecrets"] = [{"name": name} for name in settings.worker_image_pull_secrets]
-    return {"spec": spec}
+    volumes = _volumes(job, settings, program, config_map)
+    spec = pod_spec(settings, service_account, _container(job, settings, program), volumes, token=program.token)
+    return {"spec": spec | {"terminationGracePeriodSeconds": settings.worker_grace_seconds}}
 
 
 def own(made: Manifest, base: Manifest) -> Manifest:
@@ -135,28 +117,9 @@ def container_of(made: Manifest) -> Manifest:
 
 
 def _container(job: CompressionJob, settings: Settings, program: Program) -> Manifest:
-    container: Manifest = {
-        "name": names.WORKER_CONTAINER,
-        "image": program.image,
-        "command": list(program.command),
-        "env": _environment(job, settings, program.memory_plan),
-        "volumeMounts": _mounts(job, program),
-        "terminationMessagePath": names.TERMINATION_LOG,
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "runAsNonRoot": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-    }
-    if settings.worker_image_pull_policy:
-        container["imagePullPolicy"] = settings.worker_image_pull_policy
-    if program.resources:
-        container["resources"] = program.resources
-    if sources := _env_from(job):
-        container["envFrom"] = sources
-    return container
+    env, mounts = _environment(job, settings, program.memory_plan), _mounts(job, program)
+    made = container(settings, program.image, program.command, env, mounts, _env_from(job))
+    return made | ({"resources": program.resources} if program.resources else {})
 
 
 def _environment(job: CompressionJob, settings: Settings, memory_plan: int) -> list[Manifest]:

@@ -10,7 +10,8 @@ from kcj_builders import NOW, condition, ended_status, kcj
 
 from kompressor_api.v1alpha1 import CompressionJobStatus
 from kompressor_operator.conditions import Event, Phase, Verdict, conditions, events, generation_patch, status_patch, transition
-from kompressor_operator.observed import CompressionJob, stamp
+from kompressor_operator.object_meta import stamp
+from kompressor_operator.observed import CompressionJob
 
 LATER = NOW + timedelta(minutes=5)
 

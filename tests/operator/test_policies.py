@@ -11,7 +11,7 @@ from kcj_builders import NOW, SPEC, ago, child, complete, condition, ended_statu
 from kompressor_operator.conditions import Phase
 from kompressor_operator.decide import Decision, JobPatch
 from kompressor_operator.manifests import Attempt
-from kompressor_operator.observed import stamp
+from kompressor_operator.object_meta import stamp
 
 FINAL = json.dumps({"reason": "CorruptSource", "message": "model-2.safetensors: truncated", "exitCode": 65})
 SUMMARY = json.dumps(

@@ -15,7 +15,8 @@ from kcj_builders import NOW, ago, child, complete, condition, failed, judge, kc
 from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.decide import Decision
 from kompressor_operator.manifests import Attempt
-from kompressor_operator.observed import ChildJob, ChildPod, stamp
+from kompressor_operator.object_meta import stamp
+from kompressor_operator.observed import ChildJob, ChildPod
 
 
 def told(decision: Decision) -> Verdict:

@@ -22,7 +22,7 @@ from kompressor_operator.cluster import ROUTES
 from kompressor_operator.health import Health, Watchdog, serve_probes
 from kompressor_operator.logs import JsonFormatter
 from kompressor_operator.main import kopf_settings
-from kompressor_operator.observed import stamp
+from kompressor_operator.object_meta import stamp
 from kompressor_operator.refusals import conflict, refusal
 from kompressor_operator.settings import SettingError, Settings
 

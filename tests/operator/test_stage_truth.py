@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 from stage import GO_ON, HELD, ROOT, SUCCEED, Stage, eventually, report
 
-from binaries import BinaryError
 from gitops.health_judges import ArgoCD, Flux, kstatus
 from kompressor_api import names
-from kstatus import kstatus_judge
 from test_docs import commands
 
 pytestmark = pytest.mark.cluster
@@ -44,14 +42,6 @@ ENDS = {
     "asleep": "Suspended",
 }
 """The last word of each job."""
-
-
-@pytest.fixture(scope="module")
-def judge() -> Path:
-    try:
-        return kstatus_judge()
-    except BinaryError as error:
-        pytest.skip(f"no kstatus: {error}")
 
 
 def begin(stage: Stage) -> None:
@@ -96,7 +86,7 @@ def applied_again(stage: Stage, tmp_path: Path) -> None:
     assert not after["metadata"].keys() & {"finalizers", "annotations"}
 
 
-def test_every_version_is_judged_rightly_and_the_docs_commands_work(stage: Stage, judge: Path, tmp_path: Path) -> None:
+def test_every_version_is_judged_rightly_and_the_docs_commands_work(stage: Stage, kstatus_judge: Path, tmp_path: Path) -> None:
     since = stage.version("compressionjobs")
     begin(stage)
     with stage.operator():
@@ -118,7 +108,7 @@ def test_every_version_is_judged_rightly_and_the_docs_commands_work(stage: Stage
         eventually(lambda: all(job["metadata"]["name"] != "goes" for job in stage.list("compressionjobs")))
         applied_again(stage, tmp_path)
         type_what_the_docs_say(stage)
-        judged(stage, since, judge)
+        judged(stage, since, kstatus_judge)
 
 
 def told(stage: Stage, since: str) -> Iterator[Manifest]:
