@@ -24,7 +24,6 @@ ALL_IS_WELL: dict[Reason, str] = {
     Reason.VALID: "on the condition Validated, with what the preflight found",
     Reason.COMPLETED: "the result is published",
     Reason.ALREADY_COMPRESSED: "the output held this very result before; nothing was computed",
-    Reason.CLEANING_UP: "reserved; no status has it today",
     Reason.CLEANED_UP: "an event of a deletion with deletionPolicy Delete: what the job wrote is gone",
 }
 """Reasons that ask for nothing."""

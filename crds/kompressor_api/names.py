@@ -143,7 +143,6 @@ class Reason(StrEnum):
     VALID = "Valid"
     RESOURCES_BELOW_PLAN = "ResourcesBelowPlan"
     """A warning: the job's own resources are smaller than what the preflight estimates."""
-    CLEANING_UP = "CleaningUp"
     CLEANED_UP = "CleanedUp"
     CLEANUP_FAILED = "CleanupFailed"
     # early truth: still Reconciling, something outside must change

@@ -11,7 +11,7 @@ from kompressor_api.names import FINAL_EXIT_CODES, UNCAUGHT_EXIT_CODES, ExitCode
 from kompressor_api.pod import accelerators
 
 ON_THE_WAY = {Reason.PENDING, Reason.PREFLIGHT, Reason.QUEUED, Reason.COMPRESSING, Reason.RETRYING, Reason.SUSPENDED, Reason.RESUMED}
-GOOD = {Reason.VALID, Reason.COMPLETED, Reason.ALREADY_COMPRESSED, Reason.CLEANING_UP, Reason.CLEANED_UP}
+GOOD = {Reason.VALID, Reason.COMPLETED, Reason.ALREADY_COMPRESSED, Reason.CLEANED_UP}
 
 
 def test_every_exit_code_is_in_exactly_one_class() -> None:
