@@ -32,3 +32,15 @@ def trained_moe() -> Path:
     from models import trained_model
 
     return trained_model("qwen3_moe")
+
+
+@pytest.fixture(scope="session")
+def kstatus_judge() -> Path:
+    """The program that tells what kstatus makes of a resource, built once."""
+    from binaries import BinaryError
+    from kstatus import kstatus_judge as build
+
+    try:
+        return build()
+    except BinaryError as error:
+        pytest.skip(f"no kstatus: {error}")

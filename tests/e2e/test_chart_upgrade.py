@@ -58,6 +58,11 @@ class Seen:
         found = self.cluster.get("jobs", "-n", "team-a")["items"]
         return {j["metadata"]["name"]: j["metadata"]["uid"] for j in found if j["metadata"]["labels"].get(names.LABEL_STEP) != "preflight"}
 
+    def steps(self) -> set[str]:
+        """Of the child Jobs, as labels say; the operator of then does not write them."""
+        found = self.cluster.get("jobs", "-n", "team-a")["items"]
+        return {j["metadata"]["labels"].get(names.LABEL_STEP, "") for j in found}
+
     def pods(self) -> dict[str, int]:
         """Name -> restarts of each pod at work."""
         found = self.cluster.get("pods", "-n", "team-a", "--field-selector=status.phase=Running")["items"]
@@ -106,10 +111,12 @@ def test_jobs_at_work_do_not_notice_an_upgrade(cluster: Cluster, upgraded: Calla
         seen.until(name, reason)
     wait_until(lambda: len(seen.pods()) == 2, "both workers")
     before = seen.jobs(), seen.pods()
+    assert seen.steps() == {""}, "the operator of then"
 
     upgraded(CHART, "--set=worker.image.tag=next")
     apply(cluster, {**job("later", DONE), "spec": {**job("later", DONE)["spec"], "preflight": "Skip"}})
-    seen.until("later", "Completed")  # so the new operator is at work
+    seen.until("later", "Completed")
+    assert names.Step.COMPRESS in seen.steps(), "the operator of now"
     now = seen.jobs()
     assert before == ({name: uid for name, uid in now.items() if name in before[0]}, seen.pods()), "the same Jobs, the same pods"
     assert len(now) == len(before[0]) + 1 and seen.reason("done") == "Completed", "nothing runs again"
