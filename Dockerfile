@@ -6,57 +6,51 @@ ARG BASE=python:3.11-slim-bookworm
 # -base, not -runtime: torch's wheels bring the CUDA libraries that they were built with
 ARG CUDA_BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
-FROM ${BASE} AS operator-build
+# operator and planner are built alike: an environment, then our own code, then what installed it goes
+FROM ${BASE} AS build
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_CERT
 RUN python3 -m venv /opt/kompressor
-COPY locks/operator.lock /src/locks/
-RUN /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check -r /src/locks/operator.lock
 COPY pyproject.toml /src/
 COPY crds /src/crds
+# an image has the console script and the code of one side; its metadata needs no README
+RUN mkdir /src/operator /src/worker && touch /src/README.md
+
+FROM build AS operator-build
+COPY locks/operator.lock /src/locks/
+RUN /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check -r /src/locks/operator.lock
 COPY operator /src/operator
-# the worker's console script comes with the distribution, its code does not; an image's metadata needs no README
-RUN mkdir /src/worker && touch /src/README.md \
- && /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps /src \
+RUN /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps /src \
  && rm /opt/kompressor/bin/kompressor \
  && /opt/kompressor/bin/pip uninstall --quiet --yes setuptools pip
 
-FROM ${BASE} AS operator
-LABEL org.opencontainers.image.title="kompressor operator"
-COPY --from=operator-build /opt/kompressor /opt/kompressor
+FROM build AS planner-build
+COPY locks/planner.lock /src/locks/
+RUN /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check -r /src/locks/planner.lock
+COPY worker /src/worker
+RUN /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps /src \
+ && rm /opt/kompressor/bin/kompressor-operator \
+ && /opt/kompressor/bin/pip uninstall --quiet --yes setuptools pip
+
+FROM ${BASE} AS slim
 RUN echo "kompressor:x:65532:65532:kompressor:/nonexistent:/usr/sbin/nologin" >> /etc/passwd
 ENV PATH=/opt/kompressor/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
+
+FROM slim AS operator
+LABEL org.opencontainers.image.title="kompressor operator"
+COPY --from=operator-build /opt/kompressor /opt/kompressor
 USER 65532:65532
 EXPOSE 8080
 ENTRYPOINT ["kompressor-operator"]
 
-FROM ${BASE} AS planner-build
-ARG PIP_INDEX_URL
-ARG PIP_EXTRA_INDEX_URL
-ARG PIP_CERT
-RUN python3 -m venv /opt/kompressor
-COPY locks/planner.lock /src/locks/
-RUN /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check -r /src/locks/planner.lock
-COPY pyproject.toml /src/
-COPY crds /src/crds
-COPY worker /src/worker
-RUN mkdir /src/operator && touch /src/README.md \
- && /opt/kompressor/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps /src \
- && rm /opt/kompressor/bin/kompressor-operator \
- && /opt/kompressor/bin/pip uninstall --quiet --yes setuptools pip
-
 # the worker's code without what computes: for `kompressor plan` and `kompressor clean` in a cluster
-FROM ${BASE} AS planner
+FROM slim AS planner
 LABEL org.opencontainers.image.title="kompressor planner"
 COPY --from=planner-build /opt/kompressor /opt/kompressor
-RUN echo "kompressor:x:65532:65532:kompressor:/nonexistent:/usr/sbin/nologin" >> /etc/passwd
-ENV PATH=/opt/kompressor/bin:/usr/local/bin:/usr/bin:/bin \
-    PYTHONUNBUFFERED=1 \
-    PYTHONDONTWRITEBYTECODE=1 \
-    HOME=/tmp
+ENV HOME=/tmp
 USER 65532:65532
 ENTRYPOINT ["kompressor"]
 
