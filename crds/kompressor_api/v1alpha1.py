@@ -256,6 +256,8 @@ class Result(BaseModel):
     relativeError: Text | None = Field(
         default=None, description="Root of squared weight error over squared weights, all quantised layers together."
     )
+    prunedTensors: int | None = Field(default=None, description="Linear layers pruned; absent if none was.")
+    sparsity: Text | None = Field(default=None, description="Share of the pruned layers' weights that are zero, such as 50%.")
     perplexityBefore: Text | None = Field(default=None, description="Perplexity of the original on the evaluation data.")
     perplexityAfter: Text | None = Field(default=None, description="Perplexity of the result on the same tokens.")
     kl: Text | None = Field(default=None, description="Mean KL divergence of the result's logits from the original's, in nats a token.")

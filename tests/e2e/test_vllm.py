@@ -47,6 +47,8 @@ CASES = {
     "rtn FP8": Case(rtn("FP8")),
     "rotate, gptq W4A16": Case([{"rotate": {}}, {"gptq": {"scheme": "W4A16", "groupSize": 64}}], runs=avx512),
     "awq W4A16_ASYM": Case([{"awq": {"scheme": "W4A16_ASYM", "groupSize": 64}}], runs=avx512),
+    "sparseGPT 2:4": Case([{"sparseGPT": {"pattern": "2:4"}}]),
+    "sparseGPT 50%, gptq W4A16": Case([{"sparseGPT": {"sparsity": 0.5}}, {"gptq": {"scheme": "W4A16", "groupSize": 64}}], runs=avx512),
     "gptq W8A8, kvCache": Case([{"gptq": {"scheme": "W8A8"}}, {"kvCache": {}}], tolerance=TRUNCATED, runs=avx512),
     # vLLM's CPU kernel takes the largest of a layer's scales: what this shows is that its loader reads one a head.
     "kvCache by head": Case([{"kvCache": {"strategy": "head"}}], tolerance=TRUNCATED, runs=avx512),

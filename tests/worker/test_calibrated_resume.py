@@ -15,7 +15,11 @@ import jobs
 
 __all__ = ["nursery"]  # a fixture
 
-PASSES = [{"smoothQuant": {}}, {"gptq": {"scheme": "W4A16", "groupSize": 32}}]
+PASSES = [
+    {"smoothQuant": {}},
+    {"sparseGPT": {"pattern": "2:4"}},
+    {"gptq": {"scheme": "W4A16", "groupSize": 32, "ignore": ["re:.*down_proj"]}},  # pruned, not quantised
+]
 
 
 def data(path: Path, rows: int, length: int, seed: int) -> str:

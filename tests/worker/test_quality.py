@@ -49,7 +49,7 @@ class Unturned:
 def no_update(patch: Patch) -> None:
     """The column loop passes no error on."""
     loop = kernels.gptq
-    patch.setattr(kernels, "gptq", lambda weight, inverse, *rest: loop(weight, torch.eye(len(inverse)), *rest))
+    patch.setattr(kernels, "gptq", lambda weight, inverse, *rest, **more: loop(weight, torch.eye(len(inverse)), *rest, **more))
 
 
 def no_clipping(patch: Patch) -> None:

@@ -65,6 +65,10 @@ def call(rows: int = 300, columns: int = 384) -> None:
     for floating, bits, symmetric in ((False, 4, False), (True, 8, True), (True, 4, True)):
         zero_point = None if symmetric else torch.zeros(rows, 1, dtype=torch.int8)
         on_cuda("gptq", weight, factor, torch.ones(rows, 1), zero_point, tiles, floating, bits, 128)
+    goes = torch.zeros(rows, columns, dtype=torch.uint8)
+    on_cuda("gptq", weight, factor, torch.ones(rows, 1), None, tiles, False, 4, 128, goes)
+    on_cuda("prune_columns", weight[:, :128].contiguous(), factor[:128, :128].contiguous(), goes[:, :128].contiguous(), 0, 0)
+    on_cuda("prune_columns", weight[:, :128].contiguous(), factor[:128, :128].contiguous(), None, 2, 4)
     on_cuda("gptq_groups", weight, factor, 128, 4, True, torch.bfloat16)
     half, one = weight.bfloat16(), torch.ones(1)
     for kind in ("int8_token", "fp8_token", "fp8_group"):
@@ -88,12 +92,12 @@ def call(rows: int = 300, columns: int = 384) -> None:
 
 
 KERNELS = {
-    "round_block", "quantize_rows", "quantize_groups", "transform", "add_triangle", "find_ranges", "encode_some", "pack_some",
-    "price_some", "decode_some",
+    "round_block", "prune_block", "quantize_rows", "quantize_groups", "transform", "add_triangle", "find_ranges", "encode_some",
+    "pack_some", "price_some", "decode_some",
 }  # fmt: skip
 
 
-DIVIDING = {"round_block", "quantize_rows", "quantize_groups", "encode_some", "transform"}
+DIVIDING = {"round_block", "prune_block", "quantize_rows", "quantize_groups", "encode_some", "transform"}
 
 
 def main() -> None:

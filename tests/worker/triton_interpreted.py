@@ -12,10 +12,12 @@ from kompressor_worker.kernels import (
     butterflies,
     column_loop,
     eager,
+    pruning,
     triton_activations,
     triton_column_loop,
     triton_encode,
     triton_gram,
+    triton_pruning,
     triton_quantize,
 )
 from kompressor_worker.schemes import SCHEMES, Scheme
@@ -31,10 +33,23 @@ def column_loops() -> None:
         found = grid.grid_of(weight, scheme)
         tiles = torch.arange(COLUMNS, dtype=torch.int32) // scheme.tile((ROWS, COLUMNS))[1]
         given = weight, factor, found.step, found.zero_point, tiles, scheme.type == "float", scheme.bits, 128
-        same(triton_column_loop.gptq(*given), column_loop.gptq(*given))
+        mask = (torch.rand(ROWS, COLUMNS) < 0.5).to(torch.uint8)
+        for masked in (given, (*given, mask)):
+            same(triton_column_loop.gptq(*masked), column_loop.gptq(*masked))
     for symmetric in (True, False):
         grouped = weight, factor, 40, 4, symmetric, torch.bfloat16
         same(triton_column_loop.gptq_groups(*grouped), column_loop.gptq_groups(*grouped))
+
+
+def pruning_loops() -> None:
+    for keep, of, width in ((0, 0, 100), (2, 4, 64), (1, 3, 96), (5, 7, 126)):
+        weight = torch.randn(ROWS, width) * torch.randn(width).exp() * 0.02
+        factor = torch.eye(width) + torch.randn(width, width).triu(1) * 0.1
+        mask = None if of else (torch.rand(ROWS, width) < 0.5).to(torch.uint8)
+        for one, other in zip(
+            triton_pruning.prune_columns(weight, factor, mask, keep, of), pruning.prune_columns(weight, factor, mask, keep, of), strict=True
+        ):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-6), (keep, of)
 
 
 def same(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> None:
@@ -139,6 +154,7 @@ if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.manual_seed(0)
     column_loops()
+    pruning_loops()
     inputs()
     transforms()
     grams()

@@ -30,6 +30,17 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """A linear with weights set to zero, before any quantisation."""
+
+    zeros: int
+    squared_error: float
+    """Sum over all elements of (pruned - original)^2, fp64."""
+    squared_norm: float
+    """Sum over all elements of original^2, fp64."""
+
+
+@dataclass(frozen=True)
 class Fold:
     """Where the inverse of an input scale goes, so that the function stays the same: the norm before, or the rows of the linear before."""
 
@@ -77,6 +88,8 @@ class Stage:
     """Linear name to scheme, decided from headers before the stream began."""
     encoded: dict[str, Encoded] = field(default_factory=dict)
     """Linear name to its encoding."""
+    pruned: dict[str, Pruned] = field(default_factory=dict)
+    """By linear name: what passes that prune have done to it."""
     sites: tuple[Site, ...] = ()
     """The inputs of this stage's linears with their statistics; empty without calibration."""
     kv: dict[str, KvStatistics] = field(default_factory=dict)

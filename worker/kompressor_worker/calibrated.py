@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kompressor_worker.activations import Activations
-from kompressor_worker.block import Encoded, Stage
+from kompressor_worker.block import Encoded, Pruned, Stage
 from kompressor_worker.decoder import Batch, Decoder
 from kompressor_worker.decoder_block import Block, Cache, Step
 from kompressor_worker.drift import compare
@@ -64,6 +64,7 @@ class Finished:
     """What is not encoded, by full name."""
     encoded: dict[str, Encoded]
     schemes: dict[str, Scheme]
+    pruned: dict[str, Pruned] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -177,6 +178,7 @@ class Engine:
                 self._pace(p.products * size_of(stage.layout) * columns_of(stage.layout))
         for stage in stages:
             work.finished.encoded |= stage.encoded
+            work.finished.pruned |= stage.pruned
             if stage.notes:
                 work.notes[stage.layout.name] = stage.notes
             for name, encoded in stage.encoded.items():

@@ -192,6 +192,8 @@ class Calibrated:
         made |= {name: value.cpu().contiguous() for name, value in finished.weights.items() if name not in plain}
         for stage, placed in zip(layout.stages, self.work.plan.stages[unit], strict=True):
             for linear in stage.linears:
+                if pruned := finished.pruned.get(linear.name):
+                    writer.record_pruned(linear, pruned)
                 if encoded := finished.encoded.get(linear.name):
                     writer.record_linear(linear, finished.schemes[linear.name], encoded)
             for place in placed:

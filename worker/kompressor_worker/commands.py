@@ -75,7 +75,8 @@ def plan_command(args: argparse.Namespace) -> int:
 
     rows = {
         "model": f"{plan['family'] or 'unknown family'}, {plan['units']} units",
-        "schemes": ", ".join(f"{k}: {n} linears" for k, n in plan["schemes"].items()) + f"; exact: {plan['exact']}",
+        "schemes": ", ".join([*(f"{k}: {n} linears" for k, n in plan["schemes"].items()), f"exact: {plan['exact']}"]),
+        **({"pruned": ", ".join(f"{k}: {n} linears" for k, n in plan["pruned"].items())} if "pruned" in plan else {}),
         "size": f"{human(plan['sourceBytes'])} -> {human(plan['outputBytes'])} ({plan['ratio']}x smaller), {plan['shards']} shard(s)",
         "peak memory": human(plan["peakMemoryBytes"]) + (f", {human(gpu)} on the GPU" if (gpu := plan.get("gpuMemoryBytes")) else ""),
         "time": "none" if plan["alreadyCompressed"] else f"about {plan['estimatedSeconds']:,} s: a few to start, then 300 MB/s of source",
@@ -155,6 +156,9 @@ def show_result(result: dict[str, Any], already: bool, as_json: bool) -> None:
     rows = {
         "size": f"{human(result['sourceBytes'])} -> {human(result['outputBytes'])} ({result['ratio']})",
         "quantised": f"{result['quantizedTensors']} linears, relative weight error {result['relativeError']}",
+        **(
+            {"pruned": f"{result['prunedTensors']} linears, {result['sparsity']} of their weights are zero"} if "sparsity" in result else {}
+        ),
         **measured_rows(result),
         "time": "none: the output already held this result" if already else f"{result['seconds']} s",
         "where": result["uri"],

@@ -151,7 +151,8 @@ def flow_bytes(
     tokens, size = Tokens.of(spec, any(p.statistics or p.kv for p in passes)), DTYPE_BYTES[layout.dtype]
     whole = any(p.whole_block for p in passes)
     hessians = any("hessian" in p.statistics for p in passes)
-    changed = any(p.transforms or (p.statistics and (p.whole_block or not p.products)) for p in passes)  # folds scales into weights
+    # weights in place of others: turned, pruned, or with scales folded into them
+    changed = any(p.transforms or p.prunes or (p.statistics and (p.whole_block or not p.products)) for p in passes)
     hidden = int(text_config(layout.config)["hidden_size"])
     between = block = step = statistics = 0
     for unit, placed in zip(layout.units, planned.stages, strict=True):
@@ -204,7 +205,7 @@ def flow_operations(spec: CompressionJobSpec, layout: ModelLayout, passes: Seque
                 forward += flowing * tokens.length * sites[0].columns
             for s in sites:
                 sums += s.share * tokens.calibration * s.columns**2 / 2 if hessians else 0
-                taken = sum(prod(x.shape) for x in s.linears if x.name in schemes)
+                taken = sum(prod(x.shape) for x in s.linears if x.name in schemes or x.pruned)
                 encoding += (products * taken * s.columns + s.columns**3) if products and taken else 0
     config = text_config(layout.config)
     head = 2.0 * tokens.evaluation * int(config["hidden_size"]) * int(config["vocab_size"])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
+from kompressor_worker.sparsity import Sparsity
+
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -76,6 +78,8 @@ class LinearLayout:
     """Linears with the same key are one matrix in a loader (q/k/v; gate/up; an MoE layer's experts): same scheme."""
     shared: str | None = None
     """Linears with the same key share their NVFP4 global scale: q/k/v; gate/up, per expert."""
+    pruned: Sparsity | None = None
+    """What a pass sets to zero in it; a pass that quantises it afterwards keeps these zeros."""
 
     @property
     def weight(self) -> str:

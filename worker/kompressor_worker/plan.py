@@ -94,7 +94,8 @@ class Plan:
             "ratio": round(self.layout.source_bytes / max(1, self.output.tensor_bytes), 3),
             "shards": len(self.output.shards),
             "schemes": dict(Counter(s.name for s in self.schemes.values())),
-            "exact": sum(1 for x in self.layout.linears() if x.name not in self.schemes),
+            **({"pruned": dict(pruned)} if (pruned := Counter(str(x.pruned) for x in self.layout.linears() if x.pruned)) else {}),
+            "exact": sum(1 for x in self.layout.linears() if x.name not in self.schemes and x.pruned is None),
             "peakMemoryBytes": self.memory.host,
             **({} if self.memory.gpu is None else {"gpuMemoryBytes": self.memory.gpu}),
             "estimatedSeconds": self.seconds,
@@ -189,8 +190,9 @@ def peak_memory(layout: ModelLayout, planned: OutputPlan, schemes: Mapping[str, 
     largest = 2 * limits.slice
     for unit, stages in zip(layout.units, planned.stages, strict=True):
         for stage, placed in zip(unit.stages, stages, strict=True):
-            if any(x.name in schemes for x in stage.linears) or any(t.encoding != "plain" for t in stage.tensors):
+            if any(x.name in schemes or x.pruned for x in stage.linears) or any(t.encoding != "plain" for t in stage.tensors):
                 decoded = sum(t.nbytes for t in stage.tensors if t.encoding != "plain")
                 largest = max(largest, stage.source_bytes + decoded + sum(t.stop - t.start for t in placed))
-    ahead = max(limits.lookahead, max((s.source_bytes for s in layout.stages() if any(x.name in schemes for x in s.linears)), default=0))
+    changed = [s.source_bytes for s in layout.stages() if any(x.name in schemes or x.pruned for x in s.linears)]
+    ahead = max([limits.lookahead, *changed])
     return IDLE_BYTES + SCRATCH_BYTES + largest + ahead + limits.pending

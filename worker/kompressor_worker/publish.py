@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -96,6 +97,7 @@ def build_report(
     """What kompressor.json says: what was done to what, with which error. What units took, "units", is for report.html alone: with it a
     resumed job would not make the same bytes."""
     linears: dict[str, Any] = {}
+    pruned: dict[str, Any] = {}
     digests: dict[str, str] = {}
     errors: list[float] = []
     norms: list[float] = []
@@ -110,6 +112,7 @@ def build_report(
             linears[name] = {**entry, "relativeError": relative(error, norm)}
             errors.append(error)
             norms.append(norm)
+        pruned |= record.get("pruned", {})
     return {
         "kompressor": version("kompressor"),
         "versions": {"python": platform.python_version(), "torch": version("torch")},
@@ -121,17 +124,32 @@ def build_report(
             "digest": digest("".join(f"{k}={digests[k]}\n" for k in sorted(digests)).encode()),
             "relativeError": relative(sum(errors), sum(norms)),
             "quantizedLinears": len(linears),
+            **pruned_result(pruned),
         },
         "warnings": list(work.layout.warnings),
         **measured,
         **({"units": units} if units else {}),
         "linears": linears,
+        **({"pruned": {name: pruned_entry(entry) for name, entry in pruned.items()}} if pruned else {}),
         "tensors": {k: f"xxh3-128:{v}" for k, v in sorted(digests.items())},
         "files": sorted(
             [s.name for s in work.plan.shards] + list(work.layout.other_files) + [REPORT, PAGE, CONFIG]
             + ([INDEX] if len(work.plan.shards) > 1 else [])
         ),
     }  # fmt: skip
+
+
+def pruned_result(pruned: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """How many linears were pruned, and what share of their weights is zero; empty where none was."""
+    weights = sum(prod(entry["shape"]) for entry in pruned.values())
+    zeros = sum(entry["zeros"] for entry in pruned.values())
+    return {"prunedLinears": len(pruned), "sparsity": float(f"{zeros / weights:.6g}")} if weights else {}
+
+
+def pruned_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """As kompressor.json has it: what was asked, the zeros that there are, and the error of what is left."""
+    kept = {name: entry[name] for name in ("asked", "shape", "zeros")}
+    return {**kept, "relativeError": relative(entry["squaredError"], entry["squaredNorm"])}
 
 
 def relative(squared_error: float, squared_norm: float) -> float:

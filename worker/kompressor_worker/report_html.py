@@ -53,6 +53,8 @@ class Report(TypedDict, total=False):
     warnings: Sequence[str]
     linears: Mapping[str, Mapping[str, Any]]
     """Full module name to scheme, shape, groupSize, relativeError."""
+    pruned: Mapping[str, Mapping[str, Any]]
+    """The same to asked, shape, zeros, relativeError."""
     evaluation: Mapping[str, Any]
     """evaluate.Evaluation.summary(); `bos`: whether rows begin with that token."""
     gates: Sequence[Mapping[str, Any]]
@@ -80,6 +82,7 @@ def render(report: Report | Mapping[str, Any]) -> bytes:
             sections.sizes(report),
             sections.output_error(report.get("blocks", ())),
             sections.weight_error(report.get("linears", {})),
+            sections.pruned(report.get("pruned", {})),
             sections.drift(report.get("drift")),
             sections.experts(report.get("blocks", ())),
             sections.costs(report.get("units", ())),
@@ -133,6 +136,8 @@ def _tiles(report: Mapping[str, Any]) -> str:
     result = report.get("result", {})
     if "relativeError" in result:
         tiles.append(("Weight error", percent(result["relativeError"]), f"{result.get('quantizedLinears', 0):,} linear layers"))
+    if "sparsity" in result:
+        tiles.append(("Zeros", percent(result["sparsity"]), f"of the weights of {result['prunedLinears']:,} pruned linear layers"))
     return f'<div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>' if tiles else ""
 
 

@@ -92,7 +92,18 @@ def output_error(blocks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def weight_error(linears: Mapping[str, Mapping[str, Any]]) -> str:
-    """A map of blocks by kinds of linear; experts are one kind. What is in no block is listed below."""
+    sub = "|dequantised − original| over |original|, by kind of linear layer and block."
+    return _error_map("Weight error", sub, linears, ("Scheme", "scheme"))
+
+
+def pruned(linears: Mapping[str, Mapping[str, Any]]) -> str:
+    sub = "|pruned − original| over |original|, by kind of linear layer and block, before any quantisation."
+    return _error_map("Pruned", sub, linears, ("Asked", "asked"))
+
+
+def _error_map(title: str, sub: str, linears: Mapping[str, Mapping[str, Any]], column: tuple[str, str]) -> str:
+    """A map of blocks by kinds of linear; experts are one kind. What is in no block is listed below. `column`: what else the table of the
+    largest shows, its head and where it stands in `linears`."""
     errors = {name: float(x["relativeError"]) for name, x in linears.items() if math.isfinite(x.get("relativeError", math.nan))}
     pooled: dict[tuple[str, str], list[float]] = {}
     outside: dict[str, float] = {}
@@ -109,11 +120,11 @@ def weight_error(linears: Mapping[str, Mapping[str, Any]]) -> str:
     rest = chips([(name, percent(error)) for name, error in outside.items()])
     worst = sorted(errors, key=lambda name: -errors[name])[:LISTED]
     rows = [
-        (name, str(linears[name].get("scheme", "")), " × ".join(map(str, linears[name].get("shape", ()))), percent(errors[name]))
+        (name, str(linears[name].get(column[1], "")), " × ".join(map(str, linears[name].get("shape", ()))), percent(errors[name]))
         for name in worst
     ]
-    body = plot + rest + folded(_of("Largest errors", rows, len(errors)), table(("Linear layer", "Scheme", "Shape", "Error"), rows, (3,)))
-    return card("Weight error", "|dequantised − original| over |original|, by kind of linear layer and block.", body)
+    body = plot + rest + folded(_of("Largest errors", rows, len(errors)), table(("Linear layer", column[0], "Shape", "Error"), rows, (3,)))
+    return card(title, sub, body)
 
 
 def drift(found: Mapping[str, Any] | None) -> str:

@@ -61,6 +61,8 @@ class Summary:
             "resultDigest": made["digest"],
             "seconds": round(self.seconds),
         }
+        if "sparsity" in made:
+            result |= {"prunedTensors": made["prunedLinears"], "sparsity": f"{100 * made['sparsity']:.4g}%"}
         result |= measured_result(self.report)
         if self.resumed_from is not None:
             result["resumedFromUnit"] = self.resumed_from

@@ -125,6 +125,8 @@ def compress(layout: StageLayout, placed: Sequence[PlacedTensor], loaded: Loaded
         p.apply(stage)
     made = {name: tensor for e in stage.encoded.values() for name, tensor in e.tensors.items()}
     for linear in layout.linears:
+        if pruned := stage.pruned.get(linear.name):
+            writer.record_pruned(linear, pruned)
         if encoded := stage.encoded.get(linear.name):
             writer.record_linear(linear, stage.schemes[linear.name], encoded)
             del weights[linear.weight]
@@ -158,7 +160,7 @@ def refuse_nonfinite(name: str, count: int) -> None:
 
 def is_plain(stage: StageLayout, schemes: Mapping[str, Scheme]) -> bool:
     """Whether a stage's tensors pass through unchanged."""
-    return not any(x.name in schemes for x in stage.linears) and all(t.encoding == "plain" for t in stage.tensors)
+    return not any(x.name in schemes or x.pruned for x in stage.linears) and all(t.encoding == "plain" for t in stage.tensors)
 
 
 def stage_loads(layout: StageLayout, placed: Sequence[PlacedTensor], work: Work) -> Iterator[Load]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from kompressor_worker.block import Encoded
+from kompressor_worker.block import Encoded, Pruned
 from kompressor_worker.errors import Terminated
 from kompressor_worker.journal import Journal, Upload
 from kompressor_worker.layout import LinearLayout
@@ -48,6 +48,7 @@ class _Done:
     tail: bytes
     digests: dict[str, str | Future[str]]
     linears: dict[str, dict[str, Any]]
+    pruned: dict[str, dict[str, Any]]
     carry: Carry
 
 
@@ -64,6 +65,7 @@ class Writer:
         self._parts: list[tuple[int, list[Future[Any]]]] = []
         self._digests: dict[str, str | Future[str]] = {}
         self._linears: dict[str, dict[str, Any]] = {}
+        self._pruned: dict[str, dict[str, Any]] = {}
         self._shard = -1
 
     def __enter__(self) -> Writer:
@@ -105,6 +107,15 @@ class Writer:
             **({"saturated": encoded.saturated} if encoded.saturated else {}),
         }
 
+    def record_pruned(self, linear: LinearLayout, pruned: Pruned) -> None:
+        self._pruned[linear.name] = {
+            "asked": str(linear.pruned),
+            "shape": list(linear.shape),
+            "zeros": pruned.zeros,
+            "squaredError": pruned.squared_error,
+            "squaredNorm": pruned.squared_norm,
+        }
+
     def finish(self, unit: int, carry: Carry = NOTHING) -> None:
         """Commits the unit in the background, after the one before it."""
         following = self._plan.position(unit + 1)
@@ -112,8 +123,8 @@ class Writer:
         if futures:
             self._parts.append((len(self._uploaded) - 1, futures))
         # The next unit may open another shard before this commit runs: it counts the uploads of now.
-        done = _Done(unit, len(self._uploaded), self._parts, tail, self._digests, self._linears, carry)
-        self._parts, self._digests, self._linears = [], {}, {}
+        done = _Done(unit, len(self._uploaded), self._parts, tail, self._digests, self._linears, self._pruned, carry)
+        self._parts, self._digests, self._linears, self._pruned = [], {}, {}, {}
         if self._committing:
             self._committing.result()
         self._committing = self._commits.submit(self._commit, done)
@@ -135,6 +146,7 @@ class Writer:
         record = {
             "digests": {k: v if isinstance(v, str) else v.result() for k, v in done.digests.items()},
             "linears": done.linears,
+            **({"pruned": done.pruned} if done.pruned else {}),
             **done.carry.record,
         }
         for name, data in done.carry.objects():

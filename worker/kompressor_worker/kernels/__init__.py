@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from kompressor_worker.grid import Grid, integer_range
-from kompressor_worker.kernels import compiled, eager, ops  # ops: registers the operations
+from kompressor_worker.kernels import compiled, eager, ops, pruning  # ops: registers the operations
 from kompressor_worker.kernels.bf16 import fast_bf16
 from kompressor_worker.kernels.cholesky import inverse_factor
+from kompressor_worker.kernels.column_loop import block_of_groups
 from kompressor_worker.kernels.eager import Quantized
 from kompressor_worker.kernels.pieces import Heard, row_pieces, unheard
 from kompressor_worker.schemes import Inputs, Scheme
+from kompressor_worker.sparsity import Sparsity
 
 __all__ = [
     "Quantized", "add_gram", "amax", "code_errors", "decode_fp8_block", "decode_mxfp4", "dequantize", "fake_quantize_input",
-    "fake_quantize_kv", "fast_bf16", "gptq", "gptq_groups", "hadamard", "inverse_factor", "nonfinite", "ops", "quantize", "stored",
-    "tile_errors",
+    "fake_quantize_kv", "fast_bf16", "gptq", "gptq_groups", "hadamard", "inverse_factor", "nonfinite", "ops", "prune", "quantize",
+    "stored", "tile_errors",
 ]  # fmt: skip
 
 FLOATS = tuple(compiled.DTYPES)
@@ -139,6 +141,7 @@ def gptq(
     columns: Tensor | None = None,
     heard: Heard = unheard,
     block: int = 128,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Codes [out, in] by GPTQ (Frantar et al. 2022, arXiv 2210.17323) on a given grid, and the loss it propagated.
 
@@ -146,6 +149,7 @@ def gptq(
     [in]: the tile of `grid` that each column belongs to (activation order with static groups); None: as they lie. Codes are in the order
     of processing: int8, or float8_e4m3fn for FP8 and for FP4, whose values it holds exactly. The loss is the sum of (w - q)^2 / U_jj^2
     over all elements: by how much ||(W - Q) X||^2 has grown if H is X^T X. `heard` is called between pieces, and may raise.
+    `mask` bool [out, in]: where weights are pruned, and stay zero.
     """
     assert weight.dtype == inverse_factor.dtype == torch.float32, (weight.dtype, inverse_factor.dtype)
     height, width = scheme.tile((weight.shape[0], weight.shape[1]))
@@ -156,14 +160,14 @@ def gptq(
     factor, tiles, made = inverse_factor.contiguous(), columns.to(torch.int32), []
     for rows in row_pieces(weight, weight.shape[1] ** 2 / 2):
         points = None if zero_point is None else zero_point[rows]
-        floating = scheme.type == "float"
-        made.append(torch.ops.kompressor.gptq(weight[rows].contiguous(), factor, step[rows], points, tiles, floating, scheme.bits, block))
+        floating, part = scheme.type == "float", weight[rows].contiguous()
+        made.append(torch.ops.kompressor.gptq(part, factor, step[rows], points, tiles, floating, scheme.bits, block, _bytes(mask, rows)))
         heard()
     return torch.cat([codes for codes, _ in made]), sum(float(loss) for _, loss in made)
 
 
 def gptq_groups(
-    weight: Tensor, inverse_factor: Tensor, scheme: Scheme, dtype: torch.dtype, heard: Heard = unheard
+    weight: Tensor, inverse_factor: Tensor, scheme: Scheme, dtype: torch.dtype, heard: Heard = unheard, mask: Tensor | None = None
 ) -> tuple[Tensor, Grid, float]:
     """The same without a grid: each group gets that of its weights as they are when its first column is reached. Integers only.
 
@@ -173,10 +177,36 @@ def gptq_groups(
     factor, width, made = inverse_factor.contiguous(), scheme.tile((weight.shape[0], weight.shape[1]))[1], []
     for rows in row_pieces(weight, weight.shape[1] ** 2 / 2):
         part = weight[rows].contiguous()
-        made.append(torch.ops.kompressor.gptq_groups(part, factor, width, scheme.bits, scheme.symmetric, dtype))
+        made.append(torch.ops.kompressor.gptq_groups(part, factor, width, scheme.bits, scheme.symmetric, dtype, _bytes(mask, rows)))
         heard()
     codes, scales, zero_points, losses = zip(*made, strict=True)
     return torch.cat(codes), Grid(torch.cat(scales), None if scheme.symmetric else torch.cat(zero_points)), sum(map(float, losses))
+
+
+def _bytes(mask: Tensor | None, rows: slice) -> Tensor | None:
+    return None if mask is None else mask[rows].to(torch.uint8).contiguous()
+
+
+def prune(weight: Tensor, inverse_factor: Tensor, sparsity: Sparsity, heard: Heard = unheard) -> tuple[Tensor, float]:
+    """What SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774) leaves of weight fp32 [out, in], and the loss it propagated.
+
+    inverse_factor as for `gptq`, in the columns' own order. Without a pattern every block of columns loses its share, over all rows.
+    `heard` is called before each block, and may raise."""
+    assert weight.dtype == inverse_factor.dtype == torch.float32, (weight.dtype, inverse_factor.dtype)
+    (rows, columns), left, kept, loss, gone = weight.shape, weight.clone(), torch.empty_like(weight), 0.0, 0
+    block = block_of_groups(sparsity.of) if sparsity.of else pruning.BLOCK
+    for start in range(0, columns, block):
+        heard()
+        stop = min(start + block, columns)
+        part, factor = left[:, start:stop].contiguous(), inverse_factor[start:stop, start:stop].contiguous()
+        mask = None
+        if not sparsity.of:
+            count = sparsity.zeros((rows, stop)) - gone
+            mask, gone = pruning.smallest_in_all((part / factor.diagonal()).square(), count).to(torch.uint8), gone + count
+        kept[:, start:stop], errors = torch.ops.kompressor.prune_columns(part, factor, mask, sparsity.keep, sparsity.of)
+        left[:, stop:].addmm_(errors, inverse_factor[start:stop, stop:], alpha=-1)
+        loss += float(errors.double().square().sum())
+    return kept, loss
 
 
 def fake_quantize_input(

@@ -33,6 +33,7 @@ SOURCES = (
     "quantize.cpp",
     "decode.cpp",
     "column_loop.cpp",
+    "prune.cpp",
     "activations.cpp",
     "butterflies.cpp",
     "gram.cpp",

@@ -27,7 +27,15 @@ struct Columns {
     int dtype;                            // that the made steps are rounded to
     uint8_t* codes;                       // [rows, columns]
     double* loss;                         // [panels]
+    const uint8_t* mask;                  // [rows, columns], 1 where the code must be that of zero; or null
 };
+
+template <class Codec> struct Masked : Codec {
+    using Codec::Codec;
+    explicit Masked(const Codec& codec) : Codec(codec) {}
+};
+template <class Codec> constexpr bool masked = false;
+template <class Codec> constexpr bool masked<Masked<Codec>> = true;
 
 // c - a * b, rounded once wherever the CPU has such an instruction.
 inline F minus_product(F a, F b, F c) {
@@ -132,11 +140,16 @@ struct Fp4InFp8 : Fp4 {  // codes as E4M3, which holds every value of E2M1
     }
 };
 
-// Rounds half a column of a panel: its errors, and the codes.
+// Rounds half a column of a panel: its errors, and the codes, which take the place of the mask.
 template <class Codec>
 inline F round_half(Codec codec, const Columns& job, int64_t at, float diagonal, F w, uint8_t* codes, int64_t part, Squares& loss) {
     const F step = fetch(job.step + at);
     F x = w / step, zero_point{};
+    if constexpr (masked<Codec>) {
+        B goes;
+        std::memcpy(&goes, codes, sizeof goes);
+        x = widen(goes) != 0u ? F{} : x;
+    }
     if constexpr (Codec::asymmetric) zero_point = fetch(job.zero_point + at), x = x + zero_point;
     const Rounded r = codec.round(x);
     const B bytes = narrow(r.code);
@@ -215,6 +228,9 @@ template <class Codec> void columns(Codec codec, const Columns& job, int threads
             pack(job, start, stop, stop, start, stop, packed.data());
             for (int64_t p = 0; p < count; p++) {
                 const int64_t row = (first + p) * PANEL;
+                if constexpr (masked<Codec>)
+                    for (int64_t r = 0; r < std::min(PANEL, job.rows - row); r++)
+                        for (int64_t k = 0; k < width; k++) codes[k * PANEL + r] = job.mask[(row + r) * job.columns + start + k];
                 round_leaf(codec, job, start, stop, row, packed.data(), memory + p * stride + start * PANEL, codes.data(), losses[p]);
                 for (int64_t r = 0; r < std::min(PANEL, job.rows - row); r++)
                     for (int64_t k = 0; k < width; k++) job.codes[(row + r) * job.columns + start + k] = codes[k * PANEL + r];
@@ -224,6 +240,11 @@ template <class Codec> void columns(Codec codec, const Columns& job, int threads
     });
 }
 
+template <class Codec> void columns_of(Codec codec, const Columns& job, int threads) {
+    if (job.mask) columns(Masked<Codec>(codec), job, threads);
+    else columns(codec, job, threads);
+}
+
 }  // namespace
 
 extern "C" int64_t kompressor_panel() { return PANEL; }
@@ -231,15 +252,15 @@ extern "C" int64_t kompressor_panel() { return PANEL; }
 // codec: 0 INT symmetric, 1 INT asymmetric, 2 FP8, 3 FP4 (its codes as E4M3). step and zero_point fp32 [groups, stride]: read, or with a
 // group_size made here, of columns in their order, and as stored in `dtype`. loss: [panels].
 extern "C" void kompressor_gptq(const float* weight, const float* factor, int64_t rows, int64_t columns_, int codec, int bits, float* step,
-                                float* zero_point, int64_t stride, const int32_t* group_of, int64_t group_size, int dtype, int threads,
-                                uint8_t* codes, double* loss) {
-    const Columns job{weight, factor, rows, columns_, stride, step, zero_point, group_of, group_size, step, zero_point, dtype, codes, loss};
+                                float* zero_point, int64_t stride, const int32_t* group_of, int64_t group_size, int dtype,
+                                const uint8_t* mask, int threads, uint8_t* codes, double* loss) {
+    const Columns job{weight, factor, rows, columns_, stride, step, zero_point, group_of, group_size, step, zero_point, dtype, codes, loss, mask};
     Job format{};
     format.bits = bits, format.bias = 0;
     switch (codec) {
-        case 0: return columns(Symmetric(format), job, threads);
-        case 1: return columns(Asymmetric(format), job, threads);
-        case 2: return columns(Fp8(format), job, threads);
-        case 3: return columns(Fp4InFp8(format), job, threads);
+        case 0: return columns_of(Symmetric(format), job, threads);
+        case 1: return columns_of(Asymmetric(format), job, threads);
+        case 2: return columns_of(Fp8(format), job, threads);
+        case 3: return columns_of(Fp4InFp8(format), job, threads);
     }
 }

@@ -23,11 +23,20 @@ from kompressor_worker.schemes import Scheme
 
 
 def gptq(
-    weight: Tensor, factor: Tensor, step: Tensor, zero_point: Tensor | None, group_of: Tensor, floating: bool, bits: int, block: int
+    weight: Tensor,
+    factor: Tensor,
+    step: Tensor,
+    zero_point: Tensor | None,
+    group_of: Tensor,
+    floating: bool,
+    bits: int,
+    block: int,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes [out, in] (int8, or float8_e4m3fn for FP8 and FP4) and the loss, fp64 [], for a grid that is given.
 
-    weight fp32 [out, in]; factor fp32 [in, in], U; step fp32 and zero_point int8 [out, groups]; group_of int32 [in].
+    weight fp32 [out, in]; factor fp32 [in, in], U; step fp32 and zero_point int8 [out, groups]; group_of int32 [in]; mask uint8 [out, in],
+    1 where a pruned weight is to stay zero, whatever the others' errors make of it.
     """
     one_column = _scheme_of_a_column(floating, bits, zero_point is None)
 
@@ -36,11 +45,11 @@ def gptq(
         return Grid(step[:, group], None if zero_point is None else zero_point[:, group])
 
     groups = group_of.tolist()
-    return _loop(weight, factor, one_column, grid_of, block)
+    return _loop(weight, factor, one_column, grid_of, block, mask)
 
 
 def gptq_groups(
-    weight: Tensor, factor: Tensor, group_size: int, bits: int, symmetric: bool, dtype: torch.dtype
+    weight: Tensor, factor: Tensor, group_size: int, bits: int, symmetric: bool, dtype: torch.dtype, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, scale, zero point and loss: the grid of each group of columns comes from its weights when the first one is reached.
 
@@ -56,7 +65,7 @@ def gptq_groups(
             made.append(grid.grid_of_range(low, high, one_column, dtype))
         return made[-1]
 
-    codes, loss = _loop(weight, factor, one_column, grid_of, block_of_groups(group_size))
+    codes, loss = _loop(weight, factor, one_column, grid_of, block_of_groups(group_size), mask)
     zero_points = [g.zero_point for g in made if g.zero_point is not None]
     scale = torch.cat([g.scale for g in made], dim=1)
     return codes, scale, torch.cat(zero_points, dim=1) if zero_points else scale.new_empty(0, dtype=torch.int8), loss
@@ -67,7 +76,9 @@ def block_of_groups(group_size: int) -> int:
     return max(1, 128 // group_size) * group_size
 
 
-def _loop(weight: Tensor, factor: Tensor, scheme: Scheme, grid_of: Callable[[Tensor, int], Grid], block: int) -> tuple[Tensor, Tensor]:
+def _loop(
+    weight: Tensor, factor: Tensor, scheme: Scheme, grid_of: Callable[[Tensor, int], Grid], block: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     work = weight.clone()
     codes = torch.empty((rows, columns), dtype=torch.int8 if scheme.type == "int" else torch.float8_e4m3fn, device=weight.device)
@@ -77,7 +88,8 @@ def _loop(weight: Tensor, factor: Tensor, scheme: Scheme, grid_of: Callable[[Ten
         errors = torch.empty((rows, stop - start), device=weight.device)
         for j in range(start, stop):
             here = grid_of(work[:, :stop], j)
-            code = grid.quantize(work[:, j : j + 1], here, scheme)
+            column = work[:, j : j + 1] if mask is None else work[:, j : j + 1].masked_fill(mask[:, j : j + 1].bool(), 0.0)
+            code = grid.quantize(column, here, scheme)
             codes[:, j : j + 1] = code
             error = (work[:, j : j + 1] - grid.dequantize(code, here, scheme)) / factor[j, j]
             work[:, j + 1 : stop] -= error * factor[j, j + 1 : stop]

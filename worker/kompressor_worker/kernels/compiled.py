@@ -106,20 +106,28 @@ def gptq(
     floating: bool,
     bits: int,
     block: int,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`block` is the kernel's own: the result does not depend on it."""
     codec = (3 if bits == 4 else 2) if floating else 0 if zero_point is None else 1
     steps, zero_points = _by_panels(lib, step, 1.0), None if zero_point is None else _by_panels(lib, zero_point, 0.0)
-    return _gptq(lib, weight, factor, codec, bits, steps, zero_points, group_of.contiguous(), 0, torch.float32)
+    return _gptq(lib, weight, factor, codec, bits, steps, zero_points, group_of.contiguous(), 0, torch.float32, mask)
 
 
 def gptq_groups(
-    lib: ctypes.CDLL, weight: Tensor, factor: Tensor, group_size: int, bits: int, symmetric: bool, dtype: torch.dtype
+    lib: ctypes.CDLL,
+    weight: Tensor,
+    factor: Tensor,
+    group_size: int,
+    bits: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = weight.shape
     blank = torch.empty((rows, -(-columns // group_size)))
     steps, zero_points = _by_panels(lib, blank, 1.0), None if symmetric else _by_panels(lib, blank, 0.0)
-    codes, loss = _gptq(lib, weight, factor, 0 if symmetric else 1, bits, steps, zero_points, None, group_size, dtype)
+    codes, loss = _gptq(lib, weight, factor, 0 if symmetric else 1, bits, steps, zero_points, None, group_size, dtype, mask)
     zero_point = torch.empty(0, dtype=torch.int8) if zero_points is None else zero_points[:, :rows].t().to(torch.int8).contiguous()
     return codes, steps[:, :rows].t().contiguous(), zero_point, loss
 
@@ -135,7 +143,7 @@ def _by_panels(lib: ctypes.CDLL, grid: Tensor, beyond: float) -> Tensor:
 
 def _gptq(
     lib: ctypes.CDLL, weight: Tensor, factor: Tensor, codec: int, bits: int, steps: Tensor, zero_points: Tensor | None,
-    group_of: Tensor | None, group_size: int, dtype: torch.dtype,
+    group_of: Tensor | None, group_size: int, dtype: torch.dtype, mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, columns = weight.shape
     codes = torch.empty((rows, columns), dtype=torch.int8 if codec < 2 else torch.float8_e4m3fn)
@@ -143,9 +151,19 @@ def _gptq(
     lib.kompressor_gptq(
         _pointer(weight), _pointer(factor), _i64(rows), _i64(columns), codec, bits, _pointer(steps),
         None if zero_points is None else _pointer(zero_points), _i64(steps.shape[1]), None if group_of is None else _pointer(group_of),
-        _i64(group_size), DTYPES[dtype], _threads(weight), _pointer(codes), _pointer(losses),
+        _i64(group_size), DTYPES[dtype], None if mask is None else _pointer(mask), _threads(weight), _pointer(codes), _pointer(losses),
     )  # fmt: skip
     return codes, losses.sum()
+
+
+def prune_columns(lib: ctypes.CDLL, weight: Tensor, factor: Tensor, mask: Tensor | None, keep: int, of: int) -> tuple[Tensor, Tensor]:
+    rows, width = weight.shape
+    kept, errors = torch.empty_like(weight), torch.empty_like(weight)
+    lib.kompressor_prune(
+        _pointer(weight), _pointer(factor), _i64(rows), _i64(width), None if mask is None else _pointer(mask), _i64(keep), _i64(of),
+        _threads(weight), _pointer(kept), _pointer(errors),
+    )  # fmt: skip
+    return kept, errors
 
 
 def fake_quantize(

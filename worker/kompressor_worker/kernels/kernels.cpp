@@ -3,6 +3,7 @@
 #include "quantize.cpp"
 #include "decode.cpp"
 #include "column_loop.cpp"
+#include "prune.cpp"
 #include "activations.cpp"
 #include "butterflies.cpp"
 #include "gram.cpp"

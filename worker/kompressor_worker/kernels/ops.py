@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kompressor_worker.kernels import activations, build, butterflies, clip_search, column_loop, compiled, eager, gram
+from kompressor_worker.kernels import activations, build, butterflies, clip_search, column_loop, compiled, eager, gram, pruning
 
 LIBRARY = torch.library.Library("kompressor", "DEF")  # type: ignore[no-untyped-call]
 
@@ -72,18 +72,24 @@ _register(
     compiled.decode_mxfp4,
 )
 _register(
-    "gptq(Tensor weight, Tensor factor, Tensor step, Tensor? zero_point, Tensor group_of, bool floating, int bits, int block)"
-    " -> (Tensor, Tensor)",
+    "gptq(Tensor weight, Tensor factor, Tensor step, Tensor? zero_point, Tensor group_of, bool floating, int bits, int block,"
+    " Tensor? mask=None) -> (Tensor, Tensor)",
     column_loop.gptq,
     compiled.gptq,
     "triton_column_loop",
 )
 _register(
-    "gptq_groups(Tensor weight, Tensor factor, int group_size, int bits, bool symmetric, ScalarType dtype)"
+    "gptq_groups(Tensor weight, Tensor factor, int group_size, int bits, bool symmetric, ScalarType dtype, Tensor? mask=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     column_loop.gptq_groups,
     compiled.gptq_groups,
     "triton_column_loop",
+)
+_register(
+    "prune_columns(Tensor weight, Tensor factor, Tensor? mask, int keep, int of) -> (Tensor, Tensor)",
+    pruning.prune_columns,
+    compiled.prune_columns,
+    "triton_pruning",
 )
 _register(
     "fake_quantize(Tensor x, str kind, Tensor? scale, Tensor? zero_point, Tensor? global_scale) -> Tensor",

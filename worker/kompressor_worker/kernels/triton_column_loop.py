@@ -24,8 +24,8 @@ ROWS = 16
 
 @triton.jit
 def round_block(
-    weight, factor, steps, zero_points, group_of, codes, errors, rows, columns, groups, start, count,
-    floating: tl.constexpr, bits: tl.constexpr, symmetric: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
+    weight, factor, steps, zero_points, group_of, mask, codes, errors, rows, columns, groups, start, count,
+    floating: tl.constexpr, bits: tl.constexpr, symmetric: tl.constexpr, masked: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """Columns [start, start + count) of `height` rows: their codes, and their errors [rows, width]."""
     row = tl.program_id(0) * height + tl.arange(0, height)
@@ -41,6 +41,8 @@ def round_block(
         group = tl.load(group_of + start + j)
         step = tl.load(steps + row.to(tl.int64) * groups + group, mask=inside, other=1.0)
         y = tl.math.div_rn(x, step)
+        if masked:
+            y = tl.where(tl.load(mask + row.to(tl.int64) * columns + start + j, mask=inside, other=0) != 0, 0.0, y)
         if symmetric:
             value, code = round_to(y, floating, bits)
         else:
@@ -60,7 +62,8 @@ def round_block(
 class _Work:
     """A weight on its way: what is left of the columns not yet rounded, their codes, the loss so far."""
 
-    def __init__(self, weight: Tensor, factor: Tensor, floating: bool, bits: int) -> None:
+    def __init__(self, weight: Tensor, factor: Tensor, floating: bool, bits: int, mask: Tensor | None) -> None:
+        self.mask = mask
         self.left, self.factor, self.floating, self.bits = weight.clone(), factor, floating, bits
         self.errors = torch.empty((len(weight), BLOCK), device=weight.device)
         self.codes = torch.empty_like(weight, dtype=torch.int8)
@@ -70,8 +73,9 @@ class _Work:
         """Columns [start, stop), at most BLOCK. group_of int32 [columns]: the column of `steps` and `zero_points` for each."""
         rows, columns = self.left.shape
         round_block[(triton.cdiv(rows, ROWS),)](
-            self.left, self.factor, steps, steps if zero_points is None else zero_points, group_of, self.codes, self.errors, rows, columns,
-            steps.shape[1], start, stop - start, self.floating, self.bits, zero_points is None, ROWS, BLOCK,
+            self.left, self.factor, steps, steps if zero_points is None else zero_points, group_of,
+            self.codes if self.mask is None else self.mask, self.codes, self.errors, rows, columns, steps.shape[1], start, stop - start,
+            self.floating, self.bits, zero_points is None, self.mask is not None, ROWS, BLOCK,
         )  # fmt: skip
         errors = self.errors[:, : stop - start]
         self.left[:, stop:].addmm_(errors, self.factor[start:stop, stop:], alpha=-1)
@@ -82,10 +86,18 @@ class _Work:
 
 
 def gptq(
-    weight: Tensor, factor: Tensor, step: Tensor, zero_point: Tensor | None, group_of: Tensor, floating: bool, bits: int, block: int
+    weight: Tensor,
+    factor: Tensor,
+    step: Tensor,
+    zero_point: Tensor | None,
+    group_of: Tensor,
+    floating: bool,
+    bits: int,
+    block: int,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `column_loop.gptq`; `block` is the kernel's own."""
-    work = _Work(weight, factor, floating, bits)
+    work = _Work(weight, factor, floating, bits, mask)
     step, zero_point = step.contiguous(), None if zero_point is None else zero_point.contiguous()
     for start in range(0, weight.shape[1], BLOCK):
         work.round(start, min(start + BLOCK, weight.shape[1]), step, zero_point, group_of)
@@ -93,10 +105,10 @@ def gptq(
 
 
 def gptq_groups(
-    weight: Tensor, factor: Tensor, group_size: int, bits: int, symmetric: bool, dtype: torch.dtype
+    weight: Tensor, factor: Tensor, group_size: int, bits: int, symmetric: bool, dtype: torch.dtype, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `column_loop.gptq_groups`."""
-    work, columns, made = _Work(weight, factor, False, bits), weight.shape[1], []
+    work, columns, made = _Work(weight, factor, False, bits, mask), weight.shape[1], []
     only = torch.zeros(columns, dtype=torch.int32, device=weight.device)
     for left in range(0, columns, group_size):
         right = min(left + group_size, columns)

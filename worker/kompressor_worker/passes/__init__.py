@@ -32,6 +32,9 @@ REGISTRY: dict[str, str] = {
     "smoothQuant": "kompressor_worker.passes.smooth_quant:SmoothQuant",
     "kvCache": "kompressor_worker.passes.kv_cache:KvCache",
     "rotate": "kompressor_worker.passes.rotate:Rotate",
+    "magnitude": "kompressor_worker.passes.magnitude:Magnitude",
+    "wanda": "kompressor_worker.passes.wanda:Wanda",
+    "sparseGPT": "kompressor_worker.passes.sparse_gpt:SparseGpt",
 }
 """Name in the spec to `module:class`, imported when asked for."""
 
@@ -49,6 +52,8 @@ class Pass:
     """Whether it needs the statistics of all stages of a block before the first weight changes, since it folds scales across stages."""
     transforms: bool = False
     """Whether it changes weights before anything is measured (`transform`, `transform_rows`)."""
+    prunes: bool = False
+    """Whether it sets weights to zero, which it has marked in the layout (`LinearLayout.pruned`)."""
     products: float = 0.0
     """How many products of a weight [out, in] with its Hessian [in, in] encoding it takes: for estimates of time, and progress."""
 

@@ -135,13 +135,15 @@ class Gptq(Pass):
 
         refuse_nonfinite(linear, weight)
         scheme, source = self._assigned[linear.name], weight.float()
+        zeros = weight == 0 if linear.pruned is not None else None
         if self.params.observer == "mse" and scheme.type == "int":
             found = grid_at(source, scheme, weight.dtype, best_shares(weight, scheme, weight.dtype, heard))
         elif factor.order is not None or scheme.strategy != "group":
             found = grid.grid_of(weight, scheme)
         else:
-            codes, found, _ = kernels.gptq_groups(source, factor.inverse, scheme, weight.dtype, heard)
+            codes, found, _ = kernels.gptq_groups(source, factor.inverse, scheme, weight.dtype, heard, zeros)
             return encode(linear, weight, codes, found, scheme)
         tiles = factor.columns // scheme.tile(linear.shape)[1]
-        ordered, _ = kernels.gptq(factor.ordered(source), factor.inverse, found, scheme, tiles, heard)
+        mask = None if zeros is None else factor.ordered(zeros)
+        ordered, _ = kernels.gptq(factor.ordered(source), factor.inverse, found, scheme, tiles, heard, mask=mask)
         return encode(linear, weight, factor.as_they_lay(ordered), found, scheme)

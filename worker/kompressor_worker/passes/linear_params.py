@@ -1,4 +1,4 @@
-"""What the passes that quantise linears are asked for alike: group size, targets, ignore."""
+"""What the passes that work on linears are asked for alike: targets and ignore, and where they quantise the group size."""
 
 from __future__ import annotations
 
@@ -14,39 +14,23 @@ from kompressor_worker.schemes import SCHEMES, Scheme
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
-class LinearParams(Model):
-    """Base of the parameters of a pass that quantises linears."""
+class TargetParams(Model):
+    """Base of the parameters of a pass that works on chosen linears."""
 
-    group_size: int | None = Field(
-        default=None,
-        ge=-1,
-        le=65536,
-        description=(
-            "Columns that share a scale, -1 for one scale a channel; packed integer schemes only. Must divide the columns of every "
-            "targeted weight. Default: the scheme's own, 128 at 3 and 4 bits, -1 at 8."
-        ),
-    )
     targets: list[Pattern] = Field(
         default=["Linear"],
         min_length=1,
         max_length=256,
         description=(
-            "What to quantise: module names, regular expressions as re:<pattern> (matched from the start of the name), or Linear for every "
-            "linear layer of the decoder. Layers that an earlier pass has quantised are left out."
+            "Which linears: module names, regular expressions as re:<pattern> (matched from the start of the name), or Linear for every "
+            "linear layer of the decoder. Those that an earlier pass of the same kind has taken are left out."
         ),
     )
     ignore: list[Pattern] = Field(
         default_factory=list,
         max_length=1024,
-        description="What to leave exact, in the same form as targets. Embeddings, the head and routers are exact without being listed.",
+        description="What to leave as it is, in the same form as targets. Embeddings, the head and routers are left without being listed.",
     )
-
-    @field_validator("group_size")
-    @classmethod
-    def _not_zero(cls, value: int | None) -> int | None:
-        if value == 0:
-            raise ValueError("a group has at least one column; use -1 for one scale a channel")
-        return value
 
     @field_validator("targets", "ignore")
     @classmethod
@@ -58,6 +42,27 @@ class LinearParams(Model):
                 except re.error as error:
                     raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return patterns
+
+
+class LinearParams(TargetParams):
+    """Base of the parameters of a pass that quantises linears."""
+
+    group_size: int | None = Field(
+        default=None,
+        ge=-1,
+        le=65536,
+        description=(
+            "Columns that share a scale, -1 for one scale a channel; packed integer schemes only. Must divide the columns of every "
+            "targeted weight. Default: the scheme's own, 128 at 3 and 4 bits, -1 at 8."
+        ),
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _not_zero(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("a group has at least one column; use -1 for one scale a channel")
+        return value
 
 
 def scheme_in_groups(name: str, group_size: int | None, asked_by: str) -> Scheme:

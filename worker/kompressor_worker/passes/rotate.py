@@ -62,6 +62,9 @@ class Rotate(Pass):
         hidden = kinds["embedding"].shape[1]
         if not heads or not queries or not values:
             raise UserError("rotate: config.json does not say num_attention_heads; add it", Reason.UNSUPPORTED_MODEL)
+        for linear in layout.linears():
+            if linear.pruned is not None:
+                raise UserError(f"rotate: {linear.name} is pruned by an earlier pass, and a rotation fills its zeros; put rotate first")
         self._merged = Merged(family, hidden, queries // heads, values, self.params.seed)
         return layout
 

@@ -7,7 +7,7 @@ name `Linear`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from kompressor_worker.errors import UserError
 from kompressor_worker.formats.targets import matches
@@ -18,11 +18,17 @@ LINEAR = "Linear"
 
 
 def select(layout: ModelLayout, taken: Mapping[str, Scheme], targets: Sequence[str], ignore: Sequence[str]) -> list[LinearLayout]:
+    """What a pass that quantises takes: as `choose`. Raises UserError, also where a fused group would be split."""
+    chosen = choose(layout, taken, targets, ignore, "quantise")
+    _refuse_split(list(layout.linears()), {linear.name for linear in chosen}, taken)
+    return chosen
+
+
+def choose(layout: ModelLayout, taken: Collection[str], targets: Sequence[str], ignore: Sequence[str], what: str) -> list[LinearLayout]:
     """The linears that match `targets`, less those that match `ignore` or are in `taken`, in the model's order.
 
-    Embeddings, heads and MoE routers are left out; a head is taken if `targets` has its exact name.
-    Raises UserError: a pattern that matches nothing, an embedding or router asked for by name, a fused group that would
-    be split, nothing left.
+    Embeddings, heads and MoE routers are left out; a head is taken if `targets` has its exact name. `what` is done to them, for the words.
+    Raises UserError: a pattern that matches nothing, an embedding or router asked for by name, nothing left.
     """
     linears = list(layout.linears())
     _refuse_unmatched("targets", targets, layout, linears)
@@ -34,11 +40,10 @@ def select(layout: ModelLayout, taken: Mapping[str, Scheme], targets: Sequence[s
     ]
     if not chosen:
         raise UserError(
-            f"targets {list(targets)} and ignore {list(ignore)} leave no linear layer to quantise "
+            f"targets {list(targets)} and ignore {list(ignore)} leave no linear layer to {what} "
             f"({len(linears)} in the model, {len(taken)} taken by earlier passes); "
             "widen targets, shorten ignore, or drop this pass"
         )
-    _refuse_split(linears, {linear.name for linear in chosen}, taken)
     return chosen
 
 

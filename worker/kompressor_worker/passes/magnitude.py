@@ -1,0 +1,52 @@
+"""Magnitude pruning (Han et al. 2015, arXiv 1506.02626): the smallest weights of each linear become zero. Needs no data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from kompressor_api.v1alpha1 import Model
+from kompressor_worker.passes import Pass
+from kompressor_worker.passes.sparsity_params import SparsityParams, marked, refuse_quantised
+from kompressor_worker.schemes import Scheme
+
+if TYPE_CHECKING:
+    from kompressor_worker.block import Stage
+    from kompressor_worker.layout import LinearLayout, ModelLayout
+
+
+class MagnitudeParams(SparsityParams):
+    """Magnitude pruning: sets the smallest weights of each linear to zero. Goes before the pass that quantises."""
+
+
+class Magnitude(Pass):
+    """The pass `magnitude`."""
+
+    Params: ClassVar[type[Model]] = MagnitudeParams
+    prunes = True
+
+    def __init__(self, params: MagnitudeParams) -> None:
+        self.params = params
+        self._chosen: list[LinearLayout] = []
+
+    def prepare(self, layout: ModelLayout) -> ModelLayout:
+        layout, self._chosen = marked(layout, self.params, "magnitude")
+        return layout
+
+    def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
+        """Nothing. Raises UserError for what is quantised already."""
+        refuse_quantised(self._chosen, taken, "magnitude")
+        return {}
+
+    def apply(self, stage: Stage) -> None:
+        """Raises BadNumerics."""
+        from kompressor_worker.passes.encoding import refuse_nonfinite
+        from kompressor_worker.passes.zeroing import least, put
+
+        names, sparsity = {linear.name for linear in self._chosen}, self.params.wanted()
+        for linear in stage.layout.linears:
+            if linear.name in names:
+                stage.heard()
+                weight = stage.weights[linear.weight]
+                refuse_nonfinite(linear, weight)
+                put(stage, linear, weight.masked_fill(least(weight.abs().float(), sparsity, by_row=False), 0.0))

@@ -1,0 +1,96 @@
+"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): weights go where that costs the layer's output least, those that stay make it
+good. Column by column, as in GPTQ. A pass that quantises afterwards keeps the zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from kompressor_api.v1alpha1 import Model
+from kompressor_worker.passes import Pass
+from kompressor_worker.passes.sparsity_params import SparsityParams, marked, refuse_quantised
+from kompressor_worker.schemes import Scheme
+
+if TYPE_CHECKING:
+    from kompressor_worker.block import Site, Stage
+    from kompressor_worker.layout import LinearLayout, ModelLayout
+    from kompressor_worker.statistics import Statistic
+
+
+class SparseGptParams(SparsityParams):
+    """SparseGPT: sets weights to zero and corrects the others, so that the layer's output on the calibration data changes least. Goes
+    before the pass that quantises, which keeps the zeros."""
+
+    dampening: float = Field(
+        default=0.01,
+        gt=0.0,
+        le=1.0,
+        description="Share of the Hessian's mean diagonal that is added to it; ten times more where a factorisation fails.",
+    )
+
+
+class SparseGpt(Pass):
+    """The pass `sparseGPT`."""
+
+    Params: ClassVar[type[Model]] = SparseGptParams
+    statistics: frozenset[Statistic] = frozenset({"hessian"})
+    products = 0.5  # a column's error reaches only those that come after it
+    prunes = True
+
+    def __init__(self, params: SparseGptParams) -> None:
+        self.params = params
+        self._chosen: list[LinearLayout] = []
+
+    def prepare(self, layout: ModelLayout) -> ModelLayout:
+        layout, self._chosen = marked(layout, self.params, "sparseGPT")
+        return layout
+
+    def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
+        """Nothing. Raises UserError for what is quantised already."""
+        refuse_quantised(self._chosen, taken, "sparseGPT")
+        return {}
+
+    def apply(self, stage: Stage) -> None:
+        """Raises BadNumerics. `stage.notes["sparseGPT"]`, unless all went as usual: the `dampening` that a factorisation needed, and
+        `byMagnitude`, linears that no row of data reached."""
+        notes: dict[str, Any] = {}
+        names = {linear.name for linear in self._chosen}
+        left = {linear.name: linear for linear in stage.layout.linears if linear.name in names}
+        for site in stage.sites:
+            if linears := [left.pop(linear.name) for linear in site.linears if linear.name in left]:
+                self._site(stage, site, linears, notes)
+        for linear in left.values():
+            self._by_magnitude(stage, linear, notes)
+        if notes:
+            stage.notes["sparseGPT"] = notes
+
+    def _site(self, stage: Stage, site: Site, linears: list[LinearLayout], notes: dict[str, Any]) -> None:
+        from kompressor_worker import kernels
+        from kompressor_worker.passes.encoding import finite, refuse_nonfinite
+        from kompressor_worker.passes.hessian import Factor
+        from kompressor_worker.passes.zeroing import put
+
+        hessian, sparsity, factor = site.statistics.hessian, self.params.wanted(), None
+        if hessian is not None and bool(hessian.any()):
+            factor = Factor.of(finite(hessian, site.name), self.params.dampening, False, site.name, stage.heard)
+            if factor.dampening != self.params.dampening:
+                notes["dampening"] = max(notes.get("dampening", 0.0), factor.dampening)
+        for linear in linears:
+            if factor is None:
+                self._by_magnitude(stage, linear, notes)
+                continue
+            weight = stage.weights[linear.weight]
+            refuse_nonfinite(linear, weight)
+            put(stage, linear, kernels.prune(weight.float(), factor.inverse, sparsity, stage.heard)[0])
+
+    def _by_magnitude(self, stage: Stage, linear: LinearLayout, notes: dict[str, Any]) -> None:
+        from kompressor_worker.passes.encoding import refuse_nonfinite
+        from kompressor_worker.passes.zeroing import least, put
+
+        weight = stage.weights[linear.weight]
+        refuse_nonfinite(linear, weight)
+        put(stage, linear, weight.masked_fill(least(weight.abs().float(), self.params.wanted(), by_row=False), 0.0))
+        notes.setdefault("byMagnitude", []).append(linear.name)

@@ -1,0 +1,68 @@
+"""Wanda (Sun et al. 2024, arXiv 2306.11695): in each row those weights go whose magnitude times the norm of their input is smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from kompressor_api.v1alpha1 import Model
+from kompressor_worker.passes import Pass
+from kompressor_worker.passes.sparsity_params import SparsityParams, marked, refuse_quantised
+from kompressor_worker.schemes import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from kompressor_worker.block import Stage
+    from kompressor_worker.layout import LinearLayout, ModelLayout
+    from kompressor_worker.statistics import Statistic
+
+
+class WandaParams(SparsityParams):
+    """Wanda: sets those weights to zero that matter least to what the calibration data makes of each row. Goes before the pass that
+    quantises."""
+
+
+class Wanda(Pass):
+    """The pass `wanda`."""
+
+    Params: ClassVar[type[Model]] = WandaParams
+    statistics: frozenset[Statistic] = frozenset({"norms"})
+    prunes = True
+
+    def __init__(self, params: WandaParams) -> None:
+        self.params = params
+        self._chosen: list[LinearLayout] = []
+
+    def prepare(self, layout: ModelLayout) -> ModelLayout:
+        layout, self._chosen = marked(layout, self.params, "wanda")
+        return layout
+
+    def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
+        """Nothing. Raises UserError for what is quantised already."""
+        refuse_quantised(self._chosen, taken, "wanda")
+        return {}
+
+    def apply(self, stage: Stage) -> None:
+        """Raises BadNumerics. `stage.notes["wanda"]` names linears that no row of data reached: there magnitudes alone decide."""
+        from kompressor_worker.passes.encoding import finite, refuse_nonfinite
+        from kompressor_worker.passes.zeroing import least, put
+
+        names, sparsity, unreached = {linear.name for linear in self._chosen}, self.params.wanted(), []
+        squares = {x.name: finite(s, site.name) for site in stage.sites for x in site.linears if (s := site.statistics.squares) is not None}
+        for linear in stage.layout.linears:
+            if linear.name not in names:
+                continue
+            stage.heard()
+            weight = stage.weights[linear.weight]
+            refuse_nonfinite(linear, weight)
+            if linear.name not in squares:
+                unreached.append(linear.name)
+            scores = self._scores(weight, squares.get(linear.name))
+            put(stage, linear, weight.masked_fill(least(scores, sparsity, by_row=True), 0.0))
+        if unreached:
+            stage.notes["wanda"] = {"byMagnitude": unreached}
+
+    def _scores(self, weight: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+        """fp32 [out, in]; squares fp32 [in]: sums of the inputs' squares."""
+        return weight.abs().float() if squares is None else weight.abs().float() * squares.sqrt()
