@@ -14,12 +14,13 @@ from kompressor_api.names import Reason, Role, Step
 from kompressor_operator.conditions import Event
 from kompressor_operator.decide import CONFIRM, NOTHING, Decision, View
 from kompressor_operator.endings import ending_of
-from kompressor_operator.manifests import labels, pod_failure_rules, stem
+from kompressor_operator.manifests import labels, marked, pod_failure_rules, stem, users_account
 from kompressor_operator.observed import ChildJob, CompressionJob, Manifest
+from kompressor_operator.planner import RESOURCES, planner_image, shared
 from kompressor_operator.pod_shape import container, pod_spec
 from kompressor_operator.settings import Settings
 from kompressor_operator.troubles import LOST_AFTER, lost
-from kompressor_operator.worker_pod import PROBED_KEY
+from kompressor_operator.worker_pod import PROBED_KEY, places
 
 COMMAND = ["kompressor", "clean", "--in-cluster"]
 SECONDS = 600
@@ -79,7 +80,7 @@ def cleanup_job(job: CompressionJob, settings: Settings) -> Manifest:
             "ttlSecondsAfterFinished": SECONDS,
             "podFailurePolicy": {"rules": pod_failure_rules()},
             "podReplacementPolicy": "Failed",
-            "template": {"metadata": {"labels": marks}, "spec": _pod(job, settings)},
+            "template": marked(shared(job, {"spec": _pod(job, settings)}), marks),
         },
     }
 
@@ -104,12 +105,13 @@ def _left(job: CompressionJob, why: str) -> Event:
 def _pod(job: CompressionJob, settings: Settings) -> Manifest:
     """Sees the output alone, with the credentials that the worker had for it."""
     volumes = [{"name": name, **source} for name, source, _ in _volumes(job)]
-    return pod_spec(settings, _account(job), _container(job, settings), volumes, token=False)
+    # the account made for the job may be gone by now
+    return pod_spec(settings, users_account(job) or "default", _container(job, settings), volumes, token=False)
 
 
 def _container(job: CompressionJob, settings: Settings) -> Manifest:
-    output, worker = job.spec["output"], job.spec.get("worker") or {}
-    values = dict(settings.worker_env) | {"HOME": "/tmp", "XDG_CACHE_HOME": "/tmp"}
+    output = job.spec["output"]
+    values = {**settings.worker_env, **places(settings)} | {"HOME": "/tmp", "XDG_CACHE_HOME": "/tmp"}
     values |= {names.ENV_OUTPUT: json.dumps(output), names.ENV_JOB_UID: job.uid}
     env: list[Manifest] = [{"name": name, "value": value} for name, value in values.items()]
     env_from: list[Manifest] = []
@@ -117,10 +119,8 @@ def _container(job: CompressionJob, settings: Settings) -> Manifest:
         env_from.append({"prefix": Role.OUTPUT.env_prefix, "secretRef": {"name": secret}})
         if key := PROBED_KEY.get(urlsplit(output["uri"]).scheme):
             env.append({"name": Role.OUTPUT.env_prefix + key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
-    image = settings.planner_image or worker.get("image") or settings.worker_image
     mounts = [{"name": name, **mount} for name, _, mount in _volumes(job)]
-    made = container(settings, image, COMMAND, env, mounts, env_from)
-    return made | {"resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "1Gi"}}}
+    return container(settings, planner_image(job, settings), COMMAND, env, mounts, env_from) | {"resources": RESOURCES}
 
 
 def _volumes(job: CompressionJob) -> list[tuple[str, Manifest, Manifest]]:
@@ -136,10 +136,3 @@ def _volumes(job: CompressionJob) -> list[tuple[str, Manifest, Manifest]]:
         source = {"persistentVolumeClaim": {"claimName": place.netloc}}
         found.append(("claim", source, {"mountPath": f"{names.CLAIM_DIRECTORY}/{place.netloc}"}))
     return found
-
-
-def _account(job: CompressionJob) -> str:
-    """The user's own, for workload identity; the one made for the job may be gone by now."""
-    worker = job.spec.get("worker") or {}
-    template = (worker.get("podTemplate") or {}).get("spec") or {}
-    return str(template.get("serviceAccountName") or worker.get("serviceAccountName") or "default")

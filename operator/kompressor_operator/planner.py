@@ -8,7 +8,7 @@ from kompressor_operator.manifests import backoff_limit, child, labels, marked, 
 from kompressor_operator.observed import CompressionJob, Manifest
 from kompressor_operator.pod_template import merge, overlay_of
 from kompressor_operator.settings import Settings
-from kompressor_operator.worker_pod import JOB_PATH, Program, own, template
+from kompressor_operator.worker_pod import JOB_PATH, Program, own, template, worker_image
 
 COMMAND = ("kompressor", "plan", JOB_PATH, "--in-cluster")
 MEMORY_LIMIT = "1Gi"
@@ -20,7 +20,7 @@ POD_FIELDS = frozenset(
     {"serviceAccountName", "imagePullSecrets", "hostAliases", "dnsPolicy", "dnsConfig", "securityContext", "tolerations"}
 )
 CONTAINER_FIELDS = frozenset({"name", "env", "envFrom", "imagePullPolicy", "securityContext"})
-"""What of podTemplate holds for it: identity, network and names. Where the GPUs are, and what they need, does not."""
+"""What of podTemplate holds for a pod without a GPU: identity, network and names. Where the GPUs are, and what they need, does not."""
 
 
 def preflight_job(job: CompressionJob, settings: Settings) -> Manifest:
@@ -42,16 +42,23 @@ def preflight_job(job: CompressionJob, settings: Settings) -> Manifest:
 
 
 def _template(job: CompressionJob, settings: Settings) -> Manifest:
-    worker = job.spec.get("worker") or {}
-    image = settings.planner_image or worker.get("image") or settings.worker_image
-    base = template(job, settings, Program(COMMAND, image, RESOURCES, writes=False), stem(job), service_account_name(job))
-    if worker.get("tolerations"):
-        base["spec"]["tolerations"] = worker["tolerations"]
+    program = Program(COMMAND, planner_image(job, settings), RESOURCES, writes=False)
+    return shared(job, template(job, settings, program, stem(job), service_account_name(job)))
+
+
+def planner_image(job: CompressionJob, settings: Settings) -> str:
+    """Of the pods that need no GPU: the preflight's and the clean-up's."""
+    return settings.planner_image or worker_image(job, settings)
+
+
+def shared(job: CompressionJob, base: Manifest) -> Manifest:
+    """The template of a pod without a GPU, with what of the job's worker holds for it too."""
+    if tolerations := (job.spec.get("worker") or {}).get("tolerations"):
+        base = base | {"spec": base["spec"] | {"tolerations": tolerations}}
     return own(merge(base, _shared(overlay_of(job.spec))), base)
 
 
 def _shared(overlay: Manifest) -> Manifest:
-    """The part of a podTemplate that the preflight takes over."""
     metadata, spec = overlay.get("metadata") or {}, overlay.get("spec") or {}
     marks = {name: value for name, value in (metadata.get("labels") or {}).items() if name != names.QUEUE_LABEL}
     kept = {name: value for name, value in spec.items() if name in POD_FIELDS}

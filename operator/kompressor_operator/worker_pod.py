@@ -5,6 +5,7 @@ What must be written has an emptyDir. Credentials reach the container from Secre
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,17 @@ PROBED_KEY = {"s3": "AWS_ACCESS_KEY_ID", "hf": "HF_TOKEN"}
 DATASETS = {Role.DATA: "calibration", Role.EVALUATION: "evaluation", Role.DRIFT: "drift"}
 """Sections of a spec that name a dataset."""
 
-OWN_ENV = frozenset({names.ENV_POD_UID, names.ENV_POD_NAME, names.ENV_POD_NAMESPACE, names.ENV_MEMORY_PLAN})
-"""Variables that are the operator's alone."""
+PLACES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", names.ENV_CLAIM_DIRECTORY, names.ENV_CA_DIRECTORY)
+"""What `s3://` without an endpoint, `pvc://` and a CA bundle lead to: for the administrator to say, or a job's output would not be where
+its spec says, and admission policies would look at something else."""
+OWN_ENV = frozenset(
+    {names.ENV_POD_UID, names.ENV_POD_NAME, names.ENV_POD_NAMESPACE, names.ENV_MEMORY_PLAN, names.ENV_OUTPUT, names.ENV_JOB_UID, *PLACES}
+)
+"""Variables that are the operator's alone, as is the key of a location's Secret."""
 
 _JOB, _SCRATCH, _TMP, _SHARED = "job", "scratch", "tmp", "shared-memory"
+_THEIRS = frozenset({_SCRATCH, _TMP, _SHARED})
+"""Volumes that podTemplate may replace: nothing of a job lies there for good."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +102,36 @@ def own(made: Manifest, base: Manifest) -> Manifest:
     """What no podTemplate changes: what is run, with which job, credentials and identity, and where its last words go."""
     spec = {name: value for name, value in made["spec"].items() if name != "serviceAccount"}
     spec |= {name: base["spec"][name] for name in ("restartPolicy", "serviceAccountName", "automountServiceAccountToken")}
-    volume = next(one for one in base["spec"]["volumes"] if one["name"] == _JOB)
-    spec["volumes"] = [volume, *(one for one in spec["volumes"] if one["name"] != _JOB)]
+    volumes = [one for one in base["spec"]["volumes"] if one["name"] not in _THEIRS]
+    spec["volumes"] = [*volumes, *_without(spec["volumes"], volumes)]
     kept = container_of(base)
     container = {name: value for name, value in container_of(made).items() if name != "args"}
     container |= {name: kept[name] for name in ("command", "terminationMessagePath", "terminationMessagePolicy")}
     # first, so that a user's variables can refer to them
-    env = [entry for entry in kept["env"] if entry["name"] in OWN_ENV]
-    container["env"] = [*env, *(entry for entry in container["env"] if entry["name"] not in OWN_ENV)]
-    mount = next(one for one in kept["volumeMounts"] if one["mountPath"] == names.JOB_DIRECTORY)
-    container["volumeMounts"] = [mount, *(one for one in container["volumeMounts"] if one["mountPath"] != names.JOB_DIRECTORY)]
+    env = [entry for entry in kept["env"] if entry["name"] in OWN_ENV or "secretKeyRef" in entry.get("valueFrom", {})]
+    container["env"] = [*env, *(entry for entry in _without(container["env"], env) if entry["name"] not in OWN_ENV)]
+    mounts = [one for one in kept["volumeMounts"] if one["name"] not in _THEIRS]
+    container["volumeMounts"] = [*mounts, *(one for one in container["volumeMounts"] if not _hides(one, mounts))]
     if lost := [source for source in kept.get("envFrom", ()) if source not in container.get("envFrom", ())]:
         container["envFrom"] = [*container.get("envFrom", ()), *lost]
     others = [one for one in spec["containers"] if one["name"] != names.WORKER_CONTAINER]
     return made | {"spec": spec | {"containers": [container, *others]}}
+
+
+def _without(entries: list[Manifest], kept: list[Manifest]) -> list[Manifest]:
+    known = {one["name"] for one in kept}
+    return [one for one in entries if one["name"] not in known]
+
+
+def _hides(mount: Manifest, kept: list[Manifest]) -> bool:
+    """Would it lie over one of these, or over a part of one?"""
+    place = posixpath.normpath(f"/{str(mount['mountPath']).lstrip('/')}")
+    return any(f"{place}/".startswith(f"{one['mountPath']}/") for one in kept)
+
+
+def places(settings: Settings) -> dict[str, str]:
+    """Said even where they are empty: an explicit variable wins over one that an envFrom brings."""
+    return {name: settings.worker_env.get(name, "") for name in PLACES}
 
 
 def container_of(made: Manifest) -> Manifest:
@@ -130,7 +154,7 @@ def _environment(job: CompressionJob, settings: Settings, memory_plan: int) -> l
         "TORCHINDUCTOR_CACHE_DIR": "/inductor",
         "TRITON_CACHE_DIR": "/triton",
     }
-    values = dict(settings.worker_env) | {name: names.SCRATCH_DIRECTORY + below for name, below in caches.items()}
+    values = {**settings.worker_env, **places(settings)} | {name: names.SCRATCH_DIRECTORY + below for name, below in caches.items()}
     if memory_plan:
         values[names.ENV_MEMORY_PLAN] = str(memory_plan)
     fields = {

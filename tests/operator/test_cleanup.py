@@ -126,6 +126,40 @@ def test_the_job_has_no_owner_and_sees_the_output_alone() -> None:
     assert "models" not in json.dumps(pod_spec).replace("s3://models", ""), "nothing of the source's Secret"
 
 
+def test_podtemplate_holds_for_it_as_for_the_preflight() -> None:
+    keys = {"name": "OUTPUT_AWS_SESSION_TOKEN", "valueFrom": {"secretKeyRef": {"name": "mine", "key": "token"}}}
+    container = {
+        "name": "worker",
+        "image": "theirs:1",
+        "command": ["sh"],
+        "env": [keys, {"name": names.ENV_OUTPUT, "value": "{}"}, {"name": names.ENV_JOB_UID, "value": "other"}],
+        "envFrom": [{"secretRef": {"name": "mine"}}],
+        "resources": {"limits": {"nvidia.com/gpu": 1}},
+    }
+    spec = {
+        "serviceAccount": "mine",
+        "imagePullSecrets": [{"name": "pull"}],
+        "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["store"]}],
+        "securityContext": {"runAsUser": 1000, "fsGroup": 2000},
+        "nodeSelector": {"gpu": "h100"},
+        "containers": [container],
+    }
+    labels = {"azure.workload.identity/use": "true", names.LABEL_STEP: "compress"}
+    worker = {"podTemplate": {"metadata": {"labels": labels}, "spec": spec}, "tolerations": [{"operator": "Exists"}]}
+    template = cleanup_job(doomed(worker=worker), SETTINGS)["spec"]["template"]
+    pod_spec, marks = template["spec"], template["metadata"]["labels"]
+    (made,) = pod_spec["containers"]
+    env = {entry["name"]: entry for entry in made["env"]}
+    assert made["image"] == "theirs:1" and env["OUTPUT_AWS_SESSION_TOKEN"] == keys
+    assert {"secretRef": {"name": "mine"}} in made["envFrom"] and {"prefix": "OUTPUT_", "secretRef": {"name": "results"}} in made["envFrom"]
+    assert pod_spec["imagePullSecrets"] == [{"name": "pull"}] and pod_spec["hostAliases"] and pod_spec["tolerations"]
+    assert pod_spec["securityContext"]["runAsUser"] == 1000 and pod_spec["securityContext"]["runAsNonRoot"] is True
+    assert pod_spec["serviceAccountName"] == "mine" and "nodeSelector" not in pod_spec
+    assert marks["azure.workload.identity/use"] == "true" and marks[names.LABEL_STEP] == "cleanup"
+    assert made["command"] == ["kompressor", "clean", "--in-cluster"] and "gpu" not in json.dumps(made["resources"])
+    assert json.loads(env[names.ENV_OUTPUT]["value"]) == OUTPUT and env[names.ENV_JOB_UID]["value"] == UID
+
+
 def test_a_claim_is_mounted_where_the_worker_had_it() -> None:
     job = replace(doomed(), spec={**doomed().spec, "output": {"uri": "pvc://models/llama-w4"}})
     pod_spec = cleanup_job(job, SETTINGS)["spec"]["template"]["spec"]

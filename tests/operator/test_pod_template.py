@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -185,6 +186,33 @@ def test_what_the_operator_relies_on_stays_its_own() -> None:
     assert "ServiceAccount" not in {child["kind"] for child in manifests.supports(job)}
 
 
+def test_a_podtemplate_does_not_move_where_results_go() -> None:
+    """An admission policy that looks at spec.output would be told about another place than the one that is written."""
+    elsewhere = {"persistentVolumeClaim": {"claimName": "elsewhere"}}
+    claim = f"{names.CLAIM_DIRECTORY}/results"
+    moved = dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", names.ENV_CLAIM_DIRECTORY, names.ENV_CA_DIRECTORY), "elsewhere")
+    moved["SOURCE_AWS_ACCESS_KEY_ID"] = "theirs"
+    container = {
+        "name": "worker",
+        "env": [{"name": name, "value": value} for name, value in moved.items()],
+        "envFrom": [{"configMapRef": {"name": "more"}}],
+        "volumeMounts": [{"name": "x", "mountPath": path} for path in (claim, f"{claim}/", f"{claim}/llama", f"/{claim}/./a", "/more")],
+    }
+    template = {"spec": {"volumes": [{"name": name, **elsewhere} for name in ("claim-0", "ca-output", "x")], "containers": [container]}}
+    output = {"uri": "pvc://results/llama", "caBundle": {"configMap": "ca"}}
+    job = kcj(worker={"podTemplate": template}, output=output)
+    admins = replace(SETTINGS, worker_env={"AWS_ENDPOINT_URL": "https://store"})
+    pod = manifests.worker_job(job, Attempt(), admins)["spec"]["template"]["spec"]
+    (worker,), volumes = pod["containers"], {one["name"]: one for one in pod["volumes"]}
+    env = {one["name"]: one for one in worker["env"]}
+    assert [env[name]["value"] for name in moved if name != "SOURCE_AWS_ACCESS_KEY_ID"] == ["https://store", "", "", ""]
+    assert env["SOURCE_AWS_ACCESS_KEY_ID"]["valueFrom"]["secretKeyRef"] and len(env) == len(worker["env"])
+    assert volumes["claim-0"]["persistentVolumeClaim"] == {"claimName": "results"} and volumes["ca-output"]["configMap"]["name"] == "ca"
+    assert len(volumes) == len(pod["volumes"]) and volumes["x"] == {"name": "x", **elsewhere}
+    assert [one["mountPath"] for one in worker["volumeMounts"] if one["name"] == "x"] == ["/more"]
+    assert {"name": "claim-0", "mountPath": claim} in worker["volumeMounts"]
+
+
 def test_an_attempt_keeps_the_image_that_podtemplate_gave_the_one_before() -> None:
     job = kcj(worker={"podTemplate": {"spec": {"containers": [{"name": "worker", "image": "theirs:2"}]}}})
 
@@ -223,7 +251,11 @@ def test_the_preflight_takes_identity_and_network_but_not_where_gpus_are() -> No
     pod, marks = body["spec"]["template"]["spec"], body["spec"]["template"]["metadata"]["labels"]
     (container,) = pod["containers"]
     assert not {"nodeSelector", "runtimeClassName", "priorityClassName", "initContainers"} & set(pod)
-    assert "gpu" not in json.dumps(container) and container["resources"]["limits"] == {"memory": "1Gi"}
+    assert container["resources"]["limits"] == {"memory": "1Gi"} and container["image"] == "worker:gpu", (
+        "an image of theirs holds for it too"
+    )
+    slim = preflight_job(job, replace(SETTINGS, planner_image="slim:1"))
+    assert slim["spec"]["template"]["spec"]["containers"][0]["image"] == "slim:1"
     assert container["command"] == ["kompressor", "plan", "/etc/kompressor/job/job.json", "--in-cluster"]
     assert pod["serviceAccountName"] == "mine" and pod["hostAliases"] and pod["tolerations"] == [{"operator": "Exists"}]
     assert {"name": "HTTPS_PROXY", "value": "http://proxy"} in container["env"]
