@@ -7,6 +7,7 @@ has no owner, since foreground deletion would take it along. Whatever happens th
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from urllib.parse import urlsplit
 
 from kompressor_api import names
@@ -25,6 +26,8 @@ from kompressor_operator.worker_pod import PROBED_KEY, places
 COMMAND = ["kompressor", "clean", "--in-cluster"]
 SECONDS = 600
 """For the clean-up, and again until its Job is removed."""
+OVERDUE = timedelta(seconds=SECONDS + 60)
+"""From its creation, queue included: the Job's own deadline does not run while it is suspended, nor end it while its pod's node is lost."""
 RETRIES = 3
 
 
@@ -37,8 +40,8 @@ def deleting(view: View) -> Decision | None:
         return NOTHING
     if observed.cleanup is not None and observed.cleanup.ended:
         return _over(view, observed.cleanup)
-    if observed.cleanup is not None and not observed.cleanup.deleting:
-        return NOTHING
+    if observed.cleanup is not None and (observed.cleanup.created + OVERDUE <= view.now or not observed.cleanup.deleting):
+        return _going(view, observed.cleanup)
     if not observed.live:
         return CONFIRM
     if job.finished and not job.status.get("jobName") and not observed.jobs:
@@ -94,6 +97,18 @@ def _over(view: View, cleanup: ChildJob) -> Decision:
         return CONFIRM  # the pod that says why may not have reached us yet
     ending = ending_of(cleanup, view.observed.pods_of(cleanup))
     return Decision(finalizer=False, event=_left(view.job, f"{ending.reason}: {ending.message}"))
+
+
+def _going(view: View, cleanup: ChildJob) -> Decision:
+    """It may take its time, but not hold the job for ever."""
+    rest = cleanup.created + OVERDUE - view.now
+    if rest > timedelta():
+        return Decision(again_after=rest.total_seconds())
+    if not view.observed.live:
+        return CONFIRM
+    how = "kept suspended by something else" if cleanup.suspended else "not over"
+    why = f"clean-up Job {cleanup.name} was still {how} {OVERDUE.total_seconds():.0f} s after its creation, and is deleted"
+    return Decision(finalizer=False, deletes=(cleanup,), event=_left(view.job, why))
 
 
 def _left(job: CompressionJob, why: str) -> Event:

@@ -83,8 +83,28 @@ def test_what_never_had_a_worker_has_nothing_to_clean_up() -> None:
 
 
 def test_a_clean_up_that_goes_on_is_left_alone() -> None:
-    assert judge(doomed(), cleaning(), live=False) == NOTHING
+    assert judge(doomed(), cleaning(created=ago(60)), live=False) == Decision(again_after=600), "until it is overdue"
     assert judge(doomed(), cleaning(ended="Complete"), child(), pod()).finalizer is False, "it began after the worker, so it was right"
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"suspended": True}, "suspended by something else"),
+        ({"failing": "DeadlineExceeded", "active": 1}, "still not over"),
+        ({"deleting": True}, "still not over"),
+    ],
+)
+def test_one_that_never_ends_is_deleted_and_holds_the_job_no_longer(state: dict[str, Any], said: str) -> None:
+    """Suspended by a queue that admits all Jobs, or on a node that is dead: neither is ended by its deadline."""
+    stuck = cleaning(created=ago(661), **state)
+    assert judge(doomed(), stuck, live=False).confirm, "what cannot be taken back is asked anew"
+    decision = judge(doomed(), stuck)
+    assert decision.finalizer is False and decision.deletes == (stuck,) and not decision.create
+    assert decision.event and (decision.event.reason, decision.event.warning) == ("CleanupFailed", True)
+    assert said in decision.event.message and "`kompressor clean s3://models/llama-w4`" in decision.event.message
+    due = judge(doomed(), replace(stuck, created=ago(600), deleting=False))
+    assert due == Decision(again_after=60), "its own deadline has the first word"
 
 
 def test_how_it_ended_is_told_and_the_finalizer_goes() -> None:
