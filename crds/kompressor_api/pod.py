@@ -19,12 +19,12 @@ Quantity = (
     | Annotated[
         str,
         StringConstraints(
-            pattern=r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+))?$",
+            pattern=r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,2})?$",
             max_length=64,
         ),
     ]
 )
-"""An amount as in a Pod: 8, 500m, 24Gi."""
+"""An amount as in a Pod: 8, 500m, 24Gi. Of an exponent, two digits: the API server caps what is larger, exact arithmetic would not end."""
 
 
 class PlainDict:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 
-_QUANTITY = re.compile(r"^(?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)(?P<suffix>[KMGTPE]i|[numkMGTPE])?$")
+_QUANTITY = re.compile(r"^(?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,2})?)(?P<suffix>[KMGTPE]i|[numkMGTPE])?$")
 _SUFFIXES: Mapping[str | None, Fraction] = (
     {None: Fraction(1)}
     | {f"{letter}i": Fraction(1024**power) for power, letter in enumerate("KMGTPE", 1)}

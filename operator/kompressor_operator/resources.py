@@ -41,7 +41,10 @@ def below_plan(spec: Manifest, plan: Mapping[str, Any]) -> str:
     for layer in _own(spec):
         given = (layer.get("limits") or {}).get("memory", (layer.get("requests") or {}).get("memory"))
         memory = memory if given is None else given
-    if memory is None or parse(memory) >= estimate:
+    try:
+        if memory is None or parse(memory) >= estimate:
+            return ""
+    except ValueError:  # of podTemplate, which the API server alone judges
         return ""
     advice = ADVICE[Reason.RESOURCES_BELOW_PLAN]
     return f"the job gives its worker {memory} of memory, and the plan estimates {readable(estimate)}: {advice}"

@@ -12,19 +12,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kcj_builders import SETTINGS, kcj
 from kubernetes.utils.quantity import parse_quantity
+from pydantic import TypeAdapter, ValidationError
 
+from kompressor_api.pod import Quantity
 from kompressor_operator.observed import Manifest
 from kompressor_operator.quantity import parse, readable, rounded_up
 from kompressor_operator.resources import below_plan, worker_resources
 
 PLAN = {"hostMemoryBytes": 3 << 30}
 SUFFIXES = ["", "n", "u", "m", "k", "M", "G", "T", "P", "E", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"]
+AMOUNT: TypeAdapter[Any] = TypeAdapter(Quantity)
+PATTERN = next(one["pattern"] for one in AMOUNT.json_schema()["anyOf"] if "pattern" in one)
 NUMBERS = st.decimals(min_value=-(10**6), max_value=10**6, places=3).map(str)
 
 
 @given(st.builds(str.__add__, NUMBERS, st.sampled_from(SUFFIXES)))
 def test_quantities_are_read_as_the_official_client_does(text: str) -> None:
     assert parse(text) == Fraction(parse_quantity(text))
+
+
+@given(st.from_regex(PATTERN, fullmatch=True).map(str.strip))
+def test_a_spec_takes_no_quantity_that_the_official_client_cannot_read(text: str) -> None:
+    """One that the API server alone refused would be refused at the Job, after the job was taken."""
+    assert math.isclose(parse(text), parse_quantity(text)), "the client keeps 28 digits"
+
+
+def test_an_exponent_is_a_small_whole_number() -> None:
+    for wrong in ("1e1.5", "1e.5", "1e", "1e999999999"):
+        with pytest.raises(ValidationError):
+            AMOUNT.validate_python(wrong)
+        assert below_plan(kcj(worker={"resources": {"limits": {"memory": wrong}}}).spec, PLAN) == "", "nor does arithmetic run for ever"
 
 
 def test_quantities_that_are_numbers_or_none() -> None:
