@@ -43,6 +43,9 @@ def refusal(kind: str, name: str, status: int, message: str) -> Refusal | None:
         where = "spec.worker, whose podTemplate is laid over spec.template here, or the claim in a pvc:// uri"
         remedy = f"correct {where}; delete this CompressionJob and apply again"
         return Refusal(Reason.INVALID_SPEC, f"{said}; {remedy}", final=True)
+    if status == 422:  # the child follows from the spec alone, so another try makes the same one
+        remedy = "correct what it names in spec; delete this CompressionJob and apply again"
+        return Refusal(Reason.INVALID_SPEC, f"{said}; {remedy}", final=True)
     return None
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
+import io
 import itertools
 import json
 import logging
 import os
+import runpy
+import ssl
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +33,7 @@ from kompressor_operator.object_meta import stamp
 from kompressor_operator.refusals import conflict, refusal
 from kompressor_operator.settings import SettingError, Settings
 
+ROOT = Path(__file__).resolve().parents[2]
 IMAGE = {"KOMPRESSOR_WORKER_IMAGE": "worker:1"}
 
 
@@ -85,6 +93,8 @@ def test_without_an_image_it_says_so_and_exits() -> None:
         ("Job", 400, 'strict decoding error: unknown field "spec.x"', ("InvalidSpec", True)),
         ("Job", 403, 'jobs.batch "x" is forbidden: exceeded quota: jobs', ("QuotaExceeded", False)),
         ("Job", 400, 'admission webhook "p" denied the request: no', ("Forbidden", False)),
+        ("ConfigMap", 422, "[]: Too long: may not be more than 1048576 bytes", ("InvalidSpec", True)),
+        ("Role", 422, 'admission webhook "p" denied the request: no', ("Forbidden", False)),
         ("Role", 403, "user cannot create roles", ("Forbidden", False)),
         ("Role", 403, "unable to create new content in namespace x because it is being terminated", None),
         ("Job", 500, "etcd", None),
@@ -197,3 +207,23 @@ def test_kopf_is_only_wired_in_main() -> None:
     folder = Path(kompressor_operator.__file__).parent
     assert [p.name for p in folder.glob("*.py") if "import kopf" in p.read_text()] == ["main.py"]
     assert not any(word in (folder / "main.py").read_text() for word in ("on.timer", "on.daemon", "on.create", "on.delete", "on.update"))
+
+
+def test_a_connection_that_is_cut_does_not_end_the_drain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What urllib does not wrap: it is raised while an answer is awaited or read."""
+    troubles = [ConnectionResetError("reset"), http.client.IncompleteRead(b""), urllib.error.URLError("refused")]
+
+    def urlopen(*_: object, **__: object) -> io.BytesIO:
+        if troubles:
+            raise troubles.pop()
+        return io.BytesIO(b'{"items": []}')
+
+    for name in ("KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT", "NAMESPACE", "DEPLOYMENT"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: None)
+    monkeypatch.setattr(Path, "read_text", lambda _: "token")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    runpy.run_path(str(ROOT / "charts" / "kompressor" / "files" / "drain.py"))
+    said = capsys.readouterr().out
+    assert said.count("again: ") == 3 and "no CompressionJob is left" in said

@@ -3,6 +3,7 @@
 Those with deletionPolicy Delete have a finalizer that only the operator takes off; without it the CRD would hang in its deletion for ever.
 """
 
+import http.client
 import json
 import os
 import ssl
@@ -64,7 +65,7 @@ while True:
         held = [meta for meta in remaining() if meta.get("finalizers")]
         if held and not served():
             fail(held, f"no operator cleans up: kubectl -n {NAMESPACE} scale deployment {DEPLOYMENT} --replicas=1")
-    except urllib.error.URLError as error:
+    except (OSError, http.client.HTTPException) as error:  # a connection that is cut while it is read is no URLError
         print(f"again: {error}", flush=True)
     if time.monotonic() > deadline:
         fail(remaining(), "the operator is still cleaning up; kubectl get kcj,jobs,events -A says what it waits for")
