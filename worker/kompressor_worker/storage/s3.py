@@ -62,7 +62,7 @@ class S3Store:
         # A body's CRC-32, itself signed, stands for it: the SHA-256 of each byte, here and in the server, would cost a third of an upload.
         # Also without TLS, where a stranger who can change the result on its way could change the source just as well.
         options["payload_signing_enabled"] = False
-        config = Config(
+        config = Config(  # type: ignore[call-arg]  # the stubs lack ignore_configured_endpoint_urls
             connect_timeout=self.patience.connect_timeout,
             read_timeout=self.patience.timeout,
             max_pool_connections=CONNECTIONS,
@@ -70,6 +70,7 @@ class S3Store:
             request_checksum_calculation="when_required",  # S3Output sends its own
             response_checksum_validation="when_required",
             s3=options,
+            ignore_configured_endpoint_urls=True,  # where it is, spec and environment say: no file that AWS_CONFIG_FILE names
             user_agent_extra="kompressor",
             tcp_keepalive=True,
         )
