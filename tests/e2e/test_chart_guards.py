@@ -68,6 +68,8 @@ def pod(**spec: Any) -> Manifest:
     return {"podTemplate": {"spec": spec}}
 
 
+ENDPOINT = [{"name": "AWS_ENDPOINT_URL_S3", "value": "https://evil.example"}]
+CLAIMS = [{"name": names.ENV_CLAIM_DIRECTORY, "value": "/elsewhere"}]
 GOOD: dict[str, Manifest] = {
     "below a prefix": job(),
     "the prefix itself": job({"uri": "s3://models/team-a"}),
@@ -91,6 +93,9 @@ BAD: dict[str, tuple[Manifest, str]] = {
     "the worker's, by a template": (job(**pod(containers=[{"name": "worker", "image": OTHERS}])), OTHERS),
     "one beside it": (job(**pod(containers=[{"name": "worker", "image": OURS}, {"name": "x", "image": OTHERS}])), OTHERS),
     "one before it": (job(**pod(initContainers=[{"name": "x", "image": OTHERS}])), OTHERS),
+    "a server by a variable": (job(**pod(containers=[{"name": "worker", "env": ENDPOINT}])), "name the server in spec.output.endpoint"),
+    "a claim of its own": (job(**pod(volumes=[{"name": "claim-0", "emptyDir": {}}])), "give yours another name"),
+    "claims elsewhere": (job(**pod(containers=[{"name": "worker", "env": CLAIMS}])), "KOMPRESSOR_CLAIM_DIRECTORY is not for a job to set"),
     "one as a volume": (job(**pod(volumes=[{"name": "x", "image": {"reference": OTHERS}}])), OTHERS),
 }
 
