@@ -147,6 +147,19 @@ class Stage:
     def operator(self, *, ready: bool = True, **settings: str) -> Iterator[Operator]:
         """Starts one and waits until it is ready, unless told not to; ends it with SIGTERM."""
         log = self.root / f"operator-{uuid.uuid4().hex[:6]}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen([sys.executable, "-m", "kompressor_operator"], env=self.environ(**settings), stderr=file)
+        running = Operator(process, log)
+        try:
+            eventually(running.ready if ready else running.port)
+            yield running
+        finally:
+            if process.poll() is None:
+                running.stop()
+            print(log.read_text())
+
+    def environ(self, **settings: str) -> dict[str, str]:
+        """What an operator for this namespace is started with."""
         environ = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("crds", "operator")),
@@ -158,17 +171,7 @@ class Stage:
             "KOMPRESSOR_HEALTH_PORT": "0",
             "KOMPRESSOR_LOG_LEVEL": os.environ.get("KOMPRESSOR_LOG_LEVEL", "INFO"),
         }
-        environ |= {f"KOMPRESSOR_{name.upper()}": value for name, value in settings.items()}
-        with log.open("wb") as file:
-            process = subprocess.Popen([sys.executable, "-m", "kompressor_operator"], env=environ, stderr=file)
-        running = Operator(process, log)
-        try:
-            eventually(running.ready if ready else running.port)
-            yield running
-        finally:
-            if process.poll() is None:
-                running.stop()
-            print(log.read_text())
+        return environ | {f"KOMPRESSOR_{name.upper()}": value for name, value in settings.items()}
 
     # ---- what is on the stage
 

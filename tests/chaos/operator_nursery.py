@@ -1,0 +1,167 @@
+"""Operators that start at once: one process that has imported everything forks them. What is forked is a process of its own, to be killed.
+
+    with Nursery(folder) as nursery:
+        with nursery.operator(stage, proxy, relist_seconds="2") as running:     # a stage.Operator; its settings by name
+            ...
+            running.stop(signal.SIGKILL)
+        clock = Clock(folder / "clock")                                        # what jobs are judged by: now, and `clock.offset` seconds
+        running = nursery.start(stage, proxy, clock)                           # without waiting; ended with `running.stop()`
+
+`proxy` may be None: then it asks the API server itself. How an operator starts by itself is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from proxy import Proxy
+from stage import ROOT, Operator, Stage, eventually
+
+__all__ = ["Clock", "Nursery"]
+
+PARENT = """
+import asyncio, ctypes, gc, json, os, signal, sys
+from datetime import timedelta
+from pathlib import Path
+from kompressor_operator import logs
+from kompressor_operator.leader import LeaseLost
+from kompressor_operator.main import listen, serve
+from kompressor_operator.reconcile import utc_now
+from kompressor_operator.settings import Settings
+import kubernetes.aio.client.rest, kopf._core.reactor.running, aiohttp.web, aiohttp.resolver
+
+def live(order):
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # nobody outlives the tests
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0), os.dup2(2, 1)
+    os.environ.clear(), os.environ.update(order["environ"])
+    settings, clock = Settings.from_env(os.environ), Path(order["clock"])
+    logs.configure(settings.log_level)
+    async def run():
+        stop = asyncio.Event()
+        listen(stop)
+        await serve(settings, stop, lambda: utc_now() + timedelta(seconds=float(clock.read_text())))
+    try:
+        asyncio.run(run())
+    except LeaseLost:
+        return 1
+    return 0
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+gc.freeze()  # or each child would look through all that was imported, and copy its pages
+print("ready", flush=True)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = live(json.loads(line))
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(pid, flush=True)
+"""
+
+
+class Clock:
+    """What an operator takes for the time: the machine's, and some seconds. It may be set while operators run."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.set(0.0)
+
+    def set(self, offset: float) -> None:
+        partial = self.file.with_suffix(".part")
+        partial.write_text(str(offset))
+        partial.replace(self.file)
+
+
+class Forked:
+    """As much of subprocess.Popen as `Operator` uses. Its exit code is known to nobody."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._fd = os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        return 0 if select.select([self._fd], [], [], 0)[0] else None
+
+    def wait(self, timeout: float) -> int:
+        if not select.select([self._fd], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("operator", timeout)
+        return 0
+
+    def send_signal(self, number: signal.Signals) -> None:
+        signal.pidfd_send_signal(self._fd, number)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Nursery:
+    """Keeps logs, kubeconfigs and clocks in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._calm = Clock(folder / "clock")
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("crds", "operator"))}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
+        )
+
+    def __enter__(self) -> Nursery:
+        assert self._answer() == "ready"
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def start(self, stage: Stage, proxy: Proxy | None = None, clock: Clock | None = None, **settings: str) -> Operator:
+        """An operator for the stage's namespace; it is not ready yet."""
+        name = uuid.uuid4().hex[:8]
+        environ = stage.environ(**settings)
+        if proxy is not None:
+            token = json.loads(Path(environ["KUBECONFIG"]).read_text())["users"][0]["user"]["token"]
+            environ["KUBECONFIG"] = str(proxy.kubeconfig(token, self._folder / f"{name}.kubeconfig"))
+        log = self._folder / f"operator-{name}.log"
+        log.touch()
+        order = {"environ": environ, "log": str(log), "clock": str((clock or self._calm).file)}
+        with self._lock:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            pid = int(self._answer())
+        return Operator(Forked(pid), log)
+
+    @contextmanager
+    def operator(self, stage: Stage, proxy: Proxy | None = None, clock: Clock | None = None, **settings: str) -> Iterator[Operator]:
+        """Starts one and waits until it is ready; ends it with SIGTERM, unless it has ended."""
+        running = self.start(stage, proxy, clock, **settings)
+        try:
+            eventually(running.ready)
+            yield running
+        finally:
+            if running.process.poll() is None:
+                running.stop()
+            print(running.log.read_text())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
