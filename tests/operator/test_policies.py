@@ -146,7 +146,8 @@ def test_a_terminal_job_never_gets_another_job(kind: str, children: list[object]
 
 def test_ttl_is_written_only_after_the_end_is_stored() -> None:
     ttl = {"ttlSecondsAfterFinished": 60}
-    assert judge(kcj(**ttl), complete(), pod(exit=0, said=SUMMARY)).patches == ()
+    for children in ((child(),), (child(), pod()), (complete(), pod(exit=0, said=SUMMARY))):
+        assert judge(kcj(**ttl), *children).patches == ()
     stored = judge(kcj(status=ended_status(), **ttl), failed(1), complete(2))
     assert stored.patches == (JobPatch("llama-1", ttl), JobPatch("llama-2", ttl))
     assert judge(kcj(status=ended_status(), **ttl), complete(ttl=60)).patches == ()

@@ -13,9 +13,10 @@ from kcj_builders import SETTINGS
 from stage import Stage, eventually
 
 from kompressor_api import names
+from kompressor_api.names import Reason
 from kompressor_operator import manifests
 from kompressor_operator.cluster import ApiError, Cluster
-from kompressor_operator.conditions import Event
+from kompressor_operator.conditions import Event, Phase, Verdict
 from kompressor_operator.decide import NOTHING, Decision, Involved, View
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.observed import ChildJob, CompressionJob, Manifest
@@ -122,6 +123,17 @@ async def test_a_job_is_deleted_by_its_uid_and_never_a_namesake(hand: Hand) -> N
     await hand.does(deletes=(ChildJob.parse(body),))
     eventually(lambda: not hand.stage.list("jobs"))
     await hand.does(deletes=(ChildJob.parse(body),))
+
+
+async def test_a_status_that_was_decided_on_something_old_is_not_written(hand: Hand) -> None:
+    hand.store.put_resource(hand.stage.get("compressionjobs", "play"))
+    hand.stage.patch("compressionjobs", "play", {"spec": {"suspend": True}})
+    verdict = Verdict(Phase.QUEUED, Reason.QUEUED, "words")
+    with pytest.raises(RetryLater, match="409 Conflict"):
+        await Reconciler(hand.cluster, hand.store, SETTINGS, known_passes(), policies=(lambda view: Decision(verdict=verdict),)).reconcile(
+            hand.job.key
+        )
+    assert hand.stage.status() == {"observedGeneration": -1} and hand.stage.events() == []
 
 
 async def test_groups_and_what_else_is_asked(hand: Hand) -> None:
