@@ -13,8 +13,7 @@ import yaml
 
 import generate_docs
 from kompressor_api.failures import ADVICE, FAILURES, KILLED
-from kompressor_api.names import UNCAUGHT_EXIT_CODES, ExitCode, Reason
-from kompressor_api.schema import MUTABLE
+from kompressor_api.names import MUTABLE, UNCAUGHT_EXIT_CODES, ExitCode, Reason
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

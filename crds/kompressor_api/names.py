@@ -40,9 +40,11 @@ MANAGED_BY = "kompressor-operator"
 FIELD_MANAGER = "kompressor-operator"
 WORKER_FIELD_MANAGER = "kompressor-worker"
 
+MUTABLE = ("suspend", "retry", "ttlSecondsAfterFinished")
+"""The fields of a spec that may change while the job lives; everything else is in its digest."""
+
 WORKER_CONTAINER = "worker"
-PLANNER_CONTAINER = WORKER_CONTAINER
-"""The preflight's container is called alike, so that failure rules and parsing are the same."""
+"""The preflight's and the clean-up's are called alike, so that failure rules and parsing are the same."""
 JOB_DIRECTORY = "/etc/kompressor/job"
 JOB_FILE = "job.json"
 """The job's immutable ConfigMap: one key `job.json`, mounted at JOB_DIRECTORY; {apiVersion, kind, metadata, spec}."""
@@ -90,9 +92,6 @@ class Role(StrEnum):
     @property
     def env_prefix(self) -> str:
         return f"{self.upper()}_"
-
-
-SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
 
 
 class ExitCode(IntEnum):

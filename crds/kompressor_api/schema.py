@@ -12,17 +12,15 @@ from collections.abc import Mapping
 from pydantic import BaseModel
 
 from kompressor_api import names
+from kompressor_api.names import MUTABLE
 from kompressor_api.recipe import RecipeSpec
 from kompressor_api.structural import PRESERVE, Schema, SchemaError, structural
 from kompressor_api.v1alpha1 import CompressionJobSpec, CompressionJobStatus
 
-__all__ = ["MUTABLE", "SIZE_LIMIT", "SchemaError", "crd", "pass_schemas", "recipe_crds", "structural"]
+__all__ = ["SIZE_LIMIT", "SchemaError", "crd", "pass_schemas", "recipe_crds", "structural"]
 
 SIZE_LIMIT = 262_144
 """Bytes; client-side `kubectl apply` stores the whole object in an annotation of at most this size."""
-
-MUTABLE = ("suspend", "retry", "ttlSecondsAfterFinished")
-"""The fields of a spec that may change while the job lives."""
 
 RULES = "x-kubernetes-validations"
 

@@ -49,8 +49,12 @@ FREE_FIELDS: tuple[str, ...] = (
     "result",
     "recipe",
     "plan",
+    "memoryPlan",
+    "failures",
+    "resumedFromBlock",
+    "workerImage",
+    "gpuSeconds",
 )
-FREE_FIELDS += ("memoryPlan", "failures", "resumedFromBlock", "workerImage", "gpuSeconds")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,6 @@ from kompressor_operator.pod_template import overlay_of
 from kompressor_operator.settings import Settings
 from kompressor_operator.worker_pod import worker_template
 
-MUTABLE_SPEC = ("suspend", "retry", "ttlSecondsAfterFinished")
-"""What may change while a job runs; everything else is in the digest."""
-
 RECIPE_FILE = "recipe.json"
 """Beside job.json in the ConfigMap of a job with a recipe: {kind, name, generation, spec} as it was read."""
 
@@ -79,7 +76,7 @@ def owner_reference(job: CompressionJob) -> Manifest:
 
 def spec_digest(spec: Manifest) -> str:
     """Digest of what the worker was told, without the fields that may change on the way."""
-    fixed = {key: value for key, value in spec.items() if key not in MUTABLE_SPEC}
+    fixed = {key: value for key, value in spec.items() if key not in names.MUTABLE}
     text = json.dumps(fixed, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 

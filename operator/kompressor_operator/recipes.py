@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kompressor_api import names
-from kompressor_api.names import CLUSTER_RECIPE_KIND, Reason
+from kompressor_api.names import CLUSTER_RECIPE_KIND, MUTABLE, Reason
 from kompressor_operator.cluster import ApiError, Cluster
 from kompressor_operator.decide import Decision, View
-from kompressor_operator.manifests import MUTABLE_SPEC, RECIPE_FILE, config_map, spec_digest, stem
+from kompressor_operator.manifests import RECIPE_FILE, config_map, spec_digest, stem
 from kompressor_operator.observed import CompressionJob, Manifest, ours
 from kompressor_operator.refusals import Refusal, conflict, refusal
 
@@ -107,8 +107,8 @@ async def _stored(cluster: Cluster, job: CompressionJob) -> Resolved | Refusal |
 def _told(job: CompressionJob, body: Manifest) -> Resolved:
     """Fields that may change while a job runs are the resource's, all else is the ConfigMap's."""
     fixed = json.loads(body["data"][names.JOB_FILE])["spec"]
-    spec = {name: value for name, value in fixed.items() if name not in MUTABLE_SPEC}
-    spec |= {name: job.spec[name] for name in MUTABLE_SPEC if name in job.spec}
+    spec = {name: value for name, value in fixed.items() if name not in MUTABLE}
+    spec |= {name: job.spec[name] for name in MUTABLE if name in job.spec}
     origin: dict[str, Any] = json.loads(body["data"].get(RECIPE_FILE, "null")) or {}
     recipe = {name: origin[name] for name in ("kind", "name", "generation") if name in origin}
     return Resolved(spec, recipe | {"digest": spec_digest(origin["spec"])} if origin else None)

@@ -11,7 +11,7 @@ import pytest
 from api_server import Server, manifest
 
 from kompressor_api import names
-from kompressor_api.schema import MUTABLE
+from kompressor_api.names import MUTABLE
 
 pytestmark = pytest.mark.cluster
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field
 
 from generate_crds import generate, passes_of_worker, stale
 from kompressor_api import names
-from kompressor_api.schema import MUTABLE, SIZE_LIMIT, SchemaError, crd, structural
+from kompressor_api.names import MUTABLE
+from kompressor_api.schema import SIZE_LIMIT, SchemaError, crd, structural
 from kompressor_api.v1alpha1 import CompressionJobSpec, Model, Progress, Result, StatusCondition
 
 ROOT = Path(__file__).resolve().parents[2]
