@@ -65,15 +65,18 @@ ADVICE: Mapping[Reason, str] = {
     # early truth
     Reason.IMAGE_PULL_FAILED: "correct spec.worker.image, or the operator's worker image, or add a pull secret",
     Reason.UNSCHEDULABLE: "ask for less in spec.worker.resources, correct nodeSelector or tolerations, or add a node",
-    Reason.SECRET_MISSING: "create the Secret that credentialsSecret names, with that key, in the job's namespace",
+    Reason.SECRET_MISSING: "create the Secret that credentialsSecret names, with that key, in the job's namespace; the pod starts by itself then",
     Reason.QUOTA_EXCEEDED: "ask for less in spec.worker.resources, end other pods, or raise the ResourceQuota",
-    Reason.NODE_LOST: "bring the node back, or if it is dead for good delete it or taint it out-of-service",
+    Reason.NODE_LOST: (
+        "bring the node back, or if it is dead for good delete the Node or taint it with "
+        "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute, and the job goes on elsewhere"
+    ),
     Reason.NAME_CONFLICT: "delete the object that is named, or apply this CompressionJob under another name",
     Reason.POD_REFUSED: "allow the pod in the namespace's policy, or change spec.worker",
-    Reason.CONTAINER_NOT_STARTED: "correct spec.worker.image, or the operator's worker image",
-    Reason.VOLUME_NOT_MOUNTED: "create what the volume names in the job's namespace",
+    Reason.CONTAINER_NOT_STARTED: "correct what is named, or spec.worker.image",
+    Reason.VOLUME_NOT_MOUNTED: "create what is named in the job's namespace; the pod starts by itself then",
     Reason.RECIPE_NOT_FOUND: "create the recipe that spec.recipeRef names, or correct its kind and name",
-    Reason.FORBIDDEN: "allow it in the operator's role, or in the admission policy that is named",
+    Reason.FORBIDDEN: "allow it in the operator's role, or in the admission policy that is named; the operator tries again",
     Reason.RESOURCES_BELOW_PLAN: "raise spec.worker.resources to what the plan estimates, or expect smaller memory plans",
     Reason.CLEANUP_FAILED: "delete what is left at output.uri by hand",
 }

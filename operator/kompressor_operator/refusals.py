@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from kompressor_api.failures import ADVICE
 from kompressor_api.names import Reason
 from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.object_meta import stamp
@@ -34,11 +35,9 @@ def refusal(kind: str, name: str, status: int, message: str) -> Refusal | None:
     if NAMESPACE_GOES in message:
         return None  # the namespace goes away, and the CompressionJob with it
     if status == 403 and "exceeded quota" in message:
-        remedy = "ask for less in spec.worker.resources, end other jobs, or raise the ResourceQuota"
-        return Refusal(Reason.QUOTA_EXCEEDED, f"{said}; {remedy}")
+        return Refusal(Reason.QUOTA_EXCEEDED, f"{said}; {ADVICE[Reason.QUOTA_EXCEEDED]}")
     if status == 403 or (status in (400, 422) and "denied the request" in message):
-        remedy = "allow it in the operator's Role or in the admission policy that is named; the operator tries again"
-        return Refusal(Reason.FORBIDDEN, f"{said}; {remedy}")
+        return Refusal(Reason.FORBIDDEN, f"{said}; {ADVICE[Reason.FORBIDDEN]}")
     if kind == "Job" and status in (400, 422):
         where = "spec.worker, whose podTemplate is laid over spec.template here, or the claim in a pvc:// uri"
         remedy = f"correct {where}; delete this CompressionJob and apply again"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from kompressor_api.failures import ADVICE
 from kompressor_api.names import Reason
 from kompressor_operator.observed import ChildJob, ChildPod, Warned
 
@@ -38,8 +39,7 @@ def lost(pod: ChildPod, now: datetime) -> Trouble | None:
         return None
     return Trouble(
         Reason.NODE_LOST,
-        f"pod {pod.name}: its node {pod.node} does not answer; bring the node back, or if it is dead for good delete the Node or taint "
-        "it with node.kubernetes.io/out-of-service=nodeshutdown:NoExecute, and the job goes on elsewhere",
+        f"pod {pod.name}: its node {pod.node} does not answer; {ADVICE[Reason.NODE_LOST]}",
     )
 
 
@@ -47,13 +47,11 @@ def start_trouble(pod: ChildPod) -> Trouble | None:
     """What keeps a pod from starting, as far as its own status tells."""
     if pod.waiting_reason in IMAGE_REASONS:
         detail = _BACK_OFF.sub("", pod.waiting_message) or pod.waiting_message or pod.waiting_reason
-        remedy = "correct spec.worker.image, or the operator's worker image, or add a pull secret"
-        return Trouble(Reason.IMAGE_PULL_FAILED, f"pod {pod.name}: the image cannot be pulled: {detail}; {remedy}")
+        return _trouble(Reason.IMAGE_PULL_FAILED, f"pod {pod.name}: the image cannot be pulled: {detail}")
     if pod.waiting_reason in START_REASONS:
         return _not_started(pod)
     if pod.unschedulable:
-        remedy = "ask for less in spec.worker.resources, correct nodeSelector or tolerations, or add a node"
-        return Trouble(Reason.UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable.rstrip('. ')}; {remedy}")
+        return _trouble(Reason.UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable.rstrip('. ')}")
     return None
 
 
@@ -61,8 +59,7 @@ def mount_trouble(pod: ChildPod, warnings: Sequence[Warned]) -> Trouble | None:
     """A volume that does not come, such as a caBundle whose ConfigMap is missing."""
     for warned in warnings:
         if warned.reason in ("FailedMount", "FailedAttachVolume"):
-            remedy = "create what it names in the job's namespace; the pod starts by itself then"
-            return Trouble(Reason.VOLUME_NOT_MOUNTED, f"pod {pod.name}: {warned.message.strip()}; {remedy}")
+            return _trouble(Reason.VOLUME_NOT_MOUNTED, f"pod {pod.name}: {warned.message.strip()}")
     return None
 
 
@@ -73,17 +70,19 @@ def creation_trouble(job: ChildJob, warnings: Sequence[Warned], since: datetime)
             continue
         said = f"Job {job.name}: {warned.message.strip()}"
         if "exceeded quota" in warned.message or "failed quota" in warned.message:
-            remedy = "ask for less in spec.worker.resources, end other pods, or raise the ResourceQuota"
-            return Trouble(Reason.QUOTA_EXCEEDED, f"{said}; {remedy}")
+            return _trouble(Reason.QUOTA_EXCEEDED, said)
         if "serviceaccount" in warned.message.lower():
             return Trouble(Reason.POD_REFUSED, f"{said}; create the account that spec.worker.serviceAccountName names")
-        return Trouble(Reason.POD_REFUSED, f"{said}; allow it in the namespace's policy, or change spec.worker")
+        return _trouble(Reason.POD_REFUSED, said)
     return None
 
 
 def _not_started(pod: ChildPod) -> Trouble:
     text = pod.waiting_message or pod.waiting_reason
     if "secret" in text.lower():
-        remedy = "create the Secret that credentialsSecret names, with that key, in the job's namespace; the pod starts by itself then"
-        return Trouble(Reason.SECRET_MISSING, f"pod {pod.name}: {text}; {remedy}")
-    return Trouble(Reason.CONTAINER_NOT_STARTED, f"pod {pod.name}: {text}; correct what it names, or spec.worker.image")
+        return _trouble(Reason.SECRET_MISSING, f"pod {pod.name}: {text}")
+    return _trouble(Reason.CONTAINER_NOT_STARTED, f"pod {pod.name}: {text}")
+
+
+def _trouble(reason: Reason, said: str) -> Trouble:
+    return Trouble(reason, f"{said}; {ADVICE[reason]}")

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from kcj_builders import NOW, ago, child, condition, failed, judge, kcj, pod
 
+from kompressor_api.failures import ADVICE
+from kompressor_api.names import Reason
 from kompressor_operator.decide import Involved
 from kompressor_operator.observed import ChildPod
 
@@ -38,6 +40,7 @@ def test_a_pod_that_cannot_start_says_why_and_what_to_do(fields: dict[str, Any],
     decision = judge(kcj(), child(), pod(phase="Pending", **fields))
     assert decision.verdict and (decision.verdict.phase, decision.verdict.reason) == ("Pending", reason)
     assert named in decision.verdict.message and "llama-1-a" in decision.verdict.message
+    assert decision.verdict.message.endswith(ADVICE[Reason(reason)]), "as docs/failures.md has it"
 
 
 def test_error_and_back_off_of_a_pull_read_alike() -> None:
