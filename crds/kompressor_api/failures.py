@@ -65,7 +65,9 @@ ADVICE: Mapping[Reason, str] = {
     # early truth
     Reason.IMAGE_PULL_FAILED: "correct spec.worker.image, or the operator's worker image, or add a pull secret",
     Reason.UNSCHEDULABLE: "ask for less in spec.worker.resources, correct nodeSelector or tolerations, or add a node",
-    Reason.SECRET_MISSING: "create the Secret that credentialsSecret names, with that key, in the job's namespace; the pod starts by itself then",
+    Reason.SECRET_MISSING: (
+        "create the Secret that credentialsSecret names, with that key, in the job's namespace; the pod starts by itself then"
+    ),
     Reason.QUOTA_EXCEEDED: "ask for less in spec.worker.resources, end other pods, or raise the ResourceQuota",
     Reason.NODE_LOST: (
         "bring the node back, or if it is dead for good delete the Node or taint it with "
