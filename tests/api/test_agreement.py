@@ -187,7 +187,7 @@ MISSPELT: dict[str, tuple[Spec, str, str]] = {
     "in a pass": (
         {"passes": [{"rtn": {"scheme": "W8A8"}}, {"rtn": {"scheme": "W4A16", "groupsize": 64}}]},
         "groupsize",
-        "spec.passes[].rtn: no such name: groupsize; known are inputObserver, inputPercentile, groupSize, targets, ignore, scheme",
+        "spec.passes[].rtn: no such name: groupsize; known are inputObserver, inputPercentile, targets, ignore, groupSize, scheme",
     ),
     "in calibration": (
         {"calibration": {"dataset": {"uri": "s3://a/d"}, "sequencelength": 9}},
