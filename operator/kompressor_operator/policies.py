@@ -131,6 +131,8 @@ def run(view: View) -> Decision | None:
     job = view.observed.current
     if job is None:
         return None
+    if resuming(view) and not view.observed.live:
+        return CONFIRM  # its removal may be on the way to us, and what is said of it now would make its number come again
     wanted: dict[str, Any] = {}
     if job.suspended and may_unsuspend(view):
         wanted["suspend"] = False

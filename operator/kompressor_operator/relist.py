@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+SOON = 3.0
+"""Seconds after the first list. What went between it and the opening of the watches, these will never tell: they still owe it then."""
 FIRST_PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)
 """Seconds between tries until the first list succeeds; the last one is repeated."""
 
@@ -45,6 +47,9 @@ class Relister:
 
     async def forever(self) -> None:
         """The timer itself."""
+        await asyncio.sleep(min(SOON, self.interval))
+        if self.store.unproven:
+            await self._try()
         while True:
             await asyncio.sleep(min(self.interval, self.impatient) if self.store.unproven else self.interval)
             await self._try()

@@ -91,5 +91,7 @@ def test_until_the_removed_job_is_gone_suspended_stays_stored() -> None:
 
 
 def test_resumed_before_anything_was_removed_it_just_goes_on() -> None:
-    decision = judge(kcj(queueName="gpu", status=TOLD | {"conditions": SUSPENDED}), child(queue="gpu"), pod())
+    job = kcj(queueName="gpu", status=TOLD | {"conditions": SUSPENDED})
+    assert judge(job, child(queue="gpu"), pod(), live=False) == CONFIRM, "or its removal has not reached us yet"
+    decision = judge(job, child(queue="gpu"), pod())
     assert told(decision).reason == "Compressing" and decision.deletes == () and decision.start is None
