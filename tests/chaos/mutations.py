@@ -159,6 +159,13 @@ MUTATIONS = (
         "test_policies.py::test_suspension_is_stored_before_the_job_is_touched",
     ),
     Mutation(
+        "a Job that was removed is not taken for resumed",
+        "policies.py",
+        "    if resuming(view) and not view.observed.live:\n",
+        "    if False:\n",
+        "test_suspension.py::test_resumed_before_anything_was_removed_it_just_goes_on",
+    ),
+    Mutation(
         "the finalizer before the first child",
         "policies.py",
         f"    guarded,\n{AFTER_GUARDED}",
