@@ -163,7 +163,8 @@ def questions(alert: str, rule: Manifest, case: Case) -> Iterator[Manifest]:
         moments = [{"eval_time": f"{at}m", "alertname": alert, "exp_alerts": [told] if on else []} for at, on in fires.items()]
         return {"interval": "1m", "input_series": series, "alert_rule_test": moments}
 
-    yield of(played(case.fires), {at: case.at <= at < case.until for at in range(case.since, LAST + 1)})
+    beside = played({"up": f"1x{LAST}"}, "two")  # another release, which is well
+    yield of([*played(case.fires), *beside], {at: case.at <= at < case.until for at in range(case.since, LAST + 1)})
     for quiet in case.silent:
         yield of(played(quiet), dict.fromkeys(range(LAST + 1), False))
     if case.fires and alert != "KompressorOperatorDown":  # for which others are no help
