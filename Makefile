@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv binaries demo test test-vllm mutate check crds docs lock bench image-check clean
+.PHONY: help venv binaries demo test test-vllm chaos mutate check crds docs lock bench image-check clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,6 +24,10 @@ test: ## all tests that can run here; says what it left out and why (ARGS="-k re
 test-vllm: ## load the results with vLLM on the CPU, in an environment of its own
 	@$(PYTHON) tools/setup.py --with-vllm
 	@$(BIN)/python -m pytest -m vllm tests/e2e/test_vllm.py $(ARGS)
+
+chaos: ## storms with other chances (SEEDS=20), and an operator killed at both sides of each of its calls
+	@$(PYTHON) tools/setup.py --with-binaries
+	SEEDS=$(or $(SEEDS),20) CHAOS_EVERY_SIDE=1 $(BIN)/python -m pytest -s tests/chaos $(ARGS)
 
 mutate: ## take each guard of the operator away in a copy of the tree; its test must fail (3 minutes; ARGS="finalizer" for some)
 	@$(PYTHON) tools/setup.py --with-binaries

@@ -79,6 +79,8 @@ def waiting(view: View) -> Decision | None:
     if attempt is None or not alive:
         return _paused(view, job, attempt) if job and attempt else None
     trouble = lost(alive[-1], view.now)
+    if trouble and resuming(view):
+        return Decision(verdict=_pending(view, trouble.message), again_after=LOST_AFTER.total_seconds())
     if trouble:
         verdict = Verdict(Phase.RETRYING, trouble.reason, trouble.message, facts=facts_of(view, job))
         return Decision(verdict=verdict, again_after=LOST_AFTER.total_seconds())

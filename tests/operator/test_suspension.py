@@ -88,6 +88,8 @@ def test_until_the_removed_job_is_gone_suspended_stays_stored() -> None:
     for left in ([child(queue="gpu", deleting=True), pod()], [pod(deletion_due=NOW + timedelta(seconds=5))]):
         decision = judge(job, *left)  # type: ignore[arg-type]
         assert decision.start is None and told(decision).reason == "Suspended"
+    stuck = judge(job, pod(deletion_due=NOW - timedelta(hours=1)))
+    assert told(stuck).phase == "Suspended" and "out-of-service" in told(stuck).message, "nor does a lost node make it come again"
 
 
 def test_resumed_before_anything_was_removed_it_just_goes_on() -> None:
