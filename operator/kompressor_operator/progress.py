@@ -60,8 +60,9 @@ def _of_pod(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
         return Phase.RETRYING, gone.reason, gone.message, LOST_AFTER.total_seconds()
     if pod.deletion_due is not None and not pod.ended:
         why = f" ({pod.disrupted or job.failing})" if pod.disrupted or job.failing else ""
-        then = "it commits its last block, and none follows" if job.failing else "the next one goes on at the last committed block"
-        message = f"pod {pod.name} is being stopped{why}; {then}"
+        if job.failing:
+            return *_as_stored(view), f"pod {pod.name} is being stopped{why}; it commits its last block, and none follows", None
+        message = f"pod {pod.name} is being stopped{why}; the next one goes on at the last committed block"
         return Phase.RETRYING, Reason.RETRYING, message, _seconds(view.now, pod.deletion_due + LOST_AFTER)
     trouble = start_trouble(pod) if pod.phase == "Pending" else None
     if trouble:
@@ -104,6 +105,8 @@ def _of_none(view: View, job: ChildJob) -> Told | Involved:
 
 def _before_running(view: View, job: ChildJob) -> tuple[Phase, str, str]:
     """Why we are waiting for a pod: it is the first, or it follows one that failed."""
+    if job.failing:
+        return *_as_stored(view), f"Job {job.name} is ending ({job.failing})"
     last = _last_ended(view, job)
     if last:
         return Phase.RETRYING, Reason.RETRYING, f"{ending_of_pod(last).message}; the next pod follows"
@@ -112,6 +115,14 @@ def _before_running(view: View, job: ChildJob) -> tuple[Phase, str, str]:
     if job.failed or view.job.condition(Condition.READY).get("reason") in (Reason.COMPRESSING, Reason.RETRYING):
         return Phase.RETRYING, Reason.RETRYING, f"a pod of Job {job.name} is gone; the next one goes on at the last committed block"
     return Phase.PENDING, Reason.PENDING, created(job.name)
+
+
+def _as_stored(view: View) -> tuple[Phase, str]:
+    """Phase and reason as the status has them: a Job that is ending says within seconds why, and another reason until then is an event."""
+    phase, reason = view.job.status.get("phase"), view.job.condition(Condition.READY).get("reason")
+    if reason and phase in (Phase.COMPRESSING, Phase.RETRYING):
+        return Phase(phase), str(reason)
+    return Phase.PENDING, str(reason) if reason and phase == Phase.PENDING else Reason.PENDING
 
 
 def _decides(pod: ChildPod) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kcj_builders import NOW, ago, child, complete, condition, failed, judge, kcj, pod
 
-from kompressor_operator.conditions import Phase, Verdict
+from kompressor_operator.conditions import Phase, Verdict, transition
 from kompressor_operator.decide import Decision
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.object_meta import stamp
@@ -133,6 +133,26 @@ def test_a_pod_that_is_stopped_for_good_is_not_told_as_retried() -> None:
         in told(judge(kcj(), child(failing="DeadlineExceeded"), stopping)).message
     )
     assert told(judge(kcj(), child(failing="DeadlineExceeded"), pod(deletion_due=ago(60)))).reason == "NodeLost"
+
+
+@pytest.mark.parametrize(
+    "pods",
+    [
+        [pod(deletion_due=NOW + timedelta(seconds=5))],
+        [pod(exit=75, at=NOW)],
+        [pod(exit=137, at=NOW, disrupted="TerminationByKubelet")],
+        [],
+    ],
+    ids=["stopping", "stopped", "taken away", "gone"],
+)
+def test_a_job_that_is_ending_tells_no_retry_first(pods: list[ChildPod]) -> None:
+    """Its end comes within seconds, and then that alone is told."""
+    stored = kcj(status={"phase": "Compressing", "conditions": [condition("Ready", "False", reason="Compressing")]})
+    goes_on = transition(stored, told(judge(stored, child(created=ago(1)), *pods)))
+    assert goes_on is not None and goes_on.reason == "Retrying"
+    ending = told(judge(stored, child(created=ago(1), failing="DeadlineExceeded"), *pods))
+    assert transition(stored, ending) is None and "DeadlineExceeded" in ending.message
+    assert (ending.phase, ending.reason) == (Phase.COMPRESSING, "Compressing")
 
 
 # ---- whole lives
