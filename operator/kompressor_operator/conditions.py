@@ -56,6 +56,9 @@ FREE_FIELDS: tuple[str, ...] = (
     "gpuSeconds",
 )
 
+CLEARED = ""
+"""As a fact: what the status says there is not true any more. A merge patch removes a field by null."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -82,7 +85,7 @@ class Verdict:
     note: Event | None = None
     """A second event, told with the write that changes what Validated says."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Other status fields by name; None or absent leaves a field as it is."""
+    """Other status fields by name; None or absent leaves a field as it is, CLEARED takes it away."""
 
 
 def conditions(job: CompressionJob, verdict: Verdict, now: datetime) -> list[Manifest]:
@@ -133,7 +136,7 @@ def status_patch(job: CompressionJob, verdict: Verdict, now: datetime) -> Manife
         "observedGeneration": job.generation,
         "phase": str(verdict.phase),
         "conditions": conditions(job, verdict, now),
-        **{name: verdict.facts[name] for name in FREE_FIELDS if verdict.facts.get(name) is not None},
+        **{name: None if fact == CLEARED else fact for name in FREE_FIELDS if (fact := verdict.facts.get(name)) is not None},
     }
     return {name: value for name, value in wanted.items() if not _says(job.status.get(name), value)}
 

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kompressor_api.v1alpha1 import Result
+from kompressor_operator.conditions import CLEARED
 from kompressor_operator.decide import View
 from kompressor_operator.manifests import spec_digest
 from kompressor_operator.object_meta import stamp
@@ -31,8 +32,14 @@ def facts_of(view: View, job: ChildJob | None) -> dict[str, Any]:
         "memoryPlan": job.memory_plan,
         "failures": counted(view, job),
         "workerImage": job.image or None,
-        "resumedFromBlock": (status.get("progress") or {}).get("resumedFrom"),
+        "resumedFromBlock": _went_on_at(status),
     }
+
+
+def _went_on_at(status: Mapping[str, Any]) -> str | None:
+    """Where the worker that reported last went on: nowhere, if it began anew; None until one has reported."""
+    progress = status.get("progress")
+    return str(progress.get("resumedFrom") or CLEARED) if progress else None
 
 
 def facts_of_told(view: View, job: ChildJob | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kcj_builders import NOW, ago, child, complete, condition, failed, judge, kcj, pod
 
-from kompressor_operator.conditions import Phase, Verdict, transition
+from kompressor_operator.conditions import Phase, Verdict, status_patch, transition
 from kompressor_operator.decide import Decision
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.object_meta import stamp
@@ -84,6 +84,21 @@ def test_the_unit_at_which_the_worker_went_on_is_told() -> None:
     status = {"progress": {"resumedFrom": "model.layers.7", "percent": 40}}
     assert told(judge(kcj(status=status), child(), pod())).facts["resumedFromBlock"] == "model.layers.7"
     assert told(judge(kcj(), child(), pod())).facts["resumedFromBlock"] is None
+
+
+def test_where_an_earlier_worker_went_on_is_taken_away_by_one_that_begins_anew() -> None:
+    """Its report has no resumedFrom; until it reports, and once it is taken away, there is nothing to write."""
+    before = {"resumedFromBlock": "model.layers.7"}
+
+    def written(status: dict[str, Any]) -> dict[str, Any]:
+        job = kcj(status=status)
+        return status_patch(job, told(judge(job, child(), pod())), NOW)
+
+    assert "resumedFromBlock" not in written(before)
+    patch = written({**before, "progress": {"percent": 0, "unit": "model.embed_tokens"}})
+    assert patch["resumedFromBlock"] is None and "resumedFromBlock" in patch
+    assert "resumedFromBlock" not in written({"progress": {"percent": 1}})
+    assert written({"progress": {"resumedFrom": "model.layers.9"}} | before)["resumedFromBlock"] == "model.layers.9"
 
 
 # ---- deadline
