@@ -34,11 +34,16 @@ def preflight_job(job: CompressionJob, settings: Settings) -> Manifest:
         "podReplacementPolicy": "Failed",
         "template": marked(_template(job, settings), marks),
     }
-    if job.ttl is not None:
-        spec["ttlSecondsAfterFinished"] = max(job.ttl, SHORTEST_TTL)
+    if (ttl := preflight_ttl(job)) is not None:
+        spec["ttlSecondsAfterFinished"] = ttl
     made = child(job, "batch/v1", "Job", {"spec": spec}, name=f"{stem(job)}-preflight")
     made["metadata"]["labels"] = marks
     return made
+
+
+def preflight_ttl(job: CompressionJob) -> int | None:
+    """Seconds that the preflight's Job is kept once it has ended; None for as long as the CompressionJob."""
+    return None if job.ttl is None else max(job.ttl, SHORTEST_TTL)
 
 
 def _template(job: CompressionJob, settings: Settings) -> Manifest:

@@ -18,6 +18,7 @@ from kompressor_operator.facts import facts_of, facts_of_told, result_of
 from kompressor_operator.manifests import OUT_OF_MEMORY_CODES, Attempt, backoff_limit, job_name, spec_digest
 from kompressor_operator.object_meta import stamp
 from kompressor_operator.observed import ChildJob
+from kompressor_operator.planner import preflight_ttl
 from kompressor_operator.preflight import preflight, with_plan
 from kompressor_operator.progress import created, follows, running
 from kompressor_operator.recipes import resolve
@@ -32,9 +33,11 @@ def finished(view: View) -> Decision | None:
     """The end is stored: no other Job ever. Only now may the Jobs get a TTL, since a Job that is gone tells nothing."""
     if not view.job.finished:
         return None
-    ttl = view.job.ttl
-    stale = [job for job in view.observed.jobs if ttl is not None and job.ttl != ttl and job.ended and not job.deleting]
-    patches = tuple(JobPatch(job.name, {"ttlSecondsAfterFinished": ttl}) for job in stale)
+    wanted = [(job, view.job.ttl) for job in view.observed.jobs]
+    if view.observed.preflight is not None:
+        wanted.append((view.observed.preflight, preflight_ttl(view.job)))
+    stale = [(job, ttl) for job, ttl in wanted if ttl is not None and job.ttl != ttl and job.ended and not job.deleting]
+    patches = tuple(JobPatch(job.name, {"ttlSecondsAfterFinished": ttl}) for job, ttl in stale)
     return Decision(patches=patches, keep_generation=True)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from kcj_builders import NOW, SPEC, ago, child, complete, condition, ended_status, failed, judge, kcj, pod
 
+from kompressor_api.names import Step
 from kompressor_operator.conditions import Phase
 from kompressor_operator.decide import Decision, JobPatch
 from kompressor_operator.manifests import Attempt
@@ -151,6 +153,19 @@ def test_ttl_is_written_only_after_the_end_is_stored() -> None:
     stored = judge(kcj(status=ended_status(), **ttl), failed(1), complete(2))
     assert stored.patches == (JobPatch("llama-1", ttl), JobPatch("llama-2", ttl))
     assert judge(kcj(status=ended_status(), **ttl), complete(ttl=60)).patches == ()
+
+
+def test_a_ttl_that_comes_later_reaches_the_preflights_job_too() -> None:
+    """But not below its own shortest, and not over and over."""
+
+    def patched(spec_ttl: int, **fields: Any) -> tuple[JobPatch, ...]:
+        looked = child(**({"name": "llama-preflight", "step": Step.PREFLIGHT, "ended": "Complete"} | fields))
+        return judge(kcj(status=ended_status(), ttlSecondsAfterFinished=spec_ttl), looked, complete(ttl=spec_ttl)).patches
+
+    for ttl, kept in ((60, 3600), (7200, 7200)):
+        assert patched(ttl) == (JobPatch("llama-preflight", {"ttlSecondsAfterFinished": kept}),)
+        assert patched(ttl, ttl=kept) == ()
+    assert patched(60, ended="") == () and patched(60, deleting=True) == ()
 
 
 def test_a_ttl_of_zero_is_a_ttl() -> None:
