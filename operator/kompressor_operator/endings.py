@@ -44,6 +44,8 @@ class Ending:
     message: str
     exit_code: int | None = None
     out_of_memory: bool = False
+    never_ran: bool = False
+    """Its pod was removed before the worker began: nobody's failure, though the Job may have taken its exit code for one."""
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -77,6 +79,9 @@ def ending_of_pod(pod: ChildPod) -> Ending:
     if pod.disrupted and pod.terminated.exit_code != ExitCode.DONE:  # whatever the worker made of it
         text = f"pod {pod.name} was taken away ({pod.disrupted})"
         return Ending(Reason.TERMINATED, advised(Reason.TERMINATED, text), pod.terminated.exit_code)
+    if pod.terminated.never_ran:
+        text = f"pod {pod.name} was removed before the worker ran"
+        return Ending(Reason.TERMINATED, advised(Reason.TERMINATED, text), pod.terminated.exit_code, never_ran=True)
     return _ending(pod.terminated, f"pod {pod.name}")
 
 
@@ -134,8 +139,9 @@ def _report(message: str) -> Mapping[str, Any]:
 
 
 def _free(pod: ChildPod) -> bool:
-    """Did its end not count, by the first two rules of the podFailurePolicy?"""
-    return bool(pod.disrupted) or (pod.terminated is not None and pod.terminated.exit_code == ExitCode.TERMINATED)
+    """Did its end not count, by the first two rules of the podFailurePolicy, or for want of a worker that failed?"""
+    ended = pod.terminated
+    return bool(pod.disrupted) or (ended is not None and (ended.never_ran or ended.exit_code == ExitCode.TERMINATED))
 
 
 def _finished_at(pod: ChildPod) -> str:

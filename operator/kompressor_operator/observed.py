@@ -166,6 +166,8 @@ class Terminated:
     message: str = ""
     finished_at: str = ""
     started_at: str = ""
+    never_ran: bool = False
+    """Its pod was removed before there was a container, which would have an id: the kubelet makes up exit code 137 then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +205,8 @@ class ChildPod:
         conditions = {c["type"]: c for c in status.get("conditions") or ()}
         scheduled, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
         containers = status.get("containerStatuses") or ()
-        state = next((c.get("state") or {} for c in containers if c["name"] == names.WORKER_CONTAINER), {})
-        waiting, ended = state.get("waiting") or {}, state.get("terminated")
+        worker: Mapping[str, Any] = next((c for c in containers if c["name"] == names.WORKER_CONTAINER), {})
+        waiting = (worker.get("state") or {}).get("waiting") or {}
         ready, inside = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
         stuck = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
         return cls(
@@ -221,7 +223,7 @@ class ChildPod:
             deletion_due=moment(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
             waiting_reason=waiting.get("reason", ""),
             waiting_message=waiting.get("message", ""),
-            terminated=_terminated(ended),
+            terminated=_terminated(worker),
             unschedulable=scheduled.get("message", "") if stuck else "",
             disrupted=disruption.get("reason", "") if disruption.get("status") == "True" else "",
             reason=status.get("reason", ""),
@@ -243,8 +245,7 @@ class Warned:
 
     @classmethod
     def parse(cls, event: Mapping[str, Any]) -> Warned:
-        series = (event.get("series") or {}).get("lastObservedTime")
-        last = series or event.get("lastTimestamp") or event.get("eventTime")
+        last = (event.get("series") or {}).get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
         return cls(event.get("reason", ""), event.get("message", ""), moment(last))
 
 
@@ -286,7 +287,8 @@ def _worker(spec: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((c for c in containers if c.get("name") == names.WORKER_CONTAINER), {})
 
 
-def _terminated(state: Mapping[str, Any] | None) -> Terminated | None:
+def _terminated(container: Mapping[str, Any]) -> Terminated | None:
+    state = (container.get("state") or {}).get("terminated")
     if not state:
         return None
     return Terminated(
@@ -295,4 +297,5 @@ def _terminated(state: Mapping[str, Any] | None) -> Terminated | None:
         message=state.get("message", ""),
         finished_at=state.get("finishedAt") or "",
         started_at=state.get("startedAt") or "",
+        never_ran=state.get("reason") == "ContainerStatusUnknown" and not (state.get("startedAt") or container.get("containerID")),
     )

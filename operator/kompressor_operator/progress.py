@@ -127,8 +127,10 @@ def _as_stored(view: View) -> tuple[Phase, str]:
 
 def _decides(pod: ChildPod) -> bool:
     """An ended pod after which the Job ends: within a second it says so itself, and until then there is no news to tell."""
-    ends = {*FINAL_EXIT_CODES, *OUT_OF_MEMORY_CODES}
-    return pod.phase == "Succeeded" or (pod.terminated is not None and pod.terminated.exit_code in ends and not pod.disrupted)
+    ends, ended = {*FINAL_EXIT_CODES, *OUT_OF_MEMORY_CODES}, pod.terminated
+    if pod.phase == "Succeeded" or ended is None:
+        return pod.phase == "Succeeded"
+    return ended.exit_code in ends and not (pod.disrupted or ended.never_ran)  # one that never ran was no news to begin with
 
 
 def _last_ended(view: View, job: ChildJob) -> ChildPod | None:

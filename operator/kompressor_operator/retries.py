@@ -60,8 +60,10 @@ def pause(view: View, attempt: Attempt) -> tuple[float, str]:
 
 
 def counted(view: View, job: ChildJob) -> int:
-    """Failures up to and with this Job that count against retry.limit; the one that ran out of memory has its own bound."""
-    free = job.ended_reason == "PodFailurePolicy" and ending_of(job, view.observed.pods_of(job)).out_of_memory
+    """Failures up to and with this Job that count against retry.limit; the one that ran out of memory has its own bound, and a pod that
+    was removed before its worker ran is none."""
+    ending = ending_of(job, view.observed.pods_of(job)) if job.ended_reason == "PodFailurePolicy" else None
+    free = ending is not None and (ending.out_of_memory or ending.never_ran)
     return max(0, job.failures_before + job.failed - free)
 
 

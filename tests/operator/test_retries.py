@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kcj_builders import NOW, ago, child, complete, condition, failed, judge, kcj, pod
 
+from kompressor_api.names import WORKER_CONTAINER
 from kompressor_operator.conditions import Phase, Verdict, status_patch, transition
 from kompressor_operator.decide import Decision
+from kompressor_operator.endings import ending_of
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.object_meta import stamp
 from kompressor_operator.observed import ChildJob, ChildPod
@@ -45,6 +47,55 @@ def test_the_wait_is_told_once() -> None:
 
 def test_out_of_memory_waits_for_nothing() -> None:
     assert judge(kcj(), failed(failed=4, ended_at=stamp(NOW)), pod(exit=71)).start == Attempt(2, memory_plan=1, failures_before=3)
+
+
+UNSTARTED: dict[str, Any] = {"exitCode": 137, "reason": "ContainerStatusUnknown", "startedAt": None, "finishedAt": None}
+"""As the kubelet puts it for a pod that is deleted while its container is being created."""
+
+
+def removed(attempt: int = 1, **fields: Any) -> ChildPod:
+    """A pod that was removed before its worker ran, read as it comes over the wire."""
+    container = {"name": WORKER_CONTAINER, "state": {"terminated": UNSTARTED}}
+    return replace(pod(attempt, phase="Failed"), terminated=ChildPod.parse(pod_body(container)).terminated, **fields)
+
+
+def pod_body(container: dict[str, Any]) -> dict[str, Any]:
+    return {"metadata": {"namespace": "team", "name": "p", "uid": "p"}, "status": {"phase": "Failed", "containerStatuses": [container]}}
+
+
+@pytest.mark.parametrize("limit", [0, 4])
+def test_a_pod_that_was_removed_before_its_worker_ran_counts_for_nothing(limit: int) -> None:
+    """Whoever suspends a job while its image is being pulled has not used up a retry, though the Job takes 137 for a failure."""
+    job, over = kcj(retry={"limit": limit}), failed(failures_before=limit, ended_at=stamp(ago(900)))
+    decision = judge(job, over, removed())
+    assert decision.start == Attempt(2, failures_before=limit)
+    assert "pod llama-1-a was removed before the worker ran; " in told(decision).message and "SIGKILL" not in told(decision).message
+    held = judge(kcj(retry={"limit": limit}, suspend=True, status={"conditions": [condition("Suspended")]}), over, removed())
+    assert held.start is None and (told(held).phase, told(held).facts["failures"]) == (Phase.SUSPENDED, limit)
+    killed = judge(job, over, pod(exit=137))
+    assert killed.start is None and told(killed).reason == "WorkerCrashed", "one that ran and was killed counts"
+
+
+def test_until_its_job_ends_a_removed_pod_is_not_said_to_compress() -> None:
+    assert told(judge(kcj(), child(created=ago(1)), removed())).phase == Phase.RETRYING
+    stored = kcj(status={"phase": "Pending", "conditions": [condition("Ready", "False", reason="Pending")]})
+    assert told(judge(stored, child(created=ago(1), failing="PodFailurePolicy"), removed())).phase == Phase.PENDING
+    assert ending_of(failed(reason="BackoffLimitExceeded"), [removed(), pod(suffix="b", exit=74, at=ago(50))]).exit_code == 74
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        {"state": {"terminated": UNSTARTED}, "containerID": "containerd://1"},
+        {"state": {"terminated": UNSTARTED | {"startedAt": "2026-01-02T03:04:00Z"}}},
+        {"state": {"terminated": UNSTARTED | {"exitCode": 128, "reason": "StartError"}}},
+        {"state": {"terminated": UNSTARTED | {"reason": "Error"}}},
+    ],
+    ids=["lost sight of", "began", "could not start", "killed"],
+)
+def test_any_other_container_has_run_or_failed(container: dict[str, Any]) -> None:
+    ended = ChildPod.parse(pod_body({"name": WORKER_CONTAINER, **container})).terminated
+    assert ended is not None and not ended.never_ran
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
