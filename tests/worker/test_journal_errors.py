@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,14 @@ from test_resume import kill_after
 import jobs
 from jobs import Bucket
 from kompressor_worker.cli import run_cli
-from kompressor_worker.journal import decode
+from kompressor_worker.errors import ClaimLost, KompressorError
+from kompressor_worker.job import Job, load_job
+from kompressor_worker.journal import decode, encode
+from kompressor_worker.progress import Progress, Snapshot
 from kompressor_worker.publish import already_published
+from kompressor_worker.run import run
 from kompressor_worker.storage import JOURNAL, ObjectInfo
+from kompressor_worker.storage.locations import open_output
 
 GOOD: dict[str, Any] = {
     "version": 1,
@@ -65,6 +74,76 @@ def test_damaged(damage: str, bucket: Bucket, deep_model: Path, tmp_path: Path, 
         assert "JournalMismatch" in said
         assert f"delete {bucket.uri('out')}/.kompressor/" in said
     assert bucket.names("out") == [JOURNAL]
+
+
+MINE, OTHER = "11111111-2222-3333-4444-555555555555", "99999999-2222-3333-4444-555555555555"
+
+
+def loaded(body: dict[str, Any], folder: Path, uid: str = MINE) -> Job:
+    metadata = {**body["metadata"], "uid": uid}
+    return load_job(jobs.write(folder / f"{uid}.json", {**body, "metadata": metadata}), {})
+
+
+def once(do: Callable[[], None]) -> Progress:
+    """Does it when the second unit is finished."""
+    done: list[bool] = []
+
+    def listen(seen: Snapshot) -> None:
+        if seen.units_done >= 2 and not done:
+            done.append(True)
+            do()
+
+    return Progress([listen])
+
+
+@pytest.mark.parametrize("where", ["s3", "file"])
+@pytest.mark.parametrize("to", [OTHER, MINE, ""], ids=["another job", "its next pod", "nobody in a cluster"])
+def test_an_output_that_another_job_takes_over_is_left_to_it(bucket: Bucket, deep_model: Path, tmp_path: Path, where: str, to: str) -> None:
+    """Of two jobs that ask for the very same the earlier one fails for good: were it tried again, the two would go on for ever."""
+    if where == "s3":
+        bucket.upload(deep_model, "source")
+        body = jobs.manifest(bucket.uri("source"), bucket.uri("out"), endpoint=bucket.server.endpoint)
+    else:
+        body = jobs.manifest(deep_model.as_uri(), (tmp_path / "out").as_uri())
+    job = loaded(body, tmp_path)
+    taken: list[bytes] = []
+
+    def take_over() -> None:
+        other = open_output(job.spec.output, bucket.environ)
+        other.probe()
+        while not taken:
+            journal = other.read(JOURNAL)
+            assert journal is not None
+            data = encode(replace(decode(journal[0], other.uri), owner="other", job=to))
+            with contextlib.suppress(ClaimLost):  # the worker commits at this very moment
+                other.replace(JOURNAL, data, journal[1])
+                taken.append(data)
+
+    with pytest.raises(KompressorError) as lost:
+        run(job, bucket.environ, once(take_over), threading.Event())
+    if to == OTHER:
+        assert (lost.value.exit_code, lost.value.reason) == (64, "OutputOccupied")
+        assert OTHER in str(lost.value) and "choose another output.uri" in str(lost.value)
+    else:
+        assert (lost.value.exit_code, lost.value.reason) == (75, "ClaimLost")
+    kept = open_output(job.spec.output, bucket.environ).read(JOURNAL)
+    assert kept is not None and kept[0] == taken[0], "the other's work is untouched"
+
+
+def test_what_another_job_has_published_meanwhile_is_found_by_the_next_pod(bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
+    """It is what this job wanted, so it is no failure."""
+    bucket.upload(deep_model, "source")
+    body = jobs.manifest(bucket.uri("source"), bucket.uri("out"), endpoint=bucket.server.endpoint)
+    mine, other = loaded(body, tmp_path), loaded(body, tmp_path, OTHER)
+
+    def publish() -> None:
+        assert run(other, bucket.environ, Progress(), threading.Event()).resumed_from
+
+    with pytest.raises(ClaimLost):
+        run(mine, bucket.environ, once(publish), threading.Event())
+    published = bucket.files("out")
+    assert run(mine, bucket.environ, Progress(), threading.Event()).already
+    assert bucket.files("out") == published
 
 
 @pytest.mark.parametrize("victim", ["units/00000.json", "tail-"])

@@ -4,7 +4,7 @@ KompressorError
 ├── UserError           64  the job cannot work as written
 │   ├── AccessDenied        credentials refused
 │   ├── NotFound            no such bucket, prefix, repository or claim
-│   └── OutputOccupied      the output holds something else
+│   └── OutputOccupied      the output holds something else, or another job's work
 ├── CorruptSource       65  the checkpoint is broken
 ├── BadNumerics         66  NaN or Inf where numbers belong
 ├── GateFailed          67  the result is not good enough

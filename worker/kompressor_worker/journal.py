@@ -15,7 +15,7 @@ from typing import Any
 
 from kompressor_api.names import Reason
 from kompressor_worker.devices import Span, spans
-from kompressor_worker.errors import UserError
+from kompressor_worker.errors import OutputOccupied, UserError
 from kompressor_worker.shards import OutputPlan, Position
 from kompressor_worker.storage import JOURNAL, WORK, Output, Part
 
@@ -168,6 +168,19 @@ def refuse_other_job(state: State, fingerprint: Mapping[str, str], uri: str) -> 
                 f"{uri}: an unfinished job is here whose {key} was {old}, this one's is {new}; {remedy(uri)}",
                 Reason.JOURNAL_MISMATCH,
             )
+
+
+def refuse_usurped(output: Output, uid: str) -> None:
+    """After a lost claim: raises OutputOccupied if it went to another CompressionJob than `uid`. Taking it back would never end, for that
+    one's pods would do the same, so the job that came last goes on. Silent where it went to a pod of the same job, and where no journal is
+    left: then the next worker finds what the other one has published."""
+    found = output.read(JOURNAL)
+    other = decode(found[0], output.uri).job if found is not None else ""
+    if other not in ("", uid):
+        raise OutputOccupied(
+            f"{output.uri}: the CompressionJob with uid {other} has taken over this output and goes on with the same work; choose another "
+            "output.uri for one of the two, or delete that job and apply this one again"
+        )
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

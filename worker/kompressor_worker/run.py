@@ -18,7 +18,7 @@ from kompressor_worker.digests import digest
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.formats.readers import reader_warnings
 from kompressor_worker.job import Job
-from kompressor_worker.journal import RELEASE, Journal, open_journal
+from kompressor_worker.journal import RELEASE, Journal, open_journal, refuse_usurped
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.pipeline import Limits
@@ -118,6 +118,7 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
         judge(job.spec, report, output, journal)
         publish(work, source, output, journal, report)
     except ClaimLost:
+        refuse_usurped(output, job.uid)
         if output.read(JOURNAL) is None:  # the other worker is done and gone: what we wrote since then is nobody's
             output.cleanup()
         raise
