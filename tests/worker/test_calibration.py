@@ -337,6 +337,24 @@ def test_text_that_is_not_utf8(tmp_path: Path, tokenizer: ModelTokenizer) -> Non
         rows_of(calibration(tmp_path / "a.txt", samples=1), tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_half_a_surrogate_pair(kind: str, tmp_path: Path, trained_llama: Path) -> None:
+    """JSON has a way to write it, no tokenizer takes it; a whole pair is one character."""
+    model = copy_of(trained_llama, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+
+    def read(text: str) -> Rows:
+        value = text if kind == "text" else [{"role": "user", "content": text}]
+        dataset = {} if kind == "text" else {"messages": "messages"}
+        data = jsonl(tmp_path / "a.jsonl", [{kind: value}])
+        return rows_of(calibration(data, samples=1, dataset=dataset), model_tokenizer(model))
+
+    assert read("a good day \U0001f642").tokens
+    with pytest.raises(UserError, match=r"a\.jsonl: line 1: has \\ud83d, half of a surrogate pair.*leave the document out") as caught:
+        read("a good day \ud83d")
+    assert caught.value.reason is Reason.BAD_DATA
+
+
 def test_a_tokenizer_of_another_version(tmp_path: Path, trained_llama: Path) -> None:
     model = copy_of(trained_llama, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())

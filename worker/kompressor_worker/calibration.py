@@ -165,7 +165,7 @@ class _Encoder:
         elif self._dataset.kind == "messages":
             ids = self._tokenizer.chat(document.place, content, self._limit)
         else:
-            ids = self._tokenizer.text(content, self._limit)
+            ids = self._tokenizer.text(document.place, content, self._limit)
         self._check_range(document, ids)
         ended = ids[: self._limit]
         if self._end is not None and len(ended) >= SHORTEST and ended[-1] != self._end:

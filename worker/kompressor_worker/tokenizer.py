@@ -27,6 +27,8 @@ VOCABULARIES = re.compile(r"tokenizer\.json|.*\.(model|tiktoken)|vocab\.(json|tx
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/default.jinja")
 LARGEST_FILE = 256 << 20
 """Bytes; the largest vocabularies take some 40 MB."""
+HALF = re.compile(r"[\ud800-\udfff]")
+"""JSON can write one half of a surrogate pair, as texts have that were cut in UTF-16: no character, and no tokenizer takes it."""
 CUT = 64
 """Characters a token: text is tokenised up to so many a token wanted, if that turns out to be twice what is needed."""
 
@@ -78,9 +80,9 @@ class ModelTokenizer:
             return f"each document begins with {self._tokenizer.bos_token} ({begin}), which the tokenizer adds"
         return "none: the tokenizer adds none"
 
-    def text(self, text: str, limit: int | None) -> list[int]:
-        """Ids with the special tokens that the tokenizer adds to a text by itself; at least the first `limit` of them."""
-        return self._begin(text, limit, special=True)
+    def text(self, place: str, text: str, limit: int | None) -> list[int]:
+        """Ids with the special tokens that the tokenizer adds to a text by itself; at least the first `limit` of them. Raises UserError."""
+        return self._begin(place, text, limit, special=True)
 
     def chat(self, place: str, messages: Any, limit: int | None) -> list[int]:
         """Ids of a list of {role, content} as the chat template writes it out. Raises UserError: no template, or it refuses."""
@@ -95,10 +97,16 @@ class ModelTokenizer:
             raise UserError(
                 f"{place}: the chat template of {self.uri} refuses it ({error}); correct the messages", Reason.BAD_DATA
             ) from error
-        return self._begin(written, limit, special=False)
+        return self._begin(place, written, limit, special=False)
 
-    def _begin(self, text: str, limit: int | None, special: bool) -> list[int]:
+    def _begin(self, place: str, text: str, limit: int | None, special: bool) -> list[int]:
         """A book is not tokenised for its first page: what is cut off far behind the limit does not change what stands before it."""
+        if half := HALF.search(text):
+            raise UserError(
+                f"{place}: has \\u{ord(half[0]):04x}, half of a surrogate pair, which is no character, behind {half.start():,} others; "
+                "write the whole character, or leave the document out",
+                Reason.BAD_DATA,
+            )
         if limit is not None and len(text) > CUT * limit:
             ids = self._encode(text[: CUT * limit], special)
             if len(ids) >= 2 * limit:
