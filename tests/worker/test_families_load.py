@@ -78,6 +78,22 @@ def test_a_module_that_multiplies_by_itself_is_read_as_the_warning_says(tmp_path
     assert torch.isfinite(logits(tmp_path / "fp8")).all()
 
 
+def test_packed_zero_points_are_read_as_the_warning_says(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    source = families.tiny_model("llama")
+    compress(source, tmp_path / "out", "W4A16_ASYM")
+    assert "dequantize=True" in warnings_of(tmp_path / "out")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # once this loads, the warning has had its day
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expanding = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, quantization_config=expanding)
+    with torch.inference_mode():
+        assert torch.isfinite(model(input_ids=torch.arange(3, 99).view(2, 48)).logits).all()
+    compress(source, tmp_path / "symmetric", "W4A16")
+    assert "dequantize" not in warnings_of(tmp_path / "symmetric")
+
+
 def test_from_fp8_blocks(tmp_path: Path) -> None:
     original = families.tiny_model("llama")
     compress(families.fp8_block_model(original), tmp_path / "out", "W8A16")

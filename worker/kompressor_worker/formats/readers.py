@@ -19,6 +19,8 @@ EXPERTS = {
 OWN_MULTIPLICATION = ("falcon", "gpt_bigcode")
 """Families whose modules in transformers take `weight` itself, which is not there until a packed one has been expanded."""
 
+EXPANDING = "only when it expands it at once: from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))"
+
 
 def reader_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list[str]:
     """One line for each thing that a reader stumbles over. `schemes`: for linears by name."""
@@ -33,10 +35,9 @@ def reader_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list[
         )
     model_type = text_config(layout.config).get("model_type")
     if model_type in OWN_MULTIPLICATION and any("pack-quantized" in name for name in formats):
-        lines.append(
-            f"transformers loads a packed {model_type} only when it expands it at once: "
-            "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))"
-        )
+        lines.append(f"transformers loads a packed {model_type} {EXPANDING}")
+    elif points := sorted({s.name for s in schemes.values() if s.format == "pack-quantized" and not s.symmetric} - {*found}):
+        lines.append(f"transformers loads {', '.join(points)} {EXPANDING}: it expects the zero points unpacked otherwise")
     if layout.dtype != "BF16" and any("fp4-pack-quantized" in name for name in formats):
         lines.append(
             f"transformers expands 4-bit floats to bfloat16, which do not multiply with the {layout.dtype} of this model: "
