@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import CDLL
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,14 @@ from hypothesis import strategies as st
 from test_kernels_calibrated import layer, of_range
 
 from kompressor_worker import grid, kernels
+from kompressor_worker.block import Site, Stage
 from kompressor_worker.kernels import build, column_loop, compiled, pruning
+from kompressor_worker.layout import LinearLayout, ModelLayout, StageLayout, UnitLayout
+from kompressor_worker.passes import build_passes
+from kompressor_worker.passes.hessian import Factor
 from kompressor_worker.schemes import SCHEMES, Scheme
 from kompressor_worker.sparsity import Sparsity
+from kompressor_worker.statistics import Statistics
 
 SPARSITIES = [Sparsity(0.5), Sparsity(0.95), *map(Sparsity.of_pattern, ("2:4", "4:8", "1:3", "11:13"))]
 
@@ -51,6 +57,28 @@ def test_what_is_left_is_the_papers(sparsity: Sparsity, shape: tuple[int, int]) 
     assert loss == pytest.approx(float(((change @ hessian) * change).sum()), rel=1e-3)
     plain = weight.masked_fill(goes, 0.0).double() - weight.double()
     assert loss < float(((plain @ hessian) * plain).sum()) or shape[0] == 1
+
+
+@pytest.mark.parametrize("params", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=str)
+def test_what_no_activation_reaches_goes_first(params: dict[str, Any]) -> None:
+    """A quarter of the columns: their weights cost nothing, however large, so fewer of the others have to go."""
+    weight, _, x = layer(50, 64, 5)
+    live = torch.arange(64) % 4 != 1
+    x, weight = (x * live).float(), torch.where(live, weight, 100 * weight)
+    linear = LinearLayout("m", (50, 64), "F32")
+    stage = Stage(StageLayout("m", (), (linear,)), {"m.weight": weight.clone()})
+    (sparse_gpt,) = build_passes([{"sparseGPT": params}])
+    sparse_gpt.prepare(ModelLayout({}, "F32", None, (UnitLayout("m", (stage.layout,)),), (), ""))
+    measured = Statistics(64, {"hessian"})
+    measured.add(x)
+    assert measured.hessian is not None
+    stage.sites = (Site("s", (linear,), (), measured),)
+    sparse_gpt.apply(stage)
+    kept = stage.weights["m.weight"]
+    assert (kept[:, ~live] == 0).all() and int((kept == 0).sum()) == 50 * 32
+    factor = Factor.of(measured.hessian[live][:, live], 0.01, False, "s").inverse
+    alone = textbook(weight[:, live], factor, kept[:, live] == 0)
+    torch.testing.assert_close(kept[:, live].double(), alone, rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from kompressor_worker.layout import LinearLayout, ModelLayout
     from kompressor_worker.statistics import Statistic
 
+NOTHING = 1e6
+"""Times the largest of the factor's diagonal, for a column that no activation reaches: what its weights' going costs is next to nothing
+then, so they go first, the smallest before the others."""
+
 
 class SparseGptParams(SparsityParams):
     """SparseGPT: sets weights to zero and corrects the others, so that the layer's output on the calibration data changes least. Goes
@@ -76,6 +80,8 @@ class SparseGpt(Pass):
         hessian, sparsity, factor = site.statistics.hessian, self.params.wanted(), None
         if hessian is not None and bool(hessian.any()):
             factor = Factor.of(finite(hessian, site.name), self.params.dampening, False, site.name, stage.heard)
+            diagonal = factor.inverse.diagonal()
+            diagonal[hessian.diagonal() <= 0] = NOTHING * diagonal.max()
             if factor.dampening != self.params.dampening:
                 notes["dampening"] = max(notes.get("dampening", 0.0), factor.dampening)
         for linear in linears:
