@@ -128,7 +128,7 @@ def test_without_data_nothing_flows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("passes", "says"),
     [
-        ([{"wanda": {}}], "give either sparsity, such as 0.5, or pattern, such as 2:4"),
+        ([{"wanda": {}}], r"^passes\[0\]\.wanda: give either sparsity, such as 0\.5, or pattern, such as 2:4$"),
         ([{"wanda": {"sparsity": 0.5, "pattern": "2:4"}}], "give either sparsity"),
         ([{"sparseGPT": {"sparsity": 0.97}}], "less than or equal to 0.95"),
         ([{"magnitude": {"pattern": "4:2"}}], "pattern 4:2: N of every M weights are kept, with 1 <= N < M <= 32"),

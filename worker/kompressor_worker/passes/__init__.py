@@ -114,5 +114,7 @@ def explain(error: ValidationError, model: type[Model]) -> str:
             near = difflib.get_close_matches(where, known, n=1)
             lines.append(f"{where!r} is not a parameter; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"))
         else:
-            lines.append(f"{where}: {e['msg']} (got {e['input']!r})")
+            place = f"{where}: " if where else ""  # of all parameters together, which say enough themselves
+            value = f" (got {e['input']!r})" if where else ""
+            lines.append(f"{place}{e['msg'].removeprefix('Value error, ')}{value}")
     return "; ".join(lines)
