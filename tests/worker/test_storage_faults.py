@@ -41,6 +41,13 @@ def test_no_configuration_file_says_where_s3_is(endpoint: str | None, tmp_path: 
     assert store.client.meta.endpoint_url == (endpoint or "https://s3.amazonaws.com")
 
 
+@pytest.mark.parametrize("endpoint", ["http://x y", "http://[::1", "http://:80"])
+def test_an_endpoint_that_is_no_address(endpoint: str) -> None:
+    environ = {"SOURCE_AWS_ACCESS_KEY_ID": "a", "SOURCE_AWS_SECRET_ACCESS_KEY": "b"}
+    with pytest.raises(UserError, match=rf"^s3://models/x: endpoint {re.escape(endpoint)} is no address .*; give one such as https://"):
+        open_source(SourceLocation(uri="s3://models/x", endpoint=endpoint), environ).list()
+
+
 class Setting:
     """A bucket behind a proxy that fails on demand."""
 

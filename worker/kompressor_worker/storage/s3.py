@@ -15,7 +15,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, StorageError
+from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, StorageError, UserError
 from kompressor_worker.storage import WORK, ObjectInfo
 from kompressor_worker.storage.body import fill
 from kompressor_worker.storage.locations import Place
@@ -45,9 +45,15 @@ class S3Store:
 
     @property
     def client(self) -> S3Client:
+        """Raises UserError: an endpoint that is no address."""
         with self._lock:
             if self._client is None:
-                self._client = self._connect()
+                try:
+                    self._client = self._connect()
+                except ValueError as error:  # botocore's answer to host names that no host has
+                    raise UserError(
+                        f"{self.place.uri}: endpoint {self.endpoint} is no address ({error}); give one such as https://s3.example.org:9000"
+                    ) from error
             return self._client
 
     def _connect(self) -> S3Client:
