@@ -62,8 +62,8 @@ MUTATIONS = (
     Mutation(
         "an end that is stored holds, whatever the Jobs say",
         "policies.py",
-        "    if not view.job.finished:\n        return None\n    ttl",
-        "    if not view.job.finished or view.observed.jobs:\n        return None\n    ttl",
+        "    if not view.job.finished:\n        return None\n    wanted",
+        "    if not view.job.finished or view.observed.jobs:\n        return None\n    wanted",
         "test_policies.py::test_a_terminal_job_never_gets_another_job",
     ),
     Mutation(
