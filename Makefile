@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help venv binaries demo test test-vllm chaos mutate check crds docs lock bench image-check clean
+.PHONY: help venv binaries demo test test-vllm chaos mutate check crds docs lock bench-scale soak bench image-check clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,14 @@ bench: venv ## throughput, memory and quality beside cp, boto3 and llm-compresso
 	$(BIN)/python benchmarks/calibrated.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/apply_latency.py
+
+bench-scale: ## thousands of jobs with KWOK in place of nodes, beside a bare client (an hour; ARGS="--jobs 1000" for a few minutes)
+	@$(PYTHON) tools/setup.py --with-binaries
+	@$(BIN)/python benchmarks/scale.py $(ARGS)
+
+soak: ## does the operator's memory grow at a steady rate of jobs? (20 minutes; ARGS="--minutes 5 --rate 2")
+	@$(PYTHON) tools/setup.py --with-binaries
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 image-check: venv ## build both images with buildah, without a container engine, and start them
 	$(BIN)/python tools/image_check.py $(ARGS)

@@ -1,4 +1,4 @@
-"""Builds one program of a Go module of its own (judges/, promtool/), cached under its own digest.
+"""Builds one program of a Go module of its own (judges/, promtool/, kwok/), cached under its own digest.
 
 So neither these nor the control plane (binaries.py) are built again for the others' sake.
 """

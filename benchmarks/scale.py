@@ -1,0 +1,196 @@
+"""Thousands of CompressionJobs: `python benchmarks/scale.py --jobs 1000 5000 10000`. Prints a table, and each run as a line of JSON.
+
+For each size a control plane of its own, with KWOK in place of nodes: every pod runs for two seconds and ends well. In one run, by turns:
+1. all jobs are applied through sixteen connections, and the operator does what it can: its greatest rate, its memory, its requests;
+2. a bare client makes the recorded calls of as many lives (at most 2,000), sixteen at a time: what this API server takes on these cores;
+3. jobs come at a third of the greatest rate for a minute: the delays that a cluster in order sees.
+Exit code 1 below half of the bare client's rate, above a p99 of 1 s at a third of it, 12 requests a job there, or 200 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+# isort: split  (crowded_stage makes the rest importable)
+from plain_api import Api
+from stage import Stage, eventually
+
+from bare_client import Call, live, recorder
+from crowd import Crowd, delays, gathered
+from crowded_stage import RunningOperator, cpu_seconds, crowded_stage, running_operator
+from figures import percentile, table
+
+BARE_JOBS = 2000
+STEADY_SECONDS = 60.0
+SHARE, P99, REQUESTS, RSS = 0.5, 1.0, 12.0, 200.0
+PATIENCE = 120.0
+RECORDED = "recorded-life"
+UNCOUNTED = ("LIST", "GET API")
+
+
+@dataclass
+class Run:
+    """Figures of one size. Rates in jobs a second, delays in seconds, memory in MB, CPU in milliseconds a job."""
+
+    jobs: int
+    rate: float = 0.0
+    bare: float = 0.0
+    ratio: float = 0.0
+    first_job: tuple[float, float] = (0.0, 0.0)
+    """p50 and p99 from apply to the first child Job; `told`: from the Job's end to Complete."""
+    told: tuple[float, float] = (0.0, 0.0)
+    requests: float = 0.0
+    steady_rate: float = 0.0
+    steady_first_job: tuple[float, float] = (0.0, 0.0)
+    steady_told: tuple[float, float] = (0.0, 0.0)
+    steady_requests: float = 0.0
+    rss: float = 0.0
+    peak_rss: float = 0.0
+    cpu: dict[str, float] = field(default_factory=dict)
+    """By process, while all came at once."""
+    bare_cpu: dict[str, float] = field(default_factory=dict)
+    load: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        late = max(self.steady_first_job[1], self.steady_told[1])
+        return self.ratio >= SHARE and late < P99 and self.steady_requests <= REQUESTS + 0.2 and self.peak_rss < RSS
+
+
+async def measure(jobs: int, preflight: str) -> Run:
+    run = Run(jobs)
+    with crowded_stage() as stage:
+        before, life = await record(stage, preflight)
+        print(json.dumps({"calls": Counter(f"{call.method} {call.path.split('?')[0].split('/')[-1]}" for call in life)}), flush=True)
+        async with running_operator(stage) as operator, gathered(stage, preflight) as crowd:
+            await all_at_once(run, crowd, operator)
+            await beside(run, stage, life, before, preflight)
+            await steadily(run, crowd, operator)
+    return run
+
+
+async def record(stage: Stage, preflight: str) -> tuple[tuple[str, str, str], list[Call]]:
+    """One life, through a recorder: whose it was (namespace, name, uid), and its calls."""
+    async with recorder(stage) as (found, kubeconfig), running_operator(stage, kubeconfig), gathered(stage, preflight) as crowd:
+        found.calls.clear()
+        await crowd.apply([RECORDED])
+        await crowd.complete([RECORDED], PATIENCE)
+        await asyncio.sleep(3)  # its TTL
+        told = await crowd.call("GET", stage.path("compressionjobs", RECORDED))
+        await crowd.call("DELETE", stage.path("compressionjobs", RECORDED))
+    return (stage.namespace, RECORDED, told["metadata"]["uid"]), found.calls
+
+
+async def all_at_once(run: Run, crowd: Crowd, operator: RunningOperator) -> None:
+    wanted = [f"flood-{number}" for number in range(run.jobs)]
+    asked, began = operator.requests(), time.monotonic()
+    with cpu(run.cpu, crowd.stage, run.jobs, operator):
+        await asyncio.gather(crowd.apply(wanted), asyncio.sleep(1))
+        await crowd.complete(wanted, PATIENCE)
+    run.rate = run.jobs / (max(crowd.times[name].complete for name in wanted) - began)
+    run.first_job, run.told = middle_and_tail(crowd, wanted)
+    await asyncio.sleep(5)  # the TTL of the last ones is written after they are complete
+    run.requests = made(operator, asked) / run.jobs
+    run.rss, run.peak_rss, run.load = operator.rss, operator.peak_rss, os.getloadavg()[0]
+
+
+async def beside(run: Run, stage: Stage, life: Sequence[Call], before: tuple[str, str, str], preflight: str) -> None:
+    """The bare client, in a namespace that the operator does not watch."""
+    other = copy.copy(stage)
+    other.api = Api(stage.cluster)
+    other.enter_namespace()
+    wanted = [f"bare-{number}" for number in range(min(run.jobs, BARE_JOBS))]
+    with cpu(run.bare_cpu, stage, len(wanted)):
+        run.bare = len(wanted) / await live(other, life, before, wanted, preflight)
+    run.ratio = run.rate / run.bare
+    await quiet(other)
+
+
+async def steadily(run: Run, crowd: Crowd, operator: RunningOperator) -> None:
+    run.steady_rate = run.rate / 3
+    wanted = [f"steady-{number}" for number in range(round(run.steady_rate * STEADY_SECONDS))]
+    asked = operator.requests()
+    await crowd.apply(wanted, run.steady_rate)
+    await crowd.complete(wanted, PATIENCE)
+    run.steady_first_job, run.steady_told = middle_and_tail(crowd, wanted)
+    await asyncio.sleep(5)
+    run.steady_requests = made(operator, asked) / len(wanted)
+    run.peak_rss = max(run.peak_rss, operator.peak_rss)
+
+
+async def quiet(stage: Stage) -> None:
+    """Returns when the pods of this namespace have ended and what follows is done."""
+    query = "?limit=1&fieldSelector=status.phase!=Succeeded"
+    await asyncio.to_thread(eventually, lambda: not stage.api.call("GET", stage.path("pods") + query)["items"])
+    await asyncio.sleep(5)
+
+
+def middle_and_tail(crowd: Crowd, wanted: Sequence[str]) -> tuple[tuple[float, float], tuple[float, float]]:
+    first, told = zip(*delays(crowd.times, wanted), strict=True)
+    return (percentile(first, 50), percentile(first, 99)), (percentile(told, 50), percentile(told, 99))
+
+
+def made(operator: RunningOperator, before: Counter[str]) -> int:
+    """Requests since then, without what is the same for any number of jobs."""
+    return sum(count for what, count in (operator.requests() - before).items() if not what.startswith(UNCOUNTED))
+
+
+@contextmanager
+def cpu(told: dict[str, float], stage: Stage, jobs: int, operator: RunningOperator | None = None) -> Iterator[None]:
+    """Puts the milliseconds a job of each process there."""
+    processes = dict(stage.cluster.processes) | ({"operator": operator.process} if operator else {})
+    before = {name: cpu_seconds(process) for name, process in processes.items()}
+    yield
+    told.update({name: 1000 * (cpu_seconds(process) - before[name]) / jobs for name, process in processes.items()})
+
+
+def show(runs: Sequence[Run]) -> str:
+    """One column a run."""
+    two = "{0[0]:.2f} / {0[1]:.2f} s".format
+    rows = {
+        "all at once: jobs a second": [f"{run.rate:.1f}" for run in runs],
+        "bare client: jobs a second": [f"{run.bare:.1f}" for run in runs],
+        "ours / bare": [f"{run.ratio:.2f}" for run in runs],
+        "apply to Job, p50 / p99": [two(run.first_job) for run in runs],
+        "Job's end to Complete, p50 / p99": [two(run.told) for run in runs],
+        "requests a job": [f"{run.requests:.1f}" for run in runs],
+        "a third of that: jobs a second": [f"{run.steady_rate:.1f}" for run in runs],
+        "apply to Job then, p50 / p99": [two(run.steady_first_job) for run in runs],
+        "Job's end to Complete then, p50 / p99": [two(run.steady_told) for run in runs],
+        "requests a job then": [f"{run.steady_requests:.1f}" for run in runs],
+        "operator's memory with all of them / peak": [f"{run.rss:.0f} / {run.peak_rss:.0f} MB" for run in runs],
+        "CPU a job: operator / API server / etcd": [
+            " / ".join(f"{run.cpu[name]:.0f}" for name in ("operator", "kube-apiserver", "etcd")) + " ms" for run in runs
+        ],
+        "CPU a bare job: API server / etcd": [
+            " / ".join(f"{run.bare_cpu[name]:.0f}" for name in ("kube-apiserver", "etcd")) + " ms" for run in runs
+        ],
+    }
+    return table(["", *(f"{run.jobs:,} jobs" for run in runs)], [[name, *cells] for name, cells in rows.items()])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, nargs="+", default=[1000, 5000, 10000])
+    parser.add_argument("--preflight", choices=("Job", "Skip"), default="Job")
+    options = parser.parse_args()
+    runs = []
+    for jobs in options.jobs:
+        runs.append(asyncio.run(measure(jobs, options.preflight)))
+        print(json.dumps(asdict(runs[-1])), flush=True)
+    print(show(runs))
+    return 0 if all(run.good for run in runs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
