@@ -21,13 +21,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
-# isort: split  (crowded_stage makes the rest importable)
+# crowded_stage makes the rest importable
+from crowded_stage import RunningOperator, cpu_seconds, crowded_stage, running_operator
+
+# isort: split
 from plain_api import Api
 from stage import Stage, eventually
 
 from bare_client import Call, live, recorder
 from crowd import Crowd, delays, gathered
-from crowded_stage import RunningOperator, cpu_seconds, crowded_stage, running_operator
 from figures import percentile, table
 
 BARE_JOBS = 2000

@@ -13,9 +13,11 @@ import sys
 import time
 from collections.abc import Callable
 
-# isort: split  (crowded_stage makes the rest importable)
-from crowd import gathered
+# crowded_stage makes the rest importable
 from crowded_stage import RunningOperator, crowded_stage, running_operator
+
+# isort: split
+from crowd import gathered
 from figures import slope
 
 FLAT = 1.0
