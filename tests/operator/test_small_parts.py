@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import io
 import itertools
@@ -25,7 +26,7 @@ from kcj_builders import NOW
 
 import kompressor_operator
 from kompressor_api import names
-from kompressor_operator.cluster import ROUTES
+from kompressor_operator.cluster import ROUTES, ApiError, Cluster
 from kompressor_operator.health import Health, Watchdog, serve_probes
 from kompressor_operator.logs import JsonFormatter
 from kompressor_operator.main import kopf_settings
@@ -227,3 +228,38 @@ def test_a_connection_that_is_cut_does_not_end_the_drain(monkeypatch: pytest.Mon
     runpy.run_path(str(ROOT / "charts" / "kompressor" / "files" / "drain.py"))
     said = capsys.readouterr().out
     assert said.count("again: ") == 3 and "no CompressionJob is left" in said
+
+
+@pytest.mark.parametrize(("exempt", "through"), [("", True), ("api.internal", False)])
+async def test_a_proxy_of_the_environment_is_used_and_read_once(
+    exempt: str, through: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append((await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0])  # all of it: closing on unread bytes is a reset
+        writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    config = {
+        "current-context": "c",
+        "clusters": [{"name": "c", "cluster": {"server": "https://api.internal:6443"}}],
+        "users": [{"name": "u", "user": {"token": "secret"}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(config))
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        for name, value in {
+            "KUBECONFIG": str(tmp_path / "kubeconfig"),
+            "https_proxy": f"http://127.0.0.1:{port}",
+            "no_proxy": exempt,
+        }.items():
+            monkeypatch.setenv(name, value)
+        async with await Cluster.connect(5, pool=1) as cluster:
+            monkeypatch.delenv("https_proxy")
+            for _ in range(2):
+                with pytest.raises(ApiError):
+                    await cluster.get("Pod", "a", "b")
+    assert set(asked) == ({b"CONNECT api.internal:6443 HTTP/1.1"} if through else set())
+    assert len(asked) >= 2 * through  # a client may try again
