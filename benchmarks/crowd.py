@@ -19,7 +19,6 @@ from kompressor_api import names
 __all__ = ["CONNECTIONS", "Crowd", "Times", "at_once", "connected", "delays", "gathered", "manifest"]
 
 CONNECTIONS = 16
-WATCH_SECONDS = 7200
 
 
 @dataclass
@@ -78,16 +77,18 @@ class Crowd:
             return told
 
     async def watch(self, plural: str, tell: Callable[[Manifest, float], None]) -> None:
-        """From now on. Ends only by being cancelled, or as an error."""
+        """From now on, opened again whenever the server ends it. Raises RuntimeError if events have been missed."""
         version = (await self.call("GET", self.stage.path(plural) + "?limit=1"))["metadata"]["resourceVersion"]
-        query = f"?watch=1&resourceVersion={version}&timeoutSeconds={WATCH_SECONDS}"
-        async with self.session.get(self.stage.path(plural) + query, read_bufsize=2**20) as answer:
-            async for line in answer.content:
-                event = json.loads(line)
-                if event["type"] == "ERROR":
-                    break
-                tell(event["object"], time.monotonic())
-        raise RuntimeError(f"the benchmark's own watch of {plural} ended")
+        while True:
+            query = f"?watch=1&allowWatchBookmarks=true&resourceVersion={version}"
+            async with self.session.get(self.stage.path(plural) + query, read_bufsize=2**20) as answer:
+                async for line in answer.content:
+                    event = json.loads(line)
+                    if event["type"] == "ERROR":
+                        raise RuntimeError(f"the benchmark's own watch of {plural}: {event['object'].get('message')}")
+                    version = event["object"]["metadata"]["resourceVersion"]
+                    if event["type"] != "BOOKMARK":
+                        tell(event["object"], time.monotonic())
 
     def tell_job(self, job: Manifest, now: float) -> None:
         meta = job["metadata"]
