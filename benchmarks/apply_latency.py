@@ -28,7 +28,7 @@ P50, P99, REQUESTS = 0.3, 1.0, 12
 def main() -> int:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     stage = Stage(Path(tempfile.mkdtemp(prefix="kompressor-latency-")))
-    with stage.cluster.start():
+    with stage.cluster:
         stage.install()
         stage.enter_namespace()
         seen: dict[str, float] = {}

@@ -39,12 +39,12 @@ class Crowd:
 
     session: aiohttp.ClientSession
     stage: Stage
+    group: asyncio.TaskGroup
     preflight: str = "Job"
     times: dict[str, Times] = field(default_factory=dict)
     forget: bool = False
     """Delete each as soon as it is complete."""
     _moved: asyncio.Event = field(default_factory=asyncio.Event)
-    _doomed: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def apply(self, wanted: Sequence[str], rate: float = 0.0) -> None:
         """Creates these: as fast as the server takes them, or so many a second."""
@@ -60,9 +60,9 @@ class Crowd:
         await at_once(connection)
 
     async def complete(self, wanted: Sequence[str], seconds: float) -> None:
-        """Returns when all of these are. Raises TimeoutError if there was no progress for so long."""
+        """Returns when all of these are, or deleted. Raises TimeoutError if there was no progress for so long."""
         left = set(wanted)
-        while left := {name for name in left if not self.times[name].complete}:
+        while left := {name for name in left if name in self.times and not self.times[name].complete}:
             self._moved.clear()
             try:
                 await asyncio.wait_for(self._moved.wait(), seconds)
@@ -107,9 +107,7 @@ class Crowd:
         times.complete = now
         self._moved.set()
         if self.forget:
-            task = asyncio.create_task(self._delete(name))
-            self._doomed.add(task)
-            task.add_done_callback(self._doomed.discard)
+            self.group.create_task(self._delete(name))
 
     async def _delete(self, name: str) -> None:
         await self.call("DELETE", self.stage.path("compressionjobs", name))
@@ -118,16 +116,15 @@ class Crowd:
 
 @asynccontextmanager
 async def gathered(stage: Stage, preflight: str = "Job") -> AsyncIterator[Crowd]:
-    """A crowd that watches; a watch of its own that breaks ends everything."""
-    async with connected(stage) as session:
-        crowd = Crowd(session, stage, preflight)
-        async with asyncio.TaskGroup() as group:
-            told: Mapping[str, Any] = {"jobs": crowd.tell_job, "compressionjobs": crowd.tell_resource}
-            watches = [group.create_task(crowd.watch(plural, tell)) for plural, tell in told.items()]
-            await asyncio.sleep(1)  # they open
-            yield crowd
-            for task in watches:
-                task.cancel()
+    """A crowd that watches; a watch or a deletion of its own that fails ends everything."""
+    async with connected(stage) as session, asyncio.TaskGroup() as group:
+        crowd = Crowd(session, stage, group, preflight)
+        told: Mapping[str, Any] = {"jobs": crowd.tell_job, "compressionjobs": crowd.tell_resource}
+        watches = [group.create_task(crowd.watch(plural, tell)) for plural, tell in told.items()]
+        await asyncio.sleep(1)  # they open
+        yield crowd
+        for task in watches:
+            task.cancel()
 
 
 @asynccontextmanager

@@ -96,7 +96,7 @@ def crowded_stage() -> Iterator[Stage]:
     with tempfile.TemporaryDirectory(prefix="kompressor-scale-") as folder:
         stage = Stage(Path(folder))
         stage.cluster = LocalCluster(stage.root / "cluster", log=print)
-        with stage.cluster.start():
+        with stage.cluster:
             stage.install()
             options = ["--kubeconfig", stage.cluster.kubeconfig, "--config", STAGES, "--manage-all-nodes"]
             player = spawn("kwok", [binary, *options, f"--node-lease-duration-seconds={LEASE_SECONDS}"], log=stage.root / "kwok.log")
