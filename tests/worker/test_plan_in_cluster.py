@@ -8,7 +8,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from kompressor_worker.cli import main
 main()
 """
 SECONDS = 2.0
+"""Of CPU: what else the machine does is not counted."""
 
 
 def planner(job: Path, environ: dict[str, str], command: tuple[str, ...] = ("plan",)) -> tuple[int, dict[str, Any], str]:
@@ -89,9 +89,10 @@ def test_it_says_what_comes_without_anything_that_computes(ordered: tuple[Path, 
     job, environ = ordered
     took = []
     for _ in range(3):
-        began = time.monotonic()
+        before = os.times()
         code, told, said = planner(job, environ)
-        took.append(time.monotonic() - began)
+        after = os.times()
+        took.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert code == 0, said
     plan = make_plan(load_job(job, environ), environ).as_json()
     summary = told["summary"]
