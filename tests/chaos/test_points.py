@@ -21,6 +21,8 @@ from scene import Scene, Theatre
 pytestmark = pytest.mark.cluster
 
 EVERY_SIDE = bool(os.environ.get("CHAOS_EVERY_SIDE"))
+COMMON = ("POST configmaps", "POST serviceaccounts", "POST roles", "POST rolebindings", "POST events")
+"""How every life begins: visited in one of them."""
 TOGETHER = 8
 """Scenes that are played side by side; most of the time they wait."""
 TRIES = 3
@@ -40,11 +42,17 @@ def calls_of(theatre: Theatre, scenario: Scenario) -> list[Call]:
         return list(scene.proxy.calls)
 
 
-def points_of(calls: list[Call]) -> list[Point]:
+def points_of(name: str, calls: list[Call]) -> list[Point]:
     if EVERY_SIDE:
         return [Point(call.what, call.turn, side) for call in calls for side in (BEFORE, AFTER)]
     changes = [call for call in calls if call.code < 300 and not call.what.startswith(("GET ", "LIST ", "DRY-RUN "))]
-    return [Point(calls[0].what, 1, BEFORE), *(Point(call.what, call.turn, AFTER) for call in changes)]
+    points = [Point(calls[0].what, 1, BEFORE), *(Point(call.what, call.turn, AFTER) for call in changes)]
+    return points if name == "life" else [point for point in points if not _as_in_any_life(name, point)]
+
+
+def _as_in_any_life(name: str, point: Point) -> bool:
+    """A recipe's ConfigMap is another one."""
+    return point.turn == 1 and point.what in COMMON and not (name == "recipe" and point.what == "POST configmaps")
 
 
 def killed_at(theatre: Theatre, scenario: Scenario, point: Point, namespaces: set[str]) -> bool:
@@ -81,7 +89,7 @@ def take_over(scene: Scene, over: threading.Event) -> None:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_between_any_two_calls(name: str, theatre: Theatre) -> None:
     scenario, namespaces = SCENARIOS[name], set[str]()
-    points = points_of(calls_of(theatre, scenario))
+    points = points_of(name, calls_of(theatre, scenario))
 
     def visit(point: Point) -> str:
         try:
@@ -94,5 +102,5 @@ def test_killed_between_any_two_calls(name: str, theatre: Theatre) -> None:
     print(f"{name}: {len(points)} points")
     missed = [said for said in wrong if said.startswith("not met")]
     assert wrong == missed, "\n".join(said for said in wrong if said not in missed)
-    assert len(points) >= 7 and len(missed) <= len(points) // 10, missed
+    assert len(points) >= 2 and len(missed) <= len(points) // 10, missed
     theatre.swept(namespaces)
