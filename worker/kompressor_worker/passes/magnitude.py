@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from kompressor_api.v1alpha1 import Model
-from kompressor_worker.passes import Pass
-from kompressor_worker.passes.sparsity_params import SparsityParams, marked, refuse_quantised
-from kompressor_worker.schemes import Scheme
+from kompressor_worker.passes.sparsity_params import SparsityParams, SparsityPass
 
 if TYPE_CHECKING:
     from kompressor_worker.block import Stage
-    from kompressor_worker.layout import LinearLayout, ModelLayout
 
 
 class MagnitudeParams(SparsityParams):
     """Magnitude pruning: sets the smallest weights of each linear to zero. Goes before the pass that quantises."""
 
 
-class Magnitude(Pass):
+class Magnitude(SparsityPass):
     """The pass `magnitude`."""
 
     Params: ClassVar[type[Model]] = MagnitudeParams
-    prunes = True
-
-    def __init__(self, params: MagnitudeParams) -> None:
-        self.params = params
-        self._chosen: list[LinearLayout] = []
-
-    def prepare(self, layout: ModelLayout) -> ModelLayout:
-        layout, self._chosen = marked(layout, self.params, "magnitude")
-        return layout
-
-    def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
-        """Nothing. Raises UserError for what is quantised already."""
-        refuse_quantised(self._chosen, taken, "magnitude")
-        return {}
+    name = "magnitude"
 
     def apply(self, stage: Stage) -> None:
         """Raises BadNumerics."""

@@ -4,19 +4,16 @@ good. Column by column, as in GPTQ. A pass that quantises afterwards keeps the z
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from kompressor_api.v1alpha1 import Model
-from kompressor_worker.passes import Pass
-from kompressor_worker.passes.sparsity_params import SparsityParams, marked, refuse_quantised
-from kompressor_worker.schemes import Scheme
+from kompressor_worker.passes.sparsity_params import SparsityParams, SparsityPass
 
 if TYPE_CHECKING:
     from kompressor_worker.block import Site, Stage
-    from kompressor_worker.layout import LinearLayout, ModelLayout
+    from kompressor_worker.layout import LinearLayout
     from kompressor_worker.statistics import Statistic
 
 NOTHING = 1e6
@@ -36,26 +33,14 @@ class SparseGptParams(SparsityParams):
     )
 
 
-class SparseGpt(Pass):
+class SparseGpt(SparsityPass):
     """The pass `sparseGPT`."""
 
     Params: ClassVar[type[Model]] = SparseGptParams
+    params: SparseGptParams
     statistics: frozenset[Statistic] = frozenset({"hessian"})
     products = 0.5  # a column's error reaches only those that come after it
-    prunes = True
-
-    def __init__(self, params: SparseGptParams) -> None:
-        self.params = params
-        self._chosen: list[LinearLayout] = []
-
-    def prepare(self, layout: ModelLayout) -> ModelLayout:
-        layout, self._chosen = marked(layout, self.params, "sparseGPT")
-        return layout
-
-    def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
-        """Nothing. Raises UserError for what is quantised already."""
-        refuse_quantised(self._chosen, taken, "sparseGPT")
-        return {}
+    name = "sparseGPT"
 
     def apply(self, stage: Stage) -> None:
         """Raises BadNumerics. `stage.notes["sparseGPT"]`, unless all went as usual: the `dampening` that a factorisation needed, and

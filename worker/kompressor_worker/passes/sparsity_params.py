@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout, StageLayout
+from kompressor_worker.passes import Pass
 from kompressor_worker.passes.linear_params import TargetParams
 from kompressor_worker.passes.selection import choose
 from kompressor_worker.schemes import Scheme
@@ -71,11 +72,26 @@ def marked(layout: ModelLayout, params: SparsityParams, by: str) -> tuple[ModelL
     return replace(layout, units=units), chosen
 
 
-def refuse_quantised(chosen: Sequence[LinearLayout], taken: Mapping[str, Scheme], by: str) -> None:
-    """Raises UserError where an earlier pass has quantised what this one prunes."""
-    for linear in chosen:
-        if linear.name in taken:
-            raise UserError(
-                f"{by}: {linear.name} is {taken[linear.name].name} by an earlier pass; put {by} before the passes that quantise, or "
-                "list it under ignore"
-            )
+class SparsityPass(Pass):
+    """Base of a pass that sets weights to zero: what it speaks of headers."""
+
+    name: ClassVar[str]
+    prunes = True
+
+    def __init__(self, params: SparsityParams) -> None:
+        self.params = params
+        self._chosen: list[LinearLayout] = []
+
+    def prepare(self, layout: ModelLayout) -> ModelLayout:
+        layout, self._chosen = marked(layout, self.params, self.name)
+        return layout
+
+    def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
+        """Nothing. Raises UserError where an earlier pass has quantised what this one prunes."""
+        for linear in self._chosen:
+            if linear.name in taken:
+                raise UserError(
+                    f"{self.name}: {linear.name} is {taken[linear.name].name} by an earlier pass; put {self.name} before the passes that "
+                    "quantise, or list it under ignore"
+                )
+        return {}

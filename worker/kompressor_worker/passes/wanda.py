@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from kompressor_api.v1alpha1 import Model
-from kompressor_worker.passes import Pass
-from kompressor_worker.passes.sparsity_params import SparsityParams, marked, refuse_quantised
-from kompressor_worker.schemes import Scheme
+from kompressor_worker.passes.sparsity_params import SparsityParams, SparsityPass
 
 if TYPE_CHECKING:
     import torch
 
     from kompressor_worker.block import Stage
-    from kompressor_worker.layout import LinearLayout, ModelLayout
     from kompressor_worker.statistics import Statistic
 
 
@@ -23,25 +19,12 @@ class WandaParams(SparsityParams):
     quantises."""
 
 
-class Wanda(Pass):
+class Wanda(SparsityPass):
     """The pass `wanda`."""
 
     Params: ClassVar[type[Model]] = WandaParams
     statistics: frozenset[Statistic] = frozenset({"norms"})
-    prunes = True
-
-    def __init__(self, params: WandaParams) -> None:
-        self.params = params
-        self._chosen: list[LinearLayout] = []
-
-    def prepare(self, layout: ModelLayout) -> ModelLayout:
-        layout, self._chosen = marked(layout, self.params, "wanda")
-        return layout
-
-    def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
-        """Nothing. Raises UserError for what is quantised already."""
-        refuse_quantised(self._chosen, taken, "wanda")
-        return {}
+    name = "wanda"
 
     def apply(self, stage: Stage) -> None:
         """Raises BadNumerics. `stage.notes["wanda"]` names linears that no row of data reached: there magnitudes alone decide."""
