@@ -60,6 +60,12 @@ class Family:
     """Whether attention and feed-forward have a norm behind them too; the one before the feed-forward is then pre_feedforward_layernorm."""
     scaled_embeddings: bool = False
     """Whether embeddings are multiplied by the root of the hidden size."""
+    full_attention_every: int = 0
+    """Where config.json does not list them: one of so many layers has full attention, the others a sliding window; 0: all are alike."""
+    whole_heads: bool = False
+    """Whether transformers' config class refuses a hidden size that is no multiple of the number of heads, head_dim or not."""
+    stand_in: str = ""
+    """A model_type of the same function and the same names whose config class does not."""
     forward: bool = True
     """Whether decoder.py knows its function, so that it can be calibrated and evaluated."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -95,11 +101,21 @@ def gated(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str =
 GEMMA = {"tie_word_embeddings": True}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(("llama", "ministral"), ATTENTION, gated("mlp.")),
+    "llama": Family(("llama", "ministral"), ATTENTION, gated("mlp."), whole_heads=True, stand_in="ministral"),
     "mistral": Family(("mistral",), ATTENTION, gated("mlp.")),
     "qwen2": Family(("qwen2",), ATTENTION, gated("mlp.")),
     "qwen3": Family(("qwen3",), ATTENTION, gated("mlp.")),
-    "gemma2": Family(("gemma2",), ATTENTION, gated("mlp."), norm_offset=1.0, post_norms=True, scaled_embeddings=True, defaults=GEMMA),
+    "gemma2": Family(
+        ("gemma2",),
+        ATTENTION,
+        gated("mlp."),
+        norm_offset=1.0,
+        post_norms=True,
+        scaled_embeddings=True,
+        full_attention_every=2,
+        whole_heads=True,
+        defaults=GEMMA,
+    ),
     "gemma3": Family(
         ("gemma3_text",),
         ATTENTION,
@@ -107,6 +123,8 @@ FAMILIES: dict[str, Family] = {
         norm_offset=1.0,
         post_norms=True,
         scaled_embeddings=True,
+        full_attention_every=6,
+        whole_heads=True,
         defaults={**GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
     ),
     "phi3": Family(

@@ -79,6 +79,32 @@ class KvStatistics:
 
 
 @dataclass
+class Reduction:
+    """A linear whose input columns are to become fewer, and whoever makes these columns."""
+
+    step: str
+    """o, down or experts_out."""
+    site: Site
+    """Its one linear is the one that reads; its statistics hold the Hessian."""
+    producers: tuple[LinearLayout, ...]
+    """Linears whose rows make the columns: q, k and v, or gate and up; or all of them in one weight, in this order."""
+    weights: dict[str, torch.Tensor]
+    """Of the whole block, by full name; the pass puts smaller ones in place of those that it changes."""
+    head_size: int
+    kv_heads: int
+    heard: Callable[[], None]
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What is to be said of it in the report, by linear."""
+    kept: torch.Tensor | None = None
+    """int64, ascending: the columns that stay; None: all."""
+    cross: torch.Tensor | None = None
+    """fp32 [out, columns]: sum over positions of y^T x, y what the linear is wanted to say to the input x: what the original says to its
+    own, in the basis of what comes out. Only for passes that correct (`Pass.corrects`)."""
+    wanted_square: float = 0.0
+    """Sum of y^2."""
+
+
+@dataclass
 class Stage:
     layout: StageLayout
     weights: dict[str, torch.Tensor]

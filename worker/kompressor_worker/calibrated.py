@@ -28,12 +28,21 @@ from kompressor_worker.layout import StageLayout, UnitLayout
 from kompressor_worker.memory import give_back_freed_memory, peak_bytes
 from kompressor_worker.pace import Pace, unheard
 from kompressor_worker.passes import Pass
+from kompressor_worker.reshaping import Reshaper
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.sites import sites_of
 from kompressor_worker.statistics import Statistic, Statistics
 
 KvHook = Callable[[Batch], Cache | None]
 DRIFT_STATISTICS: tuple[Statistic, ...] = ("histogram", "range")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which block it is, counted from 0: in the source, and in the result, which may have fewer."""
+
+    source: int
+    result: int
 
 
 @dataclass
@@ -47,9 +56,14 @@ class Streams:
     """The same rows through the compressed one."""
     deployment: Activations | None = None
     """Rows as deployment sees them, beside the calibration's: for drift."""
+    reference: Activations | None = None
+    """The calibration rows through the original model, for passes that correct against it."""
 
     def all(self) -> list[Activations]:
-        return [s for s in (self.calibration, self.original, self.compressed, self.deployment) if s is not None]
+        return [s for s in (self.calibration, self.original, self.compressed, self.deployment, self.reference) if s is not None]
+
+    def of_the_original(self) -> list[Activations]:
+        return [s for s in (self.original, self.reference) if s is not None]
 
     def through_compressed(self) -> list[Activations]:
         """Those that flow with published weights, but unrounded inputs."""
@@ -79,6 +93,7 @@ class BlockWork:
     observer: KvObserver
     notes: dict[str, Any] = field(default_factory=dict)
     drift: dict[str, Any] = field(default_factory=dict)
+    reduced: dict[str, Any] = field(default_factory=dict)
     expert_tokens: list[int] = field(default_factory=list)
     """In a mixture, where something is measured: calibration tokens routed to each expert."""
 
@@ -97,28 +112,33 @@ def effective(
 class Engine:
     """Runs blocks. Everything that lasts from one to the next is in the streams."""
 
-    def __init__(self, decoder: Decoder, passes: Sequence[Pass], schemes: Mapping[str, Scheme], streams: Streams) -> None:
+    def __init__(
+        self, decoder: Decoder, passes: Sequence[Pass], schemes: Mapping[str, Scheme], streams: Streams, source: Decoder | None = None
+    ) -> None:
+        """`source`: of the model as it was, where `decoder` is of one of other sizes."""
         self.decoder, self.passes, self.schemes, self.streams = decoder, passes, schemes, streams
+        self.source = source or decoder
         self._drift = frozenset[Statistic](DRIFT_STATISTICS if streams.deployment is not None else ())
         self._wanted = frozenset(s for p in passes for s in p.statistics) | self._drift
         self._kv = any(p.kv for p in passes)
-        self._embeddings = next(x.weight for x in decoder.layout.linears() if x.kind == "embedding")
         self._whole = any(p.whole_block for p in passes)
         self._pace = Pace(0, 0, unheard)
 
-    def block(self, layer: int, unit: UnitLayout, weights: dict[str, Tensor], tell: Callable[[int], None] = unheard) -> Finished:
+    def block(self, at: Place, unit: UnitLayout, weights: dict[str, Tensor], tell: Callable[[int], None] = unheard) -> Finished:
         """`weights`: all tensors of the block by full name, model dtype; they are this call's to change. `tell` hears of the unit's source
         bytes, batch by batch, and may raise. Raises BadNumerics."""
         began = time.monotonic()
-        block = Block(self.decoder, layer, unit)
+        block = Block(self.decoder, at.result, unit)
         self._pace = self._paced(block, unit, tell, replayed=False)
-        if self.streams.original is not None:
-            self._flow(block, block.steps, self.streams.original, Projection(weights))
+        self._original(at, unit, weights)
+        stored = dict(weights)
         for p in self.passes:
             self._pace(0)
             p.transform(unit, weights)
+        reduced = self._reshape(at, unit, stored, weights)
         schemes = {x.name: self.schemes[x.name] for stage in unit.stages for x in stage.linears if x.name in self.schemes}
         work = BlockWork(block, Finished(weights, {}, schemes), dict(weights), KvObserver(self.decoder.kv_heads, self.decoder.device))
+        work.reduced = reduced
         for steps in [block.steps] if self._whole else [(step,) for step in block.steps]:
             self._compress(work, steps)
         self._evaluate(work)
@@ -130,17 +150,16 @@ class Engine:
 
     def replay(
         self,
-        layer: int,
+        at: Place,
         unit: UnitLayout,
         weights: dict[str, Tensor],
         published: Mapping[str, Tensor],
         tell: Callable[[int], None] = unheard,
     ) -> None:
         """The same for the streams, with a block that is done already: `published` tensors by full name."""
-        block = Block(self.decoder, layer, unit)
+        block = Block(self.decoder, at.result, unit)
         self._pace = self._paced(block, unit, tell, replayed=True)
-        if self.streams.original is not None:
-            self._flow(block, block.steps, self.streams.original, Projection(weights))
+        self._original(at, unit, weights, reference=True)
         schemes = {x.name: self.schemes[x.name] for stage in unit.stages for x in stage.linears if x.name in self.schemes}
         plain = {name: tensor for name, tensor in published.items() if name in weights or name.endswith("_scale")}
         current = effective(plain, published, schemes, self.decoder.dtype, self.decoder.device)
@@ -154,6 +173,29 @@ class Engine:
             stream.exclude_nonfinite(unit.name)
         self._pace.finish()
 
+    def pass_by(self, at: Place, unit: UnitLayout, weights: dict[str, Tensor], tell: Callable[[int], None] = unheard) -> None:
+        """A block that the result does not have: the original's rows alone go through it."""
+        tokens = sum(t.numel() for s in self.streams.of_the_original() for t in s.tokens)
+        self._pace = Pace(unit.source_bytes, size_of_unit(unit) * tokens, tell)
+        self._original(at, unit, weights, reference=True)
+        self._pace.finish()
+
+    def _original(self, at: Place, unit: UnitLayout, weights: Mapping[str, Tensor], reference: bool = False) -> None:
+        """Rows through the block as it was: the evaluation's, and the reference's unless they go along while it is reshaped."""
+        block = Block(self.source, at.source, unit.as_stored())
+        if self.streams.original is not None:
+            self._flow(block, block.steps, self.streams.original, Projection(weights))
+        if self.streams.reference is not None and reference:
+            self._flow(block, block.steps, self.streams.reference, self._runtime(weights))
+
+    def _reshape(self, at: Place, unit: UnitLayout, stored: Mapping[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Any]:
+        """Fewer heads and neurons, where that is asked for: what there is to say of it, by linear."""
+        if self.streams.calibration is None or not any(p.reduces for p in self.passes):
+            return {}
+        reshaper = Reshaper(self.source, self.passes, self.streams.calibration, self.streams.reference, self._pace)
+        reshaper.block(at.source, unit, stored, weights)
+        return reshaper.notes
+
     def _paced(self, block: Block, unit: UnitLayout, tell: Callable[[int], None], replayed: bool) -> Pace:
         """Work is counted in multiply-adds: a forward through a step is one a weight and token, a product with a Hessian one a weight and
         column."""
@@ -161,6 +203,8 @@ class Engine:
         expected: float = sum(size_of(step.layout) for step in block.steps) * sum(tokens)
         if not replayed:
             expected += sum(p.products for p in self.passes) * sum(size_of(step.layout) * columns_of(step.layout) for step in block.steps)
+            if any(p.reduces for p in self.passes) and self.streams.calibration is not None:
+                expected += size_of_unit(unit.as_stored()) * sum(t.numel() for t in self.streams.calibration.tokens)
             if self._whole and self.streams.calibration is not None:
                 expected += sum(size_of(step.layout) for step in block.steps[:-1]) * sum(t.numel() for t in self.streams.calibration.tokens)
         return Pace(unit.source_bytes, expected, tell)
@@ -257,9 +301,9 @@ class Engine:
             project.forget()
 
     def _turned(self, hidden: Tensor) -> Tensor:
-        """Hidden states [positions, hidden] of the original as the passes turn the residual stream: like embeddings."""
+        """Hidden states [positions, hidden] of the original in the basis of what comes out."""
         for p in self.passes:
-            hidden = p.transform_rows(self._embeddings, hidden, None)
+            hidden = p.turn(hidden)
         return hidden
 
     def _finish(self, work: BlockWork, began: float) -> Finished:
@@ -269,6 +313,8 @@ class Engine:
             finished.record["expertTokens"] = work.expert_tokens
         if work.notes:
             finished.record["notes"] = work.notes
+        if work.reduced:
+            finished.record["reduced"] = work.reduced
         if work.drift:
             finished.record["drift"] = work.drift
         if self.streams.original is not None and self.streams.compressed is not None:
@@ -276,6 +322,10 @@ class Engine:
         if self.streams.calibration is not None:
             finished.record["excludedRows"] = len(self.streams.calibration.excluded)
         return finished
+
+
+def size_of_unit(unit: UnitLayout) -> int:
+    return sum(size_of(stage) for stage in unit.stages)
 
 
 def size_of(layout: StageLayout) -> int:

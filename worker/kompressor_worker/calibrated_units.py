@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kompressor_worker import kernels, tensors
 from kompressor_worker.block import Encoded, Stage
-from kompressor_worker.calibrated import Engine
+from kompressor_worker.calibrated import Engine, Place
 from kompressor_worker.formats import compressed_tensors
 from kompressor_worker.journal import Journal
 from kompressor_worker.last_hidden import LastHidden
@@ -39,8 +39,14 @@ class Calibrated:
 
     def __post_init__(self) -> None:
         self._plain = DataFree(self.work)
-        layers = [n for n, unit in enumerate(self.work.layout.units) if kind_of(unit) == "block"]
-        self._layer = {unit: layer for layer, unit in enumerate(layers)}
+        self._places: dict[int, Place] = {}
+        dropped = 0
+        for number in (n for n, unit in enumerate(self.work.layout.units) if kind_of(unit) == "block"):
+            self._places[number] = Place(len(self._places), len(self._places) - dropped)
+            dropped += self.work.layout.units[number].dropped
+
+    def place(self, unit: int) -> Place:
+        return self._places[unit]
 
     def first(self, journal: Journal) -> int:
         done = journal.state.unit
@@ -51,6 +57,9 @@ class Calibrated:
     def loads(self, unit: int) -> Iterator[Load]:
         layout = self.work.layout.units[unit]
         kind = kind_of(layout)
+        if layout.dropped:
+            yield from (whole(stage) for stage in layout.stages if self.engine.streams.of_the_original())
+            return
         if kind == "other":
             yield from self._plain.loads(unit)
             return
@@ -61,12 +70,12 @@ class Calibrated:
                 continue
             for tensor in in_file_order(stage, placed):
                 yield from (
-                    self._row_loads(tensor) if tensor.name == matrix.weight else [Load(tuple((s, 0, s.nbytes) for s in tensor.stored))]
+                    self.row_loads(tensor) if tensor.name == matrix.weight else [Load(tuple((s, 0, s.nbytes) for s in tensor.stored))]
                 )
         if kind == "head" and (tied := self._tied_matrix(layout)):
-            yield from self._row_loads(tied)
+            yield from self.row_loads(tied)
 
-    def _row_loads(self, source: SourceTensor) -> Iterator[Load]:
+    def row_loads(self, source: SourceTensor) -> Iterator[Load]:
         """Whole rows, as many as fit into a slice; a tensor that must be decoded comes in one."""
         if source.encoding != "plain":
             yield Load(tuple((s, 0, s.nbytes) for s in source.stored))
@@ -77,10 +86,10 @@ class Calibrated:
         for start in range(0, stored.nbytes, size):
             yield Load(((stored, start, min(start + size, stored.nbytes)),))
 
-    def _rows(self, source: SourceTensor, incoming: Iterator[Loaded]) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of a matrix, as `_row_loads` asked for them."""
+    def rows(self, source: SourceTensor, incoming: Iterator[Loaded]) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of a matrix, as `row_loads` asked for them."""
         first = 0
-        for _ in self._row_loads(source):
+        for _ in self.row_loads(source):
             views = next(incoming).views
             if source.encoding != "plain":
                 rows = decode(source, views)
@@ -105,8 +114,11 @@ class Calibrated:
             case "embeddings":
                 self._embeddings(unit, incoming, None, step)
             case "block":
-                weights = self._block_weights(layout, incoming)
-                self.engine.replay(self._layer[unit], layout, weights, self.snapshots.block(unit), step)
+                if layout.dropped:
+                    self._pass_by(unit, incoming, step)
+                    return
+                weights = self.block_weights(layout, incoming)
+                self.engine.replay(self._places[unit], layout, weights, self.snapshots.block(unit), step)
             case _:
                 for _ in self._plain.loads(unit):
                     next(incoming)
@@ -118,6 +130,9 @@ class Calibrated:
             case "embeddings":
                 self._embeddings(unit, incoming, writer, step)
                 return NOTHING
+            case "block" if layout.dropped:
+                self._pass_by(unit, incoming, step)
+                return self.snapshots.carry(unit, {}, {})
             case "block":
                 return self._block(unit, incoming, writer, step)
             case "head":
@@ -129,8 +144,8 @@ class Calibrated:
         layout, streams, decoder = self.work.layout.units[unit], self.engine.streams, self.engine.decoder
 
         def meet(first: int, rows: Tensor, published: Tensor) -> None:
-            if streams.original is not None:
-                streams.original.embed(first, decoder.embed(rows))
+            for original in streams.of_the_original():
+                original.embed(first, self.engine.source.embed(rows))
             for stream in (streams.calibration, streams.compressed, streams.deployment):
                 if stream is not None:
                     stream.embed(first, decoder.embed(published))
@@ -162,7 +177,7 @@ class Calibrated:
                     writer.write(places[source.name], as_bytes(value.contiguous(), places[source.name]))
                 continue
             hasher = xxhash.xxh3_128()
-            for first, rows in self._rows(source, incoming):
+            for first, rows in self.rows(source, incoming):
                 changed = rows
                 for p in self.work.passes:
                     changed = p.transform_rows(source.name, changed, norm)
@@ -174,7 +189,7 @@ class Calibrated:
             if writer is not None:
                 writer.record_digest(source.name, hasher.hexdigest())
 
-    def _block_weights(self, layout: UnitLayout, incoming: Iterator[Loaded]) -> dict[str, Tensor]:
+    def block_weights(self, layout: UnitLayout, incoming: Iterator[Loaded]) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
         for stage in layout.stages:
             if any(t.stored for t in stage.tensors):
@@ -184,9 +199,16 @@ class Calibrated:
             refuse_nonfinite(name, kernels.nonfinite(value))
         return {name: value.to(self.engine.decoder.device) for name, value in weights.items()}
 
+    def _pass_by(self, unit: int, incoming: Iterator[Loaded], step: Step) -> None:
+        layout = self.work.layout.units[unit]
+        if not self.engine.streams.of_the_original():
+            step(layout.source_bytes)
+        else:
+            self.engine.pass_by(self._places[unit], layout, self.block_weights(layout, incoming), step)
+
     def _block(self, unit: int, incoming: Iterator[Loaded], writer: Writer, step: Step) -> Carry:
         layout = self.work.layout.units[unit]
-        finished = self.engine.block(self._layer[unit], layout, self._block_weights(layout, incoming), step)
+        finished = self.engine.block(self._places[unit], layout, self.block_weights(layout, incoming), step)
         made = {name: value for e in finished.encoded.values() for name, value in e.tensors.items()}
         plain = {f"{name}.weight" for name in finished.encoded}
         made |= {name: value.cpu().contiguous() for name, value in finished.weights.items() if name not in plain}
@@ -223,8 +245,11 @@ class Calibrated:
                 hidden.pace.finish()
         if tied := self._tied_matrix(layout):
             hidden = LastHidden(self.engine, final_norm(norms), final_norm(changed), 0, step)
-            for first, rows in self._rows(tied, incoming):
-                hidden.add(first, rows, rows)
+            for first, rows in self.rows(tied, incoming):
+                changed_rows = rows
+                for p in self.work.passes:
+                    changed_rows = p.transform_rows(tied.name, changed_rows, None)
+                hidden.add(first, rows, changed_rows)
         return Carry({"evaluation": hidden.result()}) if hidden is not None and hidden.comparing else NOTHING
 
     def _final_norm(

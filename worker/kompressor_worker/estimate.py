@@ -148,7 +148,7 @@ def flow_bytes(
     limits: Limits,
 ) -> FlowBytes:
     """At the worst moment of the largest block."""
-    tokens, size = Tokens.of(spec, any(p.statistics or p.kv for p in passes)), DTYPE_BYTES[layout.dtype]
+    tokens, size = Tokens.of(spec, any(p.measures for p in passes)), DTYPE_BYTES[layout.dtype]
     whole = any(p.whole_block for p in passes)
     hessians = any("hessian" in p.statistics for p in passes)
     # weights in place of others: turned, pruned, or with scales folded into them
@@ -189,7 +189,7 @@ def batch_bytes(sites: Sequence[Site], length: int) -> int:
 
 
 def flow_operations(spec: CompressionJobSpec, layout: ModelLayout, passes: Sequence[Pass], schemes: Mapping[str, Scheme]) -> FlowOperations:
-    measured = any(p.statistics or p.kv for p in passes)
+    measured = any(p.measures for p in passes)
     tokens = Tokens.of(spec, measured)
     whole = measured and any(p.whole_block for p in passes)
     hessians = any("hessian" in p.statistics for p in passes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,32 +16,58 @@ from kompressor_worker.calibrated import Engine, Streams
 from kompressor_worker.calibrated_units import Calibrated
 from kompressor_worker.calibration import Rows
 from kompressor_worker.decoder import Decoder
+from kompressor_worker.journal import Journal
 from kompressor_worker.kernels import build
+from kompressor_worker.layout import ModelLayout
+from kompressor_worker.passes import Pass
+from kompressor_worker.pipeline import Limits
+from kompressor_worker.shards import plan_output
 from kompressor_worker.snapshots import Snapshots
 from kompressor_worker.storage import Output
 from kompressor_worker.stream import Work
+from kompressor_worker.survey import Survey
 
 
 def calibrated(work: Work, output: Output, rows: Mapping[str, Rows]) -> Calibrated:
     """`rows` by section of the spec: calibration, drift, evaluation. Raises UserError for a decoder that cannot be run."""
     device = compute_device()
     decoder = Decoder(work.layout, device)
+    source = decoder if work.layout.config == work.layout.source_config else Decoder(as_it_was(work.layout), device)
     spill = Spill(work.limits.activations)
 
-    def stream(name: str, section: str) -> Activations | None:
+    def stream(name: str, section: str, flows: Decoder = decoder) -> Activations | None:
         found = rows.get(section)
         if found is None:
             return None
-        return Activations.of(name, found.tokens, decoder.dtype, int(decoder.config.hidden_size), spill, device)
+        return Activations.of(name, found.tokens, decoder.dtype, int(flows.config.hidden_size), spill, device)
 
     streams = Streams(
         calibration=stream("calibration", "calibration"),
-        original=stream("original", "evaluation"),
+        original=stream("original", "evaluation", source),
         compressed=stream("compressed", "evaluation"),
         deployment=stream("deployment", "drift"),
+        reference=stream("reference", "calibration", source) if any(p.corrects for p in work.passes) else None,
     )
-    engine = Engine(decoder, work.passes, work.schemes, streams)
+    engine = Engine(decoder, work.passes, work.schemes, streams, source)
     return Calibrated(work, engine, Snapshots(streams, output, work.limits.snapshot_seconds))
+
+
+def surveyed(
+    number: int, source: ModelLayout, passes: Sequence[Pass], journal: Journal, rows: Mapping[str, Rows], limits: Limits
+) -> Survey:
+    """One of a job's surveys. `source`: the layout as it is read."""
+    device = compute_device()
+    decoder = Decoder(source, device)
+    spill = Spill(limits.activations)
+    stream = Activations.of("calibration", rows["calibration"].tokens, decoder.dtype, int(decoder.config.hidden_size), spill, device)
+    streams = Streams(calibration=stream)
+    work = Work(source, (), {}, plan_output(source, {}), limits)
+    units = Calibrated(work, Engine(decoder, (), {}, streams), Snapshots(streams, journal.output, limits.snapshot_seconds))
+    return Survey(number, units, passes, journal)
+
+
+def as_it_was(layout: ModelLayout) -> ModelLayout:
+    return replace(layout, config=layout.source_config)
 
 
 def compute_device() -> torch.device:

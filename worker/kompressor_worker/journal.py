@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -51,6 +51,10 @@ class State:
     """Name of the object with the bytes that follow the last part."""
     snapshot: int | None = None
     """The unit before which the stored activations stand; calibrated jobs only."""
+    surveys: int = 0
+    """How many surveys are done: what they have found is stored, and the units' work is decided by it."""
+    survey: int | None = None
+    """The unit before which the one that is being done has been saved."""
     publishing: bool = False
     """All units are committed; shards may be whole already."""
     devices: tuple[Span, ...] = ()
@@ -59,6 +63,11 @@ class State:
     """All that publishing writes, once it has begun."""
     job: str = ""
     """The uid of the CompressionJob whose work this is, so that cleaning up after another one leaves it; empty outside of a cluster."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything is done already."""
+        return bool(self.unit or self.surveys or self.survey)
 
 
 @dataclass
@@ -112,10 +121,16 @@ class Journal:
 
 
 def open_journal(
-    output: Output, fingerprint: Mapping[str, str], owner: str, plan: OutputPlan, device_may_change: bool = False, job: str = ""
+    output: Output,
+    fingerprint: Mapping[str, str],
+    owner: str,
+    plan_after: Callable[[int], OutputPlan],
+    device_may_change: bool = False,
+    job: str = "",
 ) -> Journal:
     """Claims the output: starts a journal, or takes over the one that is there. Raises UserError when it belongs to another job, naming the
-    field that differs, or to another kind of device, unless that may change; ClaimLost when another worker claims at the same moment."""
+    field that differs, or to another kind of device, unless that may change; ClaimLost when another worker claims at the same moment.
+    `plan_after`: the output's plan once so many surveys are done."""
     found = output.read(JOURNAL)
     if found is None:
         journal = Journal(output, State(dict(fingerprint), owner, job=job), None)
@@ -124,6 +139,7 @@ def open_journal(
     state = decode(found[0], output.uri)
     refuse_other_job(state, fingerprint, output.uri)
     journal = Journal(output, state, found[1])
+    plan = plan_after(state.surveys)
     kept, lost = surviving(output, state, plan)
     if lost:
         log.warning("%s: the store no longer has the upload of %s; going back to unit %d", output.uri, ", ".join(lost), kept.unit)
@@ -141,7 +157,7 @@ def _on_this_device(state: State, device: str | None, may_change: bool, uri: str
     before = state.fingerprint.get("device")
     if device is None or before is None:
         return state
-    if device != before and state.unit and not may_change:
+    if device != before and state.begun and not may_change:
         raise UserError(
             f"{uri}: an unfinished job is here whose device was {before}, this one's is {device}; run it on the same kind of node, with as "
             "many threads; or set worker.allowDeviceChange: true in a job like this one, which goes on here, with other bytes than one "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -55,6 +55,12 @@ class SourceTensor:
     encoding: Encoding = "plain"
     block: tuple[int, int] = (128, 128)
     """Rows and columns that share a scale, for fp8_block."""
+    reduced: tuple[int, ...] | None = None
+    """The shape that passes which take rows or columns away leave; None: `shape`."""
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        return self.shape if self.reduced is None else self.reduced
 
     @property
     def source_bytes(self) -> int:
@@ -105,16 +111,32 @@ class UnitLayout:
 
     name: str
     stages: tuple[StageLayout, ...]
+    dropped: bool = False
+    """A block that the result does not have; the original's activations flow through it all the same."""
 
     @property
     def source_bytes(self) -> int:
         return sum(s.source_bytes for s in self.stages)
 
+    def as_stored(self) -> UnitLayout:
+        """With the linears' shapes of the source, under the names of the result."""
+        shapes = {t.name: t.shape for stage in self.stages for t in stage.tensors}
+        return self.with_shapes(shapes)
+
+    def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> UnitLayout:
+        """With linears of other shapes, by the full names of their weights; those that are not named keep theirs."""
+
+        def shaped(x: LinearLayout) -> LinearLayout:
+            rows, columns = shapes.get(x.weight, x.shape)
+            return replace(x, shape=(rows, columns))
+
+        return replace(self, stages=tuple(replace(s, linears=tuple(map(shaped, s.linears))) for s in self.stages))
+
 
 @dataclass(frozen=True)
 class ModelLayout:
     config: Mapping[str, Any]
-    """config.json as it is."""
+    """config.json as passes leave it."""
     dtype: str
     """What weights are stored or decoded in: BF16, F16 or F32."""
     family: str | None
@@ -130,10 +152,15 @@ class ModelLayout:
     """Bytes of `other_files`, by name."""
     kv_cache: KvStrategy | None = None
     """How the scales of an FP8 KV cache are shared; None: the cache is left as it is."""
+    rotated: bool = False
+    """Whether a pass has turned the residual stream."""
+    source_config: Mapping[str, Any] = field(default_factory=dict)
+    """config.json of the source."""
 
     def stages(self) -> Iterator[StageLayout]:
+        """Of the result: without those of blocks that are dropped."""
         for unit in self.units:
-            yield from unit.stages
+            yield from () if unit.dropped else unit.stages
 
     def linears(self) -> Iterator[LinearLayout]:
         for stage in self.stages():

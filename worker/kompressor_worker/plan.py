@@ -15,6 +15,7 @@ from kompressor_worker.estimate import FlowBytes, FlowOperations, flow_bytes, fl
 from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_unusable_journal
 from kompressor_worker.layout import ModelLayout
+from kompressor_worker.passes import build_passes
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.publish import already_published, refuse_without_room
 from kompressor_worker.reading import read_layout
@@ -148,7 +149,8 @@ def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None
     stop = stop or threading.Event()
     source = open_source(job.spec.model.source, environ, stop)
     output = open_output(job.spec.output, environ, stop)
-    layout, passes, schemes = assign(job.spec, read_layout(source))
+    passes = build_passes(job.spec.passes)
+    layout, schemes = assign(job.spec, read_layout(source), passes)
     planned = plan_output(layout, schemes)
     data = find_samples(wanted_samples(job.spec, passes), ModelTokenizer(source), environ, stop)
     fingerprint = make_fingerprint(job.spec, layout, data)

@@ -62,29 +62,44 @@ class Progress:
         self._clock = clock
         self._layout: ModelLayout | None = None
         self._began = 0.0
-        self._total = self._skipped = self._first = 0
+        self._total = self._skipped = self._first = self._behind = 0
         self._resumed: str | None = None
+        self._survey = ""
 
-    def start(self, layout: ModelLayout, first_unit: int) -> None:
+    def start(self, layout: ModelLayout, first_unit: int, surveys: int = 0, surveyed: int = 0) -> None:
+        """`surveys`: how many times the source is read before the stream, `surveyed` of these are done."""
         self._layout = layout
         self._began = self._clock()
-        self._total = layout.source_bytes  # a sum over all tensors: once, not at every stage
+        source = layout.source_bytes  # a sum over all tensors: once, not at every stage
+        self._total = (1 + surveys) * source
         self._first = first_unit
         if first_unit:
             self._resumed = [*(unit.name for unit in layout.units), PUBLISHING][first_unit]
-        self._skipped = sum(u.source_bytes for u in layout.units[:first_unit])
-        if first_unit < len(layout.units):
-            self.done(first_unit, self._skipped)
+        self._behind = surveyed * source
+        done = sum(u.source_bytes for u in layout.units[:first_unit])
+        self._skipped = self._behind + done
+        if first_unit < len(layout.units) and surveys == surveyed:
+            self.done(first_unit, done)
+
+    def surveying(self, number: int, layout: ModelLayout) -> None:
+        """The source is read for survey `number`, counted from 0."""
+        self._layout, self._survey = layout, f"survey {number + 1}: "
+        self._behind = number * layout.source_bytes
+
+    def streaming(self, layout: ModelLayout, surveys: int) -> None:
+        """Surveys are done; `layout` is what they have decided."""
+        self._layout, self._survey = layout, ""
+        self._behind = surveys * layout.source_bytes
 
     def done(self, unit: int, done: int) -> None:
         """`done` source bytes are behind the stream, which is in unit number `unit`. Units that are committed and only made again to go on
         take nothing back of what is done."""
         assert self._layout is not None
-        done = max(done, self._skipped)
+        done = max(done + self._behind, self._skipped)
         elapsed = max(1e-6, self._clock() - self._began)
         self._tell(
             Snapshot(
-                self._layout.units[unit].name,
+                f"{self._survey}{self._layout.units[unit].name}",
                 max(unit, self._first),
                 len(self._layout.units),
                 done,

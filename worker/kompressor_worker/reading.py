@@ -44,6 +44,7 @@ def read_layout(source: Source) -> ModelLayout:
     assert sorted(placed) == sorted(tensors), "every tensor is in exactly one stage"
     return ModelLayout(
         config=config,
+        source_config=config,
         dtype=decoded_dtype(config, checkpoint.tensors),
         family=name,
         units=tuple(units),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -30,7 +30,7 @@ from kompressor_worker.results import measured_result
 from kompressor_worker.sample_warnings import shape_warnings, size_warnings
 from kompressor_worker.samples import FoundData, facts, find_samples, flows, unused_samples, wanted_samples
 from kompressor_worker.schemes import Scheme
-from kompressor_worker.shards import plan_output
+from kompressor_worker.shards import OutputPlan, plan_output
 from kompressor_worker.storage import JOURNAL, WORK, Output
 from kompressor_worker.storage.locations import open_output, open_source
 from kompressor_worker.tokenizer import ModelTokenizer
@@ -78,7 +78,9 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     source = open_source(job.spec.model.source, environ, stop)
     output = open_output(job.spec.output, environ, stop)
 
-    layout, passes, schemes = assign(job.spec, read_layout(source))
+    source_layout = read_layout(source)
+    passes = build_passes(job.spec.passes)
+    layout, schemes = assign(job.spec, source_layout, passes)
     plan = plan_output(layout, schemes)
     tokenizer = ModelTokenizer(source)
     data = find_samples(wanted_samples(job.spec, passes), tokenizer, environ, stop)
@@ -97,21 +99,38 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
         log.warning("%s", warning)
 
     rows = {section: found.read(tokenizer, stop) for section, found in data.items()}
-    from kompressor_worker.flow import calibrated, device_fingerprint  # torch, only now that the job is known to make sense
+    from kompressor_worker import survey  # torch, only now that the job is known to make sense
+    from kompressor_worker.flow import calibrated, device_fingerprint, surveyed
     from kompressor_worker.kernels import build
     from kompressor_worker.stream import DataFree, Work, stream
 
     build.library()  # compiled before the clock of the progress starts
 
-    work = Work(layout, passes, schemes, plan, limits or Limits())
-    flowing = flows(job.spec, passes)
-    units = calibrated(work, output, rows) if flowing else DataFree(work)
+    def decided(surveys: int) -> OutputPlan:
+        """The output's plan by what so many surveys have found."""
+        nonlocal layout, schemes, plan
+        survey.recall(output, surveys, passes)
+        if surveys:
+            layout, schemes = assign(job.spec, source_layout, passes)
+            plan = plan_output(layout, schemes)
+        return plan
+
+    limits, flowing = limits or Limits(), flows(job.spec, passes)
     bound = {**fingerprint, "device": device_fingerprint()} if flowing else fingerprint
-    journal = open_journal(output, bound, job.owner, plan, bool(job.spec.worker.allow_device_change), job.uid)
+    journal = open_journal(output, bound, job.owner, decided, bool(job.spec.worker.allow_device_change), job.uid)
     if journal.resumed_from is not None:
         log.info("going on at unit %d of %d", journal.resumed_from, len(layout.units))
-    progress.start(layout, journal.state.unit)
+    surveys = survey.rounds(passes)
+    progress.start(layout, journal.state.unit, surveys, journal.state.surveys)
     try:
+        for number in range(journal.state.surveys, surveys):
+            progress.surveying(number, source_layout)
+            surveyed(number, source_layout, passes, journal, rows, limits).run(source, progress.done, stop)
+            layout, schemes = assign(job.spec, source_layout, passes)
+            plan = plan_output(layout, schemes)
+        work = Work(layout, passes, schemes, plan, limits)
+        units = calibrated(work, output, rows) if flowing else DataFree(work)
+        progress.streaming(layout, surveys)
         stream(work, units, source, output, journal, progress.done, stop)
         progress.publishing()
         report = build_report(work, fingerprint, job.identity, journal, source.uri, measured(job.spec, rows, data, journal, layout))
@@ -173,10 +192,9 @@ def judge(spec: CompressionJobSpec, report: dict[str, Any], output: Output, jour
     gates.enforce(verdicts, measured_result(report), output.place(f"{WORK}{PAGE}"))
 
 
-def assign(spec: CompressionJobSpec, layout: ModelLayout) -> tuple[ModelLayout, list[Pass], dict[str, Scheme]]:
-    """The layout as the passes leave it, and which linear gets which scheme; the first pass that wants a linear has it. Raises UserError.
-    Reads no weight, imports no torch."""
-    passes = build_passes(spec.passes)
+def assign(spec: CompressionJobSpec, layout: ModelLayout, passes: Sequence[Pass]) -> tuple[ModelLayout, dict[str, Scheme]]:
+    """The source's layout as the passes leave it, and which linear gets which scheme; the first pass that wants a linear has it. Raises
+    UserError. Reads no weight, imports no torch."""
     schemes: dict[str, Scheme] = {}
     for p in passes:
         layout = p.prepare(layout)
@@ -189,7 +207,7 @@ def assign(spec: CompressionJobSpec, layout: ModelLayout) -> tuple[ModelLayout, 
         *unused_samples(spec, passes),
         *(shape_warnings(spec, layout, passes, schemes) if flows(spec, passes) else ()),
     )
-    return replace(layout, warnings=warnings), passes, schemes
+    return replace(layout, warnings=warnings), schemes
 
 
 def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout, data: Mapping[str, FoundData]) -> dict[str, str]:

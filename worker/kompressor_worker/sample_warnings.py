@@ -21,7 +21,7 @@ BYTES_PER_TOKEN = 5
 
 def shape_warnings(spec: CompressionJobSpec, layout: ModelLayout, passes: Sequence[Pass], schemes: Mapping[str, Scheme]) -> tuple[str, ...]:
     """Rows longer than the model's positions, and too few of them for the Hessians. From headers alone."""
-    hungry = any(p.statistics or p.kv for p in passes)
+    hungry = any(p.measures for p in passes)
     used = [s for s in (spec.calibration if hungry else None, spec.drift if hungry else None, spec.evaluation) if s is not None]
     found = []
     positions = text_config(layout.config).get("max_position_embeddings")

@@ -42,13 +42,13 @@ class FoundData:
 
 def flows(spec: CompressionJobSpec, passes: Sequence[Pass]) -> bool:
     """Whether activations flow through the model, or whole blocks are changed: else each tensor is compressed by itself."""
-    return spec.evaluation is not None or any(p.statistics or p.kv or p.transforms for p in passes)
+    return spec.evaluation is not None or any(p.measures or p.transforms for p in passes)
 
 
 def wanted_samples(spec: CompressionJobSpec, passes: Sequence[Pass]) -> list[Sample]:
     """Raises UserError where a pass measures activations and there is nothing to measure them on."""
     names = [next(iter(entry)) for entry in spec.passes]
-    hungry = [(i, name) for i, (name, p) in enumerate(zip(names, passes, strict=True)) if p.statistics or p.kv]
+    hungry = [(i, name) for i, (name, p) in enumerate(zip(names, passes, strict=True)) if p.measures]
     if hungry and spec.calibration is None:
         i, name = hungry[0]
         raise UserError(
@@ -67,7 +67,7 @@ def wanted_samples(spec: CompressionJobSpec, passes: Sequence[Pass]) -> list[Sam
 
 def unused_samples(spec: CompressionJobSpec, passes: Sequence[Pass]) -> tuple[str, ...]:
     """Warnings."""
-    if spec.calibration is not None and not any(p.statistics or p.kv for p in passes):
+    if spec.calibration is not None and not any(p.measures for p in passes):
         return ("spec.calibration is given, but no pass measures activations: it is not read",)
     return ()
 

@@ -83,7 +83,7 @@ def plan_output(layout: ModelLayout, schemes: Mapping[str, Scheme], max_shard: i
     for unit in layout.units:
         stages = []
         for stage in unit.stages:
-            tensors = stage_tensors(stage, schemes)
+            tensors = [] if unit.dropped else stage_tensors(stage, schemes)
             total = sum(nbytes(t) for t in tensors)
             widest = max((DTYPE_BYTES[t.dtype] for t in tensors), default=1)
             if size and (size + total > max_shard or size % widest):
@@ -105,7 +105,7 @@ def stage_tensors(stage: StageLayout, schemes: Mapping[str, Scheme]) -> list[Pla
         if linear := linears.get(t.name):
             tensors += planned_tensors(linear.name, linear.shape, linear.dtype, schemes[linear.name])
         else:
-            tensors.append(PlannedTensor(t.name, t.dtype, t.shape))
+            tensors.append(PlannedTensor(t.name, t.dtype, t.result_shape))
     return sorted(tensors, key=lambda t: -DTYPE_BYTES[t.dtype])
 
 

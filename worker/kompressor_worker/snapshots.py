@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,11 +38,7 @@ class Snapshots:
         if state.snapshot is None:
             self._since = [block_name(n) for n in range(state.unit)]
             return 0
-        index = json.loads(self._read(f"{snapshot_name(state.snapshot)}index.json"))
-        for stream in self.streams.all():
-            kept = index[stream.name]
-            stream.restore((self._read(name) for name in object_names(state.snapshot, stream)), kept["excluded"])
-            stream.excluded = list(kept["excludedIn"])
+        restored(snapshot_name(state.snapshot), self.streams.all(), self._read)
         self._since = [*self._objects(state.snapshot), *(block_name(n) for n in range(state.snapshot, state.unit))]
         return state.snapshot
 
@@ -60,10 +56,13 @@ class Snapshots:
         self._saved = time.monotonic()
         stale, self._since = tuple(self._since), self._objects(unit + 1)
         kept = [(s, s.snapshot(), [list(b.excluded) for b in s.batches], list(s.excluded)) for s in self.streams.all()]
-        return Carry(dict(record), lambda: snapshot_objects(unit + 1, kept), snapshot=unit + 1, stale=stale)
+        return Carry(dict(record), lambda: snapshot_objects(snapshot_name(unit + 1), kept), snapshot=unit + 1, stale=stale)
 
     def _objects(self, unit: int) -> list[str]:
-        return [*(name for stream in self.streams.all() for name in object_names(unit, stream)), f"{snapshot_name(unit)}index.json"]
+        return [
+            *(name for stream in self.streams.all() for name in object_names(snapshot_name(unit), stream)),
+            f"{snapshot_name(unit)}index.json",
+        ]
 
     def _read(self, name: str) -> bytes:
         found = self.output.read(name)
@@ -79,17 +78,27 @@ def snapshot_name(unit: int) -> str:
     return f"{WORK}snapshot-{unit:05d}/"
 
 
-def object_names(unit: int, stream: Activations) -> list[str]:
-    return [f"{snapshot_name(unit)}{stream.name}-{number:05d}" for number in range(-(-stream.nbytes // CHUNK_BYTES))]
+def object_names(place: str, stream: Activations) -> list[str]:
+    """Of one stream in the snapshot whose names begin with `place`."""
+    return [f"{place}{stream.name}-{number:05d}" for number in range(-(-stream.nbytes // CHUNK_BYTES))]
 
 
 Kept = tuple[Activations, list[Tensor], list[list[bool]], list[str]]
 
 
-def snapshot_objects(unit: int, kept: list[Kept]) -> Iterator[tuple[str, bytes]]:
+def snapshot_objects(place: str, kept: list[Kept]) -> Iterator[tuple[str, bytes]]:
     """Its objects, the index last."""
     index: dict[str, Any] = {}
     for stream, values, excluded, excluded_in in kept:
-        yield from zip(object_names(unit, stream), chunked(values), strict=True)
+        yield from zip(object_names(place, stream), chunked(values), strict=True)
         index[stream.name] = {"excluded": excluded, "excludedIn": excluded_in}
-    yield f"{snapshot_name(unit)}index.json", json.dumps(index).encode()
+    yield f"{place}index.json", json.dumps(index).encode()
+
+
+def restored(place: str, streams: Sequence[Activations], read: Callable[[str], bytes]) -> None:
+    """Fills the streams from `snapshot_objects`."""
+    index = json.loads(read(f"{place}index.json"))
+    for stream in streams:
+        kept = index[stream.name]
+        stream.restore((read(name) for name in object_names(place, stream)), kept["excluded"])
+        stream.excluded = list(kept["excludedIn"])

@@ -21,8 +21,9 @@ from kompressor_worker.schemes import Scheme
 if TYPE_CHECKING:
     import torch
 
-    from kompressor_worker.block import Stage
+    from kompressor_worker.block import Reduction, Stage
     from kompressor_worker.layout import ModelLayout, UnitLayout
+    from kompressor_worker.passes.surveyor import Surveyor
     from kompressor_worker.statistics import Statistic
 
 REGISTRY: dict[str, str] = {
@@ -35,6 +36,10 @@ REGISTRY: dict[str, str] = {
     "magnitude": "kompressor_worker.passes.magnitude:Magnitude",
     "wanda": "kompressor_worker.passes.wanda:Wanda",
     "sparseGPT": "kompressor_worker.passes.sparse_gpt:SparseGpt",
+    "pruneHeads": "kompressor_worker.passes.prune_heads:PruneHeads",
+    "pruneWidth": "kompressor_worker.passes.prune_width:PruneWidth",
+    "pruneHidden": "kompressor_worker.passes.prune_hidden:PruneHidden",
+    "pruneLayers": "kompressor_worker.passes.prune_layers:PruneLayers",
 }
 """Name in the spec to `module:class`, imported when asked for."""
 
@@ -54,13 +59,32 @@ class Pass:
     """Whether it changes weights before anything is measured (`transform`, `transform_rows`)."""
     prunes: bool = False
     """Whether it sets weights to zero, which it has marked in the layout (`LinearLayout.pruned`)."""
+    reduces: frozenset[str] = frozenset()
+    """The steps (o, down, experts_out) whose input columns it takes away (`reduce`), before anything is measured for the other passes."""
+    surveys: int = 0
+    """How many times the calibration rows go through the whole source before it can decide what to do (`surveyor`, `decide`)."""
+    corrects: bool = False
+    """Whether it wants calibration rows to go through the original too, beside those that go through what comes out (`Reduction.cross`)."""
     products: float = 0.0
     """How many products of a weight [out, in] with its Hessian [in, in] encoding it takes: for estimates of time, and progress."""
 
     def __init__(self, params: Any) -> None: ...
 
+    @property
+    def measures(self) -> bool:
+        """Whether it needs calibration data."""
+        return bool(self.statistics or self.kv or self.reduces or self.surveys)
+
+    def surveyor(self, source: ModelLayout) -> Surveyor:
+        """Measures what the pass has to decide next; called once for each of its `surveys`."""
+        raise NotImplementedError
+
+    def decide(self, found: Mapping[str, torch.Tensor]) -> None:
+        """Takes in what its surveyor has found, after each survey, and again on a restart."""
+
     def prepare(self, layout: ModelLayout) -> ModelLayout:
-        """The layout as this pass leaves it: tensors added, the config changed. Raises UserError."""
+        """The layout as this pass leaves it: tensors added or made smaller, the config changed. Raises UserError. Called twice where there
+        is a survey: before it to refuse what is impossible and to plan sizes, and after it."""
         return layout
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
@@ -74,6 +98,17 @@ class Pass:
     def transform_rows(self, name: str, rows: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
         """The same for a slice of rows of the embeddings or the head. `norm`: the final norm's weight as stored, for the head."""
         return rows
+
+    def turn(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [positions, hidden] of the original in the basis that this pass gives the residual stream."""
+        return hidden
+
+    def turn_output(self, linear: str, output: torch.Tensor) -> torch.Tensor:
+        """The same of what a linear (its name in the result) adds to the stream, where the pass changes that."""
+        return self.turn(output)
+
+    def reduce(self, reduction: Reduction) -> None:
+        """Takes input columns of one linear away, and the rows that make them. Raises BadNumerics."""
 
     def apply(self, stage: Stage) -> None:
         """Works on one stage: fills `stage.encoded` for the linears in `assign`'s answer, or changes `stage.weights` and with them the

@@ -66,7 +66,7 @@ class Rotate(Pass):
             if linear.pruned is not None:
                 raise UserError(f"rotate: {linear.name} is pruned by an earlier pass, and a rotation fills its zeros; put rotate first")
         self._merged = Merged(family, hidden, queries // heads, values, self.params.seed)
-        return layout
+        return replace(layout, rotated=True)
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Nothing. Raises UserError after a pass that quantises: rotation comes before everything else."""
@@ -87,6 +87,10 @@ class Rotate(Pass):
     def transform_rows(self, name: str, rows: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
         assert self._merged is not None, "prepare comes first"
         return self._merged.stream.rows(rows) if norm is None else self._merged.read(rows, norm)
+
+    def turn(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self._merged is not None, "prepare comes first"
+        return self._merged.stream.rows(hidden)
 
 
 class Merged:

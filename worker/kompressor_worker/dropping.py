@@ -1,0 +1,79 @@
+"""A layout without some of its blocks: those that stay are counted anew, and so is all that config.json says layer by layer. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from kompressor_worker.architectures import Family, text_config
+from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
+from kompressor_worker.resizing import with_text
+
+__all__ = ["block_numbers", "depth_config", "without"]
+
+DROPPED = "dropped.layers"
+"""In place of a block's prefix where the result does not have it: no name of the result's can be the same."""
+
+
+def block_numbers(layout: ModelLayout) -> list[int]:
+    """Numbers of the units that are decoder blocks and stay."""
+    kinds = {number: {x.kind for s in unit.stages for x in s.linears} for number, unit in enumerate(layout.units)}
+    return [number for number, kind in kinds.items() if kind & {"linear", "router"} and not layout.units[number].dropped]
+
+
+def without(layout: ModelLayout, gone: Collection[int]) -> ModelLayout:
+    """`gone` counts blocks from 0. They stay in the layout as dropped, for the original's activations flow through them."""
+    units, stays = list(layout.units), 0
+    for layer, number in enumerate(block_numbers(layout)):
+        unit = units[number]
+        prefix, _, old = unit.name.rpartition(".")
+        if layer in gone:
+            units[number] = replace(_renamed(unit, f"{DROPPED}.{old}"), dropped=True)
+        else:
+            units[number] = _renamed(unit, f"{prefix}.{stays}")
+            stays += 1
+    return replace(layout, units=tuple(units))
+
+
+def depth_config(config: Mapping[str, Any], family: Family, kept: Sequence[int]) -> dict[str, Any]:
+    """config.json for the blocks `kept`, counted in `config`'s own: lists by layer, and rules that go by a layer's number."""
+    text = text_config(config)
+    layers = int(text["num_hidden_layers"])
+    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    kinds = {k: v for k, v in text.items() if k.endswith("layer_types") and isinstance(v, list) and len(v) == layers}
+    if "layer_types" not in kinds and (rule := layer_types(text, family, layers)) is not None:
+        kinds["layer_types"] = rule
+    changes |= {key: [value[layer] for layer in kept] for key, value in kinds.items()}
+    if type(first := text.get("max_window_layers")) is int:
+        changes["max_window_layers"] = sum(layer < first for layer in kept)
+    if family.experts is not None and family.feed_forward:
+        changes["mlp_only_layers"] = [new for new, layer in enumerate(kept) if not family.sparse(text, layer)]
+        changes["decoder_sparse_step"] = 1
+    return with_text(config, changes)
+
+
+def layer_types(text: Mapping[str, Any], family: Family, layers: int) -> list[str] | None:
+    """What the family's own rule makes of a config.json that does not list the kinds of attention; None: it has no such rule."""
+    every = text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or family.full_attention_every
+    if not family.full_attention_every or type(every) is not int:
+        return None
+    return ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)]
+
+
+def _renamed(unit: UnitLayout, name: str) -> UnitLayout:
+    old = f"{unit.name}."
+
+    def new(text: str) -> str:
+        return f"{name}.{text.removeprefix(old)}" if text.startswith(old) else text
+
+    def tensor(t: SourceTensor) -> SourceTensor:
+        return replace(t, name=new(t.name))
+
+    def linear(x: LinearLayout) -> LinearLayout:
+        return replace(x, name=new(x.name), fused=new(x.fused) if x.fused else None, shared=new(x.shared) if x.shared else None)
+
+    def stage(s: StageLayout) -> StageLayout:
+        return StageLayout(new(s.name), tuple(map(tensor, s.tensors)), tuple(map(linear, s.linears)))
+
+    return replace(unit, name=name, stages=tuple(map(stage, unit.stages)))

@@ -1,0 +1,76 @@
+"""What the passes that make a model smaller in shape have in common: when they may come, and how much stays. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from kompressor_api.v1alpha1 import Model
+from kompressor_worker.architectures import text_config
+from kompressor_worker.errors import UserError
+from kompressor_worker.layout import ModelLayout
+from kompressor_worker.passes import Pass
+from kompressor_worker.schemes import Scheme
+
+RATIO = Field(default=None, gt=0.0, lt=1.0, description="Share that is taken away. Either this or the count that stays.")
+
+
+class CorrectedParams(Model):
+    """Base of the parameters of a pass that takes input columns of a linear away."""
+
+    correction: Literal["leastSquares", "none"] = Field(
+        default="leastSquares",
+        description=(
+            "leastSquares: the columns that stay make good for those that go as far as they can, on the calibration data, and those go "
+            "whose loss costs least then. none: those go that add least, and the others stay as they are."
+        ),
+    )
+
+
+class StructuredPass(Pass):
+    """Base of a pass that takes heads, neurons, channels or blocks away: it comes before whatever is said of single weights."""
+
+    name: ClassVar[str]
+
+    def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
+        """Nothing. Raises UserError after a pass that quantises."""
+        if taken:
+            linear, scheme = next(iter(taken.items()))
+            raise UserError(f"{self.name}: {linear} is {scheme.name} by an earlier pass; put {self.name} before the passes that quantise")
+        return {}
+
+    def refuse_late(self, layout: ModelLayout) -> None:
+        """Raises UserError after a pass that sets weights to zero, or that measures the cache."""
+        if pruned := next((x.name for x in layout.linears() if x.pruned is not None), None):
+            raise UserError(
+                f"{self.name}: {pruned} is to have zeros by an earlier pass, and loses some with its shape; put {self.name} first"
+            )
+        if layout.kv_cache is not None:
+            raise UserError(f"{self.name}: an earlier kvCache has scales for the cache as it was; put {self.name} before kvCache")
+
+    def refuse_changed(self, layout: ModelLayout) -> None:
+        """Raises UserError where an earlier pass has given the residual stream another basis than the survey of the source has."""
+        before, now = (text_config(config).get("hidden_size") for config in (layout.source_config, layout.config))
+        if before != now:
+            raise UserError(f"{self.name}: an earlier pruneHidden has left {now} of the {before} channels; put {self.name} first, once")
+        if layout.rotated:
+            raise UserError(f"{self.name}: an earlier rotate has turned the hidden states that it looks at; put {self.name} first")
+
+
+def count_kept(by: str, what: str, there: int, ratio: float | None, count: int | None, multiple: int = 1) -> int:
+    """How many of `there` stay: `count`, or what `ratio` leaves, to the nearest multiple. `what`: its name in config.json.
+
+    Raises UserError: more than there are, all, or none."""
+    if count is not None:
+        if count >= there:
+            raise UserError(f"{by}: {what} {count} is to stay, the model has {there}; ask for fewer, or leave {by} out")
+        return count
+    assert ratio is not None
+    kept = round(there * (1 - ratio) / multiple) * multiple
+    if not 0 < kept < there:
+        several = f" to a multiple of {multiple}" if multiple > 1 else ""
+        remedy = "choose another ratio, or a smaller multiple" if multiple > 1 else "choose another ratio"
+        raise UserError(f"{by}: ratio {ratio:g} of {what} {there} leaves {kept}, rounded{several}; {remedy}")
+    return kept

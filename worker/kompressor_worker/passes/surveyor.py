@@ -1,0 +1,95 @@
+"""What a pass measures of the whole source before the stream begins, where one block cannot decide by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kompressor_worker.block import Site
+    from kompressor_worker.decoder import Batch, Decoder
+    from kompressor_worker.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """The source, and the calibration rows that flow through it."""
+
+    decoder: Decoder
+    batches: Sequence[Batch]
+    """Their `state["hidden"]` is the input of the block that comes next."""
+    tokens: Sequence[Tensor]
+    """int64 [rows, length] a batch."""
+
+
+@dataclass(frozen=True)
+class SeenBlock:
+    """A block of the source after the calibration rows have gone through it."""
+
+    layer: int
+    prefix: str
+    """Of its tensors' names, with the dot."""
+    weights: dict[str, Tensor]
+    """By full name, model dtype."""
+    sites: tuple[Site, ...]
+    """Its inputs, with the statistics that surveyors have asked for."""
+    before: Sequence[Tensor]
+    """Hidden states [rows, length, hidden] a batch: at its input,"""
+    middle: Sequence[Tensor]
+    """between attention and feed-forward,"""
+    after: Sequence[Tensor]
+    """at its output."""
+    valid: Sequence[Tensor | None]
+    """bool [rows, length] a batch: positions that count; None: all."""
+    forward: Callable[[Sequence[Batch]], None]
+    """Takes other rows through it."""
+
+    def positions(self, hidden: Sequence[Tensor], batch: int) -> Tensor:
+        """fp32 [n, hidden]: those of one batch that count."""
+        valid = self.valid[batch]
+        return (hidden[batch].flatten(0, 1) if valid is None else hidden[batch][valid]).float()
+
+    def energies(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+        """fp32 [n, hidden] a batch: squares over their mean in the same position, as a norm that gets `hidden` sees them."""
+        for batch in range(len(hidden)):
+            squares = self.positions(hidden, batch).square()
+            yield squares / squares.mean(-1, keepdim=True).clamp(min=1e-30)
+
+    def added(self, before: Sequence[Tensor], after: Sequence[Tensor], norm: Tensor) -> Iterator[Tensor]:
+        """The same of what was added between the two, where a norm with this weight is behind it: its output, the weight taken off."""
+        scale = norm.where(norm.abs() > 1e-6, norm.new_full((), float("inf")))
+        for batch in range(len(before)):
+            yield ((self.positions(after, batch) - self.positions(before, batch)) / scale).square()
+
+
+class Surveyor:
+    """Base. All that it gathers is in `tensors`, which are saved and restored with the rows, so that a survey goes on where it stopped."""
+
+    statistics: frozenset[Statistic] = frozenset()
+    """What it wants measured at every input of linears."""
+    reads_head: bool = False
+    """Whether it wants the head's rows."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def resting(self) -> bool:
+        """Whether `tensors` say all that there is to say: a survey is saved only then."""
+        return True
+
+    def begin(self, model: Surveyed) -> None:
+        """Before the first unit, and after a restart."""
+
+    def block(self, seen: SeenBlock) -> None:
+        """After each block, in order. Raises BadNumerics."""
+
+    def head(self, first: int, rows: Tensor, norm: Tensor) -> None:
+        """Rows [v, hidden] of the head from token id `first`, and the final norm's weight as stored."""
+
+    def found(self) -> dict[str, Tensor]:
+        """What the pass decides by (`Pass.decide`)."""
+        return self.tensors

@@ -1,0 +1,147 @@
+"""A layout with other sizes: what passes that take heads, neurons, channels or blocks away leave, by the family's data alone. No torch.
+
+config.json has one number for each size, so a size is the same in all blocks: no portable loader reads sizes by layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from kompressor_api.names import Reason
+from kompressor_worker.architectures import FAMILIES, Dimensions, Family, text_config
+from kompressor_worker.errors import UserError
+from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
+
+__all__ = ["axes", "family_to_resize", "head_size", "resized", "with_text"]
+
+OF_HEADS = ("q_norm.weight", "k_norm.weight")
+"""Norms over a head's channels, not over the hidden state's."""
+
+
+def family_to_resize(layout: ModelLayout, by: str) -> Family:
+    """The family of a model that the pass `by` can make smaller. Raises UserError that says why it cannot."""
+    family, model_type = FAMILIES.get(layout.family or ""), text_config(layout.config).get("model_type")
+    fitting = ", ".join(name for name, f in FAMILIES.items() if f.forward)
+    if family is None or not family.forward:
+        raise UserError(
+            f"{by}: model_type {model_type!r} is not one whose function is known (known: {fitting}), so neither is what reads the part "
+            f"that goes; leave {by} out",
+            Reason.UNSUPPORTED_MODEL,
+        )
+    return family
+
+
+def head_size(layout: ModelLayout, family: Family, by: str) -> int:
+    """Channels of an attention head. Raises UserError."""
+    config = {**family.defaults, **text_config(layout.config)}
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if type(heads) is not int or heads < 1 or type(hidden) is not int:
+        raise UserError(f"{by}: config.json says num_attention_heads {heads!r}, hidden_size {hidden!r}; correct it")
+    return int(config.get("head_dim") or hidden // heads)
+
+
+def with_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with `changes` where the decoder's part of it is."""
+    inner = config.get("text_config")
+    return {**config, "text_config": {**inner, **changes}} if isinstance(inner, dict) else {**config, **changes}
+
+
+def resized(layout: ModelLayout, changes: Mapping[str, Any], by: str) -> ModelLayout:
+    """The layout with `changes` in config.json, and every tensor and linear in the shape that follows from them; `by` is the pass that asks
+    for them. Raises UserError where no loader would take such a config.json."""
+    family = FAMILIES[layout.family or ""]
+    config = loadable(with_text(layout.config, changes), family, by)
+    shapes = Shapes(family, Dimensions(family, layout.config), Dimensions(family, config))
+    units = tuple(u if u.dropped else replace(u, stages=tuple(shapes.stage(u, s) for s in u.stages)) for u in layout.units)
+    return replace(layout, units=units, config=config)
+
+
+def loadable(config: dict[str, Any], family: Family, by: str) -> dict[str, Any]:
+    """Under another model_type, where transformers refuses these sizes under the family's own. Raises UserError where there is none."""
+    text = {**family.defaults, **text_config(config)}
+    hidden, heads = text["hidden_size"], text["num_attention_heads"]
+    if not family.whole_heads or hidden % heads == 0 or text["model_type"] == family.stand_in:
+        return config
+    if not family.stand_in or text.get("attention_bias") or text.get("mlp_bias"):
+        raise UserError(
+            f"{by}: would leave hidden_size {hidden} and {heads} heads, and transformers refuses a {text['model_type']} whose hidden_size is "
+            f"no multiple of num_attention_heads; ask for a count that divides, or leave {by} out"
+        )
+    full = ["full_attention"] * int(text["num_hidden_layers"])  # the class makes a mask for a window even where no layer has one
+    window = text.get("max_position_embeddings") or 4096
+    return with_text(config, {"model_type": family.stand_in, "sliding_window": window, "layer_types": full})
+
+
+def axes(family: Family, unit: UnitLayout) -> dict[str, tuple[str, ...]]:
+    """By full tensor name: what its axes are, in names of Dimensions; a tensor of which that is not known is left out."""
+    sizes = Sizes(family)
+    return {t.name: found for stage in unit.stages for t in stage.tensors if (found := sizes.of(unit, t, kinds_of(stage)))}
+
+
+def kinds_of(stage: StageLayout) -> dict[str, str]:
+    return {linear.name: linear.kind for linear in stage.linears}
+
+
+class Sizes:
+    """What the axes of a family's tensors are."""
+
+    def __init__(self, family: Family) -> None:
+        groups = (*family.attention, *family.feed_forward)
+        self._linears = {x.name: (x.rows, x.columns) for group in groups for x in group.linears}
+        experts = family.experts
+        self._expert = re.compile(r"(?!)")
+        if experts is not None:
+            self._linears[experts.router] = ("experts", "hidden")
+            for group in experts.groups:
+                self._linears |= {f"{experts.expert}.{x.name}": (x.rows, x.columns) for x in group.linears}
+            pattern = re.escape(experts.expert).replace(re.escape("{expert}"), r"\d+")
+            self._expert, self._form = re.compile(rf"{pattern}(?=\.)"), experts.expert
+
+    def of(self, unit: UnitLayout, tensor: SourceTensor, kinds: Mapping[str, str]) -> tuple[str, ...] | None:
+        """Names in Dimensions, one an axis; None: it is none that the family's data describes. `kinds`: of its stage's linears."""
+        module, _, what = tensor.name.rpartition(".")
+        names = self._module(unit, module, kinds.get(module))
+        if names is None or (what == "weight" and len(tensor.shape) == len(names)):
+            return names
+        return names[:1] if what == "bias" else None
+
+    def _module(self, unit: UnitLayout, module: str, kind: str | None) -> tuple[str, ...] | None:
+        """A linear's rows and columns, or a norm's channels."""
+        if kind in ("embedding", "head"):
+            return ("vocab", "hidden")
+        inside = module.removeprefix(f"{unit.name}.")
+        if found := self._linears.get(self._expert.sub(lambda _: self._form, inside)):
+            return found
+        norm = inside.rpartition(".")[2].endswith("norm") and not f"{inside}.weight".endswith(OF_HEADS)
+        return ("hidden",) if norm else None
+
+
+class Shapes:
+    """Of every tensor, once sizes change."""
+
+    def __init__(self, family: Family, before: Dimensions, after: Dimensions) -> None:
+        self._sizes, self._before, self._after = Sizes(family), before, after
+
+    def stage(self, unit: UnitLayout, stage: StageLayout) -> StageLayout:
+        tensors = tuple(self._tensor(unit, t, kinds_of(stage)) for t in stage.tensors)
+        shapes = {t.name: t.result_shape for t in tensors}
+        return replace(stage, tensors=tensors, linears=tuple(self._linear(x, shapes) for x in stage.linears))
+
+    def _linear(self, linear: LinearLayout, shapes: Mapping[str, tuple[int, ...]]) -> LinearLayout:
+        rows, columns = shapes.get(linear.weight, linear.shape)
+        return replace(linear, shape=(rows, columns))
+
+    def _tensor(self, unit: UnitLayout, tensor: SourceTensor, kinds: Mapping[str, str]) -> SourceTensor:
+        names = self._sizes.of(unit, tensor, kinds)
+        if names is None:
+            return tensor
+        shape = tuple(self._size(name, old) for name, old in zip(names, tensor.result_shape, strict=True))
+        return tensor if shape == tensor.result_shape else replace(tensor, reduced=shape)
+
+    def _size(self, name: str, old: int) -> int:
+        """A size that config.json says otherwise than before; what it says nothing of stays."""
+        size = self._after[name]
+        return old if size is None or size == self._before[name] else size
