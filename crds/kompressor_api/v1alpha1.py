@@ -258,6 +258,8 @@ class Result(BaseModel):
     )
     prunedTensors: int | None = Field(default=None, description="Linear layers pruned; absent if none was.")
     sparsity: Text | None = Field(default=None, description="Share of the pruned layers' weights that are zero, such as 50%.")
+    parametersBefore: int | None = Field(default=None, description="Parameters of the source; absent where its shape stayed.")
+    parametersAfter: int | None = Field(default=None, description="Parameters of the result.")
     perplexityBefore: Text | None = Field(default=None, description="Perplexity of the original on the evaluation data.")
     perplexityAfter: Text | None = Field(default=None, description="Perplexity of the result on the same tokens.")
     kl: Text | None = Field(default=None, description="Mean KL divergence of the result's logits from the original's, in nats a token.")
@@ -286,6 +288,8 @@ class PlanStatus(BaseModel):
     gpuMemoryBytes: int | None = Field(default=None, description="Peak of the worker's memory on the GPU; absent without one.")
     seconds: int | None = Field(default=None, description="Wall-clock seconds that the worker will take.")
     units: int | None = Field(default=None, description="Units (embeddings, blocks, head) in the model.")
+    parametersBefore: int | None = Field(default=None, description="Parameters of the source; absent where its shape stays.")
+    parametersAfter: int | None = Field(default=None, description="Parameters that the result will have.")
     warnings: Warnings | None = Field(default=None, description="What the plan warns of.")
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from independent import tensors_of
 from kompressor_worker.activations import Activations, Spill
-from kompressor_worker.calibrated import Engine, Streams
+from kompressor_worker.block_work import Place, Streams
+from kompressor_worker.calibrated import Engine
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.formats.compressed_tensors import decode
 from kompressor_worker.layout import ModelLayout
@@ -71,7 +72,7 @@ def compressed(
     engine = Engine(decoder, passes, schemes, Streams(calibration=stream))
     made = Compressed(state, {}, [])
     for layer, unit in enumerate(u for u in layout.units if ".layers." in u.name):
-        finished = engine.block(layer, unit, {t.name: state[t.name] for stage in unit.stages for t in stage.tensors})
+        finished = engine.block(Place(layer, layer), unit, {t.name: state[t.name] for stage in unit.stages for t in stage.tensors})
         state |= finished.weights
         for name, encoded in finished.encoded.items():
             state[f"{name}.weight"] = decode(name, encoded.tensors, finished.schemes[name], decoder.dtype)

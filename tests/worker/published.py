@@ -16,7 +16,8 @@ from torch import Tensor
 
 from independent import tensors_of
 from kompressor_worker.activations import Activations, Spill
-from kompressor_worker.calibrated import Engine, Streams
+from kompressor_worker.block_work import Place, Streams
+from kompressor_worker.calibrated import Engine
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import build_passes
@@ -50,7 +51,7 @@ def publish(source: Path, folder: Path, entries: Sequence[Mapping[str, Any]], to
     stream.embed(0, decoder.embed(embeddings))
     engine = Engine(decoder, passes, schemes, Streams(calibration=stream))
     for layer, unit in enumerate(u for u in layout.units if ".layers." in u.name):
-        finished = engine.block(layer, unit, {t.name: state[t.name] for s in unit.stages for t in s.tensors if t.stored})
+        finished = engine.block(Place(layer, layer), unit, {t.name: state[t.name] for s in unit.stages for t in s.tensors if t.stored})
         state |= finished.weights
         for name, encoded in finished.encoded.items():
             del state[f"{name}.weight"]

@@ -12,7 +12,8 @@ from families import BASE
 from safetensors.torch import load_file
 
 from kompressor_api.v1alpha1 import SourceLocation
-from kompressor_worker.decoder import Batch, Decoder
+from kompressor_worker.batch import Batch
+from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Block
 from kompressor_worker.errors import UserError
 from kompressor_worker.forward import Projection

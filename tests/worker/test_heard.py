@@ -22,7 +22,8 @@ import jobs
 from independent import tensors_of
 from kompressor_worker import grid, kernels
 from kompressor_worker.activations import Activations, Spill
-from kompressor_worker.calibrated import Engine, Streams
+from kompressor_worker.block_work import Streams
+from kompressor_worker.calibrated import Engine
 from kompressor_worker.cli import run_cli
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.kernels import cholesky, pieces

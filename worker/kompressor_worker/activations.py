@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kompressor_worker import kernels
-from kompressor_worker.decoder import Batch
+from kompressor_worker.batch import Batch
 from kompressor_worker.errors import BadNumerics
 
 BATCH_TOKENS = 4096

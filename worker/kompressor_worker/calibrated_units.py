@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 import xxhash
 from torch import Tensor
 
 from kompressor_worker import kernels, tensors
 from kompressor_worker.block import Encoded, Stage
-from kompressor_worker.calibrated import Engine, Place
+from kompressor_worker.block_work import Place
+from kompressor_worker.calibrated import Engine
 from kompressor_worker.formats import compressed_tensors
 from kompressor_worker.journal import Journal
 from kompressor_worker.last_hidden import LastHidden
@@ -22,6 +22,7 @@ from kompressor_worker.shards import PlacedTensor
 from kompressor_worker.snapshots import Snapshots
 from kompressor_worker.stream import DataFree, Step, Work, refuse_nonfinite, whole
 from kompressor_worker.tensors import as_bytes, decode
+from kompressor_worker.unit_kinds import final_norm, in_file_order, kind_of, matrix_of, matrix_tensor, row_bytes
 from kompressor_worker.writer import NOTHING, Carry, Writer
 
 Meet = Callable[[int, Tensor, Tensor], None]
@@ -296,35 +297,3 @@ class Calibrated:
         made = {**weights, **encoded.tensors}
         for place in placed:
             writer.write(place, as_bytes(made[place.name].contiguous(), place))
-
-
-def kind_of(unit: UnitLayout) -> str:
-    """embeddings, block, head, or other (a vision tower): by its linears."""
-    kinds = {x.kind for stage in unit.stages for x in stage.linears}
-    if "linear" in kinds or "router" in kinds:
-        return "block"
-    if "embedding" in kinds:
-        return "embeddings"
-    return "head" if unit.name == "head" else "other"
-
-
-def matrix_of(stage: StageLayout) -> LinearLayout | None:
-    return stage.linears[0] if len(stage.linears) == 1 else None
-
-
-def matrix_tensor(stage: StageLayout, matrix: LinearLayout) -> SourceTensor:
-    return next(t for t in stage.tensors if t.name == matrix.weight)
-
-
-def in_file_order(stage: StageLayout, placed: Sequence[PlacedTensor]) -> list[SourceTensor]:
-    """A stage's plain tensors as they follow each other in the output."""
-    by_name = {t.name: t for t in stage.tensors}
-    return [by_name[place.name] for place in placed]
-
-
-def final_norm(tensors: Mapping[str, Tensor]) -> Tensor:
-    return next(tensor for name, tensor in tensors.items() if name.endswith("norm.weight"))
-
-
-def row_bytes(rows: Tensor) -> memoryview:
-    return memoryview(rows.cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ arithmetic is fp32.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -17,27 +16,6 @@ from torch import Tensor
 from kompressor_worker.architectures import FAMILIES, refuse_unknown_forward
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.tensors import DTYPES
-
-State = dict[str, Tensor]
-
-
-@dataclass
-class Batch:
-    """Rows of tokens on their way through the blocks, padded on the right to the same length."""
-
-    lengths: tuple[int, ...]
-    state: State = field(default_factory=dict)
-    excluded: tuple[bool, ...] = ()
-    """Rows whose activations became NaN or Inf: they count in no statistic."""
-
-    def valid(self, length: int, device: torch.device) -> Tensor | None:
-        """bool [rows, length]: positions that count; None: all of them."""
-        if all(n == length for n in self.lengths) and not any(self.excluded):
-            return None
-        lengths = torch.tensor(
-            [0 if out else n for n, out in zip(self.lengths, self.excluded or (False,) * len(self.lengths), strict=True)]
-        )
-        return (torch.arange(length)[None, :] < lengths[:, None]).to(device)
 
 
 class Decoder:

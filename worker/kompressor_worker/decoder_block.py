@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kompressor_worker.attention import attend, rotate
-from kompressor_worker.decoder import Batch, Decoder
+from kompressor_worker.batch import Batch
+from kompressor_worker.decoder import Decoder
 from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
 from kompressor_worker.mixture import Routing
 

@@ -31,6 +31,8 @@ TRIAL_COPIES = 4
 """fp32 copies of a site's weights while a scale is tried on them."""
 COPIES = 2
 """Matrices of a Hessian's size beside it: the one that is factorised in its place, and the factor as the column loop reads it."""
+REDUCING_COPIES = 5
+"""Matrices of a Hessian's size while columns are taken away: it, dampened, inverted, and what is left of that before and after a round."""
 SCORED_BYTES = 104
 """A position of the evaluation: sums of its logits, and token ids."""
 
@@ -58,18 +60,29 @@ class Tokens:
     drift: int
     length: int
     """Of the longest row."""
+    reference: int = 0
+    """The calibration's, through the original."""
 
     @classmethod
-    def of(cls, spec: CompressionJobSpec, measured: bool) -> Tokens:
-        """`measured`: whether a pass looks at calibration data."""
+    def of(cls, spec: CompressionJobSpec, passes: Sequence[Pass]) -> Tokens:
+        measured = any(p.measures for p in passes)
         c, e, d = (spec.calibration if measured else None), spec.evaluation, (spec.drift if measured and spec.calibration else None)
         calibration, evaluation, drift = (0 if s is None else s.samples * s.sequence_length for s in (c, e, d))
-        return cls(calibration, evaluation, drift, max((s.sequence_length for s in (c, e, d) if s is not None), default=0))
+        length = max((s.sequence_length for s in (c, e, d) if s is not None), default=0)
+        return cls(calibration, evaluation, drift, length, calibration if any(p.corrects for p in passes) else 0)
+
+    @property
+    def of_the_original(self) -> int:
+        return self.evaluation + self.reference
+
+    @property
+    def of_the_result(self) -> int:
+        return self.calibration + self.evaluation + self.drift
 
     @property
     def streams(self) -> int:
         """Evaluation rows flow twice."""
-        return self.calibration + 2 * self.evaluation + self.drift
+        return self.of_the_original + self.of_the_result
 
 
 @dataclass(frozen=True)
@@ -112,10 +125,11 @@ class FlowOperations:
     statistics: float
     passes: float
     head: float
+    surveys: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.forward + self.statistics + self.passes + self.head
+        return self.forward + self.statistics + self.passes + self.head + self.surveys
 
 
 def is_block(unit: UnitLayout) -> bool:
@@ -148,17 +162,18 @@ def flow_bytes(
     limits: Limits,
 ) -> FlowBytes:
     """At the worst moment of the largest block."""
-    tokens, size = Tokens.of(spec, any(p.measures for p in passes)), DTYPE_BYTES[layout.dtype]
+    tokens, size = Tokens.of(spec, passes), DTYPE_BYTES[layout.dtype]
     whole = any(p.whole_block for p in passes)
     hessians = any("hessian" in p.statistics for p in passes)
     # weights in place of others: turned, pruned, or with scales folded into them
-    changed = any(p.transforms or p.prunes or (p.statistics and (p.whole_block or not p.products)) for p in passes)
-    hidden = int(text_config(layout.config)["hidden_size"])
+    changed = any(p.transforms or p.prunes or p.reduces or (p.statistics and (p.whole_block or not p.products)) for p in passes)
+    reducing = {name for p in passes for name in p.reduces}
+    hidden = int(text_config(layout.source_config)["hidden_size"])
     between = block = step = statistics = 0
     for unit, placed in zip(layout.units, planned.stages, strict=True):
         if not is_block(unit):
             continue
-        steps = steps_of(unit, layout)
+        steps = steps_of(unit.as_stored(), layout)
         # between two steps flows what the output projections read: theirs are the steps of one linear
         between = max([between, *(round(s.columns * s.share * len(sites)) for sites in steps[1::2] for s in sites[:1])])
         decoded = sum(t.nbytes for stage in unit.stages for t in stage.tensors)
@@ -174,8 +189,12 @@ def flow_bytes(
         if hessians:
             factors = 4 * COPIES * max(s.columns for sites in steps for s in sites) ** 2
             statistics = max(statistics, (sum(sums) if whole else max(sums)) + factors)
+        if reducing:
+            statistics = max(
+                statistics, *(sum(sums[1::2]) + 4 * REDUCING_COPIES * s.columns**2 for sites in steps[1::2] for s in sites[:1])
+            )
     together = max(tokens.evaluation, max(tokens.calibration, tokens.drift) if whole else tokens.calibration + tokens.drift)
-    flowing = size * (2 * tokens.streams * hidden + together * between)
+    flowing = size * max(2 * tokens.streams * hidden + together * between, surveyed_states(passes) * tokens.calibration * hidden)
     kept = min(flowing, limits.activations)
     head = tokens.evaluation * (2 * hidden * size + SCORED_BYTES) + 2 * limits.slice + 2 * TILE_BYTES if tokens.evaluation else 0
     restored = size * hidden * max(tokens.calibration, tokens.evaluation, tokens.drift)
@@ -189,19 +208,31 @@ def batch_bytes(sites: Sequence[Site], length: int) -> int:
 
 
 def flow_operations(spec: CompressionJobSpec, layout: ModelLayout, passes: Sequence[Pass], schemes: Mapping[str, Scheme]) -> FlowOperations:
-    measured = any(p.measures for p in passes)
-    tokens = Tokens.of(spec, measured)
-    whole = measured and any(p.whole_block for p in passes)
+    tokens = Tokens.of(spec, passes)
+    whole = any(p.measures for p in passes) and any(p.whole_block for p in passes)
     hessians = any("hessian" in p.statistics for p in passes)
     products = sum(p.products for p in passes)
+    blocks = [unit for unit in layout.units if is_block(unit)]
     forward = sums = encoding = 0.0
-    for unit in layout.units:
-        steps = steps_of(unit, layout) if is_block(unit) else []
+    rows = sum(p.survey_rows(len(blocks)) for p in passes)
+    surveyed = max((p.surveys for p in passes), default=0) * tokens.calibration + rows * tokens.length
+    surveys = sum(surveyed * s.weights * s.share for unit in blocks for sites in steps_of(unit.as_stored(), layout) for s in sites)
+    for unit in blocks:
+        stored, steps = steps_of(unit.as_stored(), layout), [] if unit.dropped else steps_of(unit, layout)
+        reducing = any(p.reduces for p in passes) and not unit.dropped
+        for number, sites in enumerate(stored):
+            through = tokens.of_the_original + (tokens.calibration if reducing else 0)
+            forward += through * sum(s.weights * s.share for s in sites)
+            if number == 1:  # scores and sums of values, over half of the positions on average
+                forward += through * tokens.length * sites[0].columns
+            if reducing and number % 2:
+                sums += sum(s.share * tokens.calibration * s.columns**2 / 2 for s in sites)
+                encoding += sum(s.columns**3 for s in sites)
         for number, sites in enumerate(steps):
             # a whole block is measured by a forward of its own, all but the last step
-            flowing = tokens.streams + (tokens.calibration + tokens.drift if whole and number + 1 < len(steps) else 0)
+            flowing = tokens.of_the_result + (tokens.calibration + tokens.drift if whole and number + 1 < len(steps) else 0)
             forward += flowing * sum(s.weights * s.share for s in sites)
-            if number == 1:  # scores and sums of values, over half of the positions on average
+            if number == 1:
                 forward += flowing * tokens.length * sites[0].columns
             for s in sites:
                 sums += s.share * tokens.calibration * s.columns**2 / 2 if hessians else 0
@@ -209,4 +240,11 @@ def flow_operations(spec: CompressionJobSpec, layout: ModelLayout, passes: Seque
                 encoding += (products * taken * s.columns + s.columns**3) if products and taken else 0
     config = text_config(layout.config)
     head = 2.0 * tokens.evaluation * int(config["hidden_size"]) * int(config["vocab_size"])
-    return FlowOperations(forward, sums, encoding, head)
+    return FlowOperations(forward, sums, encoding, head, surveys)
+
+
+def surveyed_states(passes: Sequence[Pass]) -> int:
+    """Hidden states of the calibration rows that a survey holds at once: at a block's input, in its middle, at its output, and before runs
+    of blocks that a map is to stand in for."""
+    rounds = max((p.surveys for p in passes), default=0)
+    return 0 if not rounds else 3 if rounds == 1 else 5

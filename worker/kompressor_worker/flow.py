@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 
 from kompressor_worker.activations import Activations, Spill
-from kompressor_worker.calibrated import Engine, Streams
+from kompressor_worker.assignment import Assignment
+from kompressor_worker.block_work import Streams
+from kompressor_worker.calibrated import Engine
 from kompressor_worker.calibrated_units import Calibrated
 from kompressor_worker.calibration import Rows
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.journal import Journal
 from kompressor_worker.kernels import build
 from kompressor_worker.layout import ModelLayout
-from kompressor_worker.passes import Pass
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.shards import plan_output
 from kompressor_worker.snapshots import Snapshots
@@ -52,18 +53,16 @@ def calibrated(work: Work, output: Output, rows: Mapping[str, Rows]) -> Calibrat
     return Calibrated(work, engine, Snapshots(streams, output, work.limits.snapshot_seconds))
 
 
-def surveyed(
-    number: int, source: ModelLayout, passes: Sequence[Pass], journal: Journal, rows: Mapping[str, Rows], limits: Limits
-) -> Survey:
-    """One of a job's surveys. `source`: the layout as it is read."""
-    device = compute_device()
+def surveyed(number: int, assigned: Assignment, journal: Journal, rows: Mapping[str, Rows], limits: Limits) -> Survey:
+    """One of a job's surveys."""
+    source, device = assigned.source, compute_device()
     decoder = Decoder(source, device)
     spill = Spill(limits.activations)
     stream = Activations.of("calibration", rows["calibration"].tokens, decoder.dtype, int(decoder.config.hidden_size), spill, device)
     streams = Streams(calibration=stream)
     work = Work(source, (), {}, plan_output(source, {}), limits)
     units = Calibrated(work, Engine(decoder, (), {}, streams), Snapshots(streams, journal.output, limits.snapshot_seconds))
-    return Survey(number, units, passes, journal)
+    return Survey(number, units, assigned.passes, journal)
 
 
 def as_it_was(layout: ModelLayout) -> ModelLayout:

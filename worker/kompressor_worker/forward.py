@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kompressor_worker import kernels
+from kompressor_worker.batch import Batch
 from kompressor_worker.block import KvStatistics
-from kompressor_worker.decoder import Batch
 from kompressor_worker.decoder_block import Cache
 from kompressor_worker.schemes import Scheme
 

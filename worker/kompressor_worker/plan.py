@@ -11,21 +11,22 @@ from typing import Any
 
 from kompressor_api.names import Reason
 from kompressor_api.pod import accelerators
+from kompressor_worker.assignment import Assignment
 from kompressor_worker.estimate import FlowBytes, FlowOperations, flow_bytes, flow_operations
 from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_unusable_journal
 from kompressor_worker.layout import ModelLayout
-from kompressor_worker.passes import build_passes
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.publish import already_published, refuse_without_room
 from kompressor_worker.reading import read_layout
 from kompressor_worker.report_sections import duration, size
-from kompressor_worker.run import Summary, assign, judge_published, make_fingerprint
+from kompressor_worker.run import Summary, judge_published, make_fingerprint
 from kompressor_worker.sample_warnings import size_warnings
 from kompressor_worker.samples import find_samples, flows, wanted_samples
 from kompressor_worker.schemes import Scheme
-from kompressor_worker.shards import OutputPlan, plan_output
+from kompressor_worker.shards import OutputPlan
 from kompressor_worker.storage.locations import open_output, open_source
+from kompressor_worker.structure import structure
 from kompressor_worker.tokenizer import ModelTokenizer
 
 IDLE_BYTES = 560 << 20
@@ -95,6 +96,7 @@ class Plan:
             "ratio": round(self.layout.source_bytes / max(1, self.output.tensor_bytes), 3),
             "shards": len(self.output.shards),
             "schemes": dict(Counter(s.name for s in self.schemes.values())),
+            **structure(self.layout),
             **({"pruned": dict(pruned)} if (pruned := Counter(str(x.pruned) for x in self.layout.linears() if x.pruned)) else {}),
             "exact": sum(1 for x in self.layout.linears() if x.name not in self.schemes and x.pruned is None),
             "peakMemoryBytes": self.memory.host,
@@ -115,6 +117,7 @@ class Plan:
             "gpuMemoryBytes": self.memory.gpu,
             "seconds": self.seconds,
             "units": len(self.layout.units),
+            **dict(zip(("parametersBefore", "parametersAfter"), structure(self.layout).get("parameters", ()), strict=False)),
             "warnings": [*self.layout.warnings, *self.warnings],
         }
         return {name: value for name, value in plan.items() if value is not None}
@@ -149,9 +152,8 @@ def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None
     stop = stop or threading.Event()
     source = open_source(job.spec.model.source, environ, stop)
     output = open_output(job.spec.output, environ, stop)
-    passes = build_passes(job.spec.passes)
-    layout, schemes = assign(job.spec, read_layout(source), passes)
-    planned = plan_output(layout, schemes)
+    assigned = Assignment.of(job.spec, read_layout(source))
+    layout, passes, schemes, planned = assigned.layout, assigned.passes, assigned.schemes, assigned.plan
     data = find_samples(wanted_samples(job.spec, passes), ModelTokenizer(source), environ, stop)
     fingerprint = make_fingerprint(job.spec, layout, data)
     published = already_published(output, fingerprint)

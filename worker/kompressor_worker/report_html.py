@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 from kompressor_worker import report_sections as sections
 from kompressor_worker.report_plots import percent
 from kompressor_worker.report_sections import card, chips, number, size
+from kompressor_worker.report_shape import shape
 
 __all__ = ["Report", "UnitTime", "render"]
 
@@ -55,6 +56,8 @@ class Report(TypedDict, total=False):
     """Full module name to scheme, shape, groupSize, relativeError."""
     pruned: Mapping[str, Mapping[str, Any]]
     """The same to asked, shape, zeros, relativeError."""
+    structure: Mapping[str, Any]
+    """structure.section()."""
     evaluation: Mapping[str, Any]
     """evaluate.Evaluation.summary(); `bos`: whether rows begin with that token."""
     gates: Sequence[Mapping[str, Any]]
@@ -83,6 +86,7 @@ def render(report: Report | Mapping[str, Any]) -> bytes:
             sections.output_error(report.get("blocks", ())),
             sections.weight_error(report.get("linears", {})),
             sections.pruned(report.get("pruned", {})),
+            shape(report.get("structure", {})),
             sections.drift(report.get("drift")),
             sections.experts(report.get("blocks", ())),
             sections.costs(report.get("units", ())),
@@ -131,6 +135,8 @@ def _tiles(report: Mapping[str, Any]) -> str:
     before, after = (report.get(k, {}).get("tensorBytes") for k in ("source", "result"))
     if before and after:
         tiles.append(("Smaller by", f"{before / after:.2f}×", f"{size(before)} → {size(after)}"))
+    if parameters := report.get("structure", {}).get("parameters"):
+        tiles.append(("Parameters", f"-{percent(1 - parameters[1] / parameters[0])}", f"{parameters[0]:,} → {parameters[1]:,}"))
     if evaluation := report.get("evaluation"):
         tiles += _evaluation_tiles(evaluation)
     result = report.get("result", {})

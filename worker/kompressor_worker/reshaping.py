@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kompressor_worker.activations import Activations
+from kompressor_worker.batch import Batch
 from kompressor_worker.block import Reduction, Site
-from kompressor_worker.decoder import Batch, Decoder
+from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Block, Step, expert_linears
 from kompressor_worker.forward import Projection
 from kompressor_worker.layout import LinearLayout, UnitLayout

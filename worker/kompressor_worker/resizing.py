@@ -67,8 +67,8 @@ def loadable(config: dict[str, Any], family: Family, by: str) -> dict[str, Any]:
         return config
     if not family.stand_in or text.get("attention_bias") or text.get("mlp_bias"):
         raise UserError(
-            f"{by}: would leave hidden_size {hidden} and {heads} heads, and transformers refuses a {text['model_type']} whose hidden_size is "
-            f"no multiple of num_attention_heads; ask for a count that divides, or leave {by} out"
+            f"{by}: would leave hidden_size {hidden} and {heads} heads, and transformers refuses a {text['model_type']} whose hidden_size "
+            f"is no multiple of num_attention_heads; ask for a count that divides, or leave {by} out"
         )
     full = ["full_attention"] * int(text["num_hidden_layers"])  # the class makes a mask for a window even where no layer has one
     window = text.get("max_position_embeddings") or 4096

@@ -5,32 +5,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
-from kompressor_worker import devices, gates
-from kompressor_worker.architectures import refuse_unknown_forward
-from kompressor_worker.calibration import Rows
+from kompressor_worker import gates
+from kompressor_worker.assignment import Assignment
 from kompressor_worker.digests import digest
 from kompressor_worker.errors import ClaimLost
-from kompressor_worker.formats.readers import reader_warnings
 from kompressor_worker.job import Job
 from kompressor_worker.journal import RELEASE, Journal, open_journal, refuse_usurped
 from kompressor_worker.layout import ModelLayout
-from kompressor_worker.passes import Pass, build_passes
+from kompressor_worker.measured import measured
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.progress import Progress
 from kompressor_worker.publish import PAGE, REPORT, already_published, build_report, dumps, publish, refuse_without_room
 from kompressor_worker.reading import read_layout
 from kompressor_worker.report_html import render
 from kompressor_worker.results import measured_result
-from kompressor_worker.sample_warnings import shape_warnings, size_warnings
-from kompressor_worker.samples import FoundData, facts, find_samples, flows, unused_samples, wanted_samples
-from kompressor_worker.schemes import Scheme
-from kompressor_worker.shards import OutputPlan, plan_output
+from kompressor_worker.sample_warnings import size_warnings
+from kompressor_worker.samples import FoundData, find_samples, flows, wanted_samples
+from kompressor_worker.shards import OutputPlan
 from kompressor_worker.storage import JOURNAL, WORK, Output
 from kompressor_worker.storage.locations import open_output, open_source
 from kompressor_worker.tokenizer import ModelTokenizer
@@ -63,6 +60,8 @@ class Summary:
         }
         if "sparsity" in made:
             result |= {"prunedTensors": made["prunedLinears"], "sparsity": f"{100 * made['sparsity']:.4g}%"}
+        if parameters := self.report.get("structure", {}).get("parameters"):
+            result |= {"parametersBefore": parameters[0], "parametersAfter": parameters[1]}
         result |= measured_result(self.report)
         if self.resumed_from is not None:
             result["resumedFromUnit"] = self.resumed_from
@@ -78,24 +77,21 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     source = open_source(job.spec.model.source, environ, stop)
     output = open_output(job.spec.output, environ, stop)
 
-    source_layout = read_layout(source)
-    passes = build_passes(job.spec.passes)
-    layout, schemes = assign(job.spec, source_layout, passes)
-    plan = plan_output(layout, schemes)
+    assigned = Assignment.of(job.spec, read_layout(source))
     tokenizer = ModelTokenizer(source)
-    data = find_samples(wanted_samples(job.spec, passes), tokenizer, environ, stop)
-    fingerprint = make_fingerprint(job.spec, layout, data)
+    data = find_samples(wanted_samples(job.spec, assigned.passes), tokenizer, environ, stop)
+    fingerprint = make_fingerprint(job.spec, assigned.source, data)
     if (report := already_published(output, fingerprint)) is not None:
         log.info("%s already holds this result", output.uri)
         if output.read(JOURNAL) is not None:  # who published it was cut off before all was cleared away
             output.cleanup()
         judge_published(job.spec, report, output.uri)
         return Summary(report, time.monotonic() - began, already=True)
-    refuse_without_room(output, plan)
+    refuse_without_room(output, assigned.plan)
     if not output.probe():
         warnings.append(f"{output.uri}: the store ignores conditional writes; two workers on this output would not notice each other")
     warnings += size_warnings(data)
-    for warning in [*layout.warnings, *warnings]:
+    for warning in [*assigned.layout.warnings, *warnings]:
         log.warning("%s", warning)
 
     rows = {section: found.read(tokenizer, stop) for section, found in data.items()}
@@ -106,34 +102,29 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
 
     build.library()  # compiled before the clock of the progress starts
 
-    def decided(surveys: int) -> OutputPlan:
-        """The output's plan by what so many surveys have found."""
-        nonlocal layout, schemes, plan
-        survey.recall(output, surveys, passes)
-        if surveys:
-            layout, schemes = assign(job.spec, source_layout, passes)
-            plan = plan_output(layout, schemes)
-        return plan
+    def plan_after(surveys: int) -> OutputPlan:
+        nonlocal assigned
+        assigned = survey.recalled(output, surveys, assigned)
+        return assigned.plan
 
-    limits, flowing = limits or Limits(), flows(job.spec, passes)
+    limits, flowing = limits or Limits(), flows(job.spec, assigned.passes)
     bound = {**fingerprint, "device": device_fingerprint()} if flowing else fingerprint
-    journal = open_journal(output, bound, job.owner, decided, bool(job.spec.worker.allow_device_change), job.uid)
+    journal = open_journal(output, bound, job.owner, plan_after, bool(job.spec.worker.allow_device_change), job.uid)
     if journal.resumed_from is not None:
-        log.info("going on at unit %d of %d", journal.resumed_from, len(layout.units))
-    surveys = survey.rounds(passes)
-    progress.start(layout, journal.state.unit, surveys, journal.state.surveys)
+        log.info("going on at unit %d of %d", journal.resumed_from, len(assigned.layout.units))
+    surveys = survey.rounds(assigned.passes)
+    progress.start(assigned.layout, journal.state.unit, surveys, journal.state.surveys)
     try:
         for number in range(journal.state.surveys, surveys):
-            progress.surveying(number, source_layout)
-            surveyed(number, source_layout, passes, journal, rows, limits).run(source, progress.done, stop)
-            layout, schemes = assign(job.spec, source_layout, passes)
-            plan = plan_output(layout, schemes)
-        work = Work(layout, passes, schemes, plan, limits)
+            progress.surveying(number, assigned.source)
+            surveyed(number, assigned, journal, rows, limits).run(source, progress.done, stop)
+            assigned = assigned.renewed()
+        progress.streaming(assigned.layout, surveys)
+        work = Work(assigned.layout, assigned.passes, assigned.schemes, assigned.plan, limits)
         units = calibrated(work, output, rows) if flowing else DataFree(work)
-        progress.streaming(layout, surveys)
         stream(work, units, source, output, journal, progress.done, stop)
         progress.publishing()
-        report = build_report(work, fingerprint, job.identity, journal, source.uri, measured(job.spec, rows, data, journal, layout))
+        report = build_report(work, fingerprint, job.identity, journal, source.uri, measured(assigned, rows, data, journal))
         judge(job.spec, report, output, journal)
         publish(work, source, output, journal, report)
     except ClaimLost:
@@ -142,30 +133,6 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
             output.cleanup()
         raise
     return Summary(report, time.monotonic() - began, resumed_from=journal.resumed_from, warnings=tuple(warnings))
-
-
-def measured(
-    spec: CompressionJobSpec, rows: Mapping[str, Rows], data: Mapping[str, FoundData], journal: Journal, layout: ModelLayout
-) -> dict[str, Any]:
-    """What calibration and evaluation have to say, from the units' records, and all warnings."""
-    records = {unit.name: journal.read_record(number) for number, unit in enumerate(layout.units)}
-    found: dict[str, Any] = {"data": facts(rows, data)} if rows else {}
-    warnings: list[str] = []
-    if blocks := {name: record["block"] for name, record in records.items() if "block" in record}:
-        found["blocks"] = [
-            {"name": name, **{k: v for k, v in block.items() if k not in ("cost", "drift")}} for name, block in blocks.items()
-        ]
-        if spec.drift is not None and "drift" in rows:
-            from kompressor_worker import drift
-
-            found["drift"] = drift.summarise({name: block.get("drift", {}) for name, block in blocks.items()}, spec.drift.threshold)
-            warnings += drift.warnings(found["drift"])
-    if evaluation := next((record["evaluation"] for record in records.values() if "evaluation" in record), None):
-        found["evaluation"] = {**evaluation, "bos": rows["evaluation"].bos}
-    if journal.state.devices:
-        found["devices"] = devices.facts(journal.state.devices, list(records))
-        warnings.append(devices.warning(found["devices"]))
-    return {**found, "warnings": [*layout.warnings, *warnings]}
 
 
 def judge_published(spec: CompressionJobSpec, report: Mapping[str, Any], uri: str) -> None:
@@ -190,24 +157,6 @@ def judge(spec: CompressionJobSpec, report: dict[str, Any], output: Output, jour
         output.abort(upload.name, upload.id)
     output.cleanup(keep=list(kept))
     gates.enforce(verdicts, measured_result(report), output.place(f"{WORK}{PAGE}"))
-
-
-def assign(spec: CompressionJobSpec, layout: ModelLayout, passes: Sequence[Pass]) -> tuple[ModelLayout, dict[str, Scheme]]:
-    """The source's layout as the passes leave it, and which linear gets which scheme; the first pass that wants a linear has it. Raises
-    UserError. Reads no weight, imports no torch."""
-    schemes: dict[str, Scheme] = {}
-    for p in passes:
-        layout = p.prepare(layout)
-        schemes |= p.assign(layout, schemes)
-    if flows(spec, passes):
-        refuse_unknown_forward(layout.family, layout.config)
-    warnings = (
-        *layout.warnings,
-        *reader_warnings(layout, schemes),
-        *unused_samples(spec, passes),
-        *(shape_warnings(spec, layout, passes, schemes) if flows(spec, passes) else ()),
-    )
-    return replace(layout, warnings=warnings), schemes
 
 
 def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout, data: Mapping[str, FoundData]) -> dict[str, str]:

@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from kompressor_worker.activations import CHUNK_BYTES, Activations, chunked
-from kompressor_worker.calibrated import Streams
+from kompressor_worker.block_work import Streams
 from kompressor_worker.journal import State
 from kompressor_worker.storage import WORK, Output
 from kompressor_worker.writer import Carry

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 import safetensors.torch
 from torch import Tensor
 
+from kompressor_worker.assignment import Assignment
+from kompressor_worker.batch import Batch
 from kompressor_worker.block import Site
-from kompressor_worker.calibrated import batch_tokens, size_of
-from kompressor_worker.calibrated_units import Calibrated, final_norm, kind_of, matrix_of, matrix_tensor
-from kompressor_worker.decoder import Batch
+from kompressor_worker.block_work import batch_tokens, size_of
+from kompressor_worker.calibrated_units import Calibrated
 from kompressor_worker.decoder_block import Block
 from kompressor_worker.errors import Terminated
 from kompressor_worker.forward import Projection
@@ -33,6 +34,7 @@ from kompressor_worker.snapshots import object_names, restored, snapshot_objects
 from kompressor_worker.storage import WORK, Output, Source
 from kompressor_worker.stream import Report, Step
 from kompressor_worker.tensors import decode
+from kompressor_worker.unit_kinds import final_norm, kind_of, matrix_of, matrix_tensor
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +44,13 @@ def rounds(passes: Sequence[Pass]) -> int:
     return max((p.surveys for p in passes), default=0)
 
 
-def recall(output: Output, done: int, passes: Sequence[Pass]) -> None:
-    """Lets passes decide by what earlier surveys have found."""
+def recalled(output: Output, done: int, assigned: Assignment) -> Assignment:
+    """By what earlier surveys have found, `done` of them."""
     for number in range(done):
         found = output.read(found_name(number))
         assert found is not None, f"the journal counts on {found_name(number)}, which is missing"
-        tell(passes, number, safetensors.torch.load(found[0]))
+        tell(assigned.passes, number, safetensors.torch.load(found[0]))
+    return assigned.renewed() if done else assigned
 
 
 def tell(passes: Sequence[Pass], number: int, found: Mapping[str, Tensor]) -> None:
@@ -78,7 +81,7 @@ class Survey:
     def run(self, source: Source, report: Report, stop: threading.Event) -> None:
         """Raises Terminated once `stop` is set; what is saved by then is not done again."""
         for surveyor in self.surveyors.values():
-            surveyor.begin(Surveyed(self.decoder, self.stream.batches, self.stream.tokens))
+            surveyor.begin(self._surveyed())
         first = self._restore()
         done = sum(u.source_bytes for u in self.layout.units[:first])
         loads = (load for number in range(first, len(self.layout.units)) for load in self._loads(number))
@@ -96,6 +99,17 @@ class Survey:
                 self._unit(number, incoming, step)
                 self._save(number + 1)
         self._finish()
+
+    def _surveyed(self) -> Surveyed:
+        decoder = self.decoder
+        return Surveyed(
+            decoder.device,
+            int(decoder.config.vocab_size),
+            decoder.final_softcap,
+            lambda hidden, norm: decoder.norm(hidden, norm).to(decoder.dtype),
+            self.stream.batches,
+            self.stream.tokens,
+        )
 
     # ---- units
 

@@ -79,8 +79,16 @@ class Pass:
         """Measures what the pass has to decide next; called once for each of its `surveys`."""
         raise NotImplementedError
 
+    def survey_rows(self, layers: int) -> float:
+        """How many rows beside the calibration's its surveys take through an average block of so many: for estimates."""
+        return 0.0
+
     def decide(self, found: Mapping[str, torch.Tensor]) -> None:
         """Takes in what its surveyor has found, after each survey, and again on a restart."""
+
+    def described(self) -> dict[str, Any]:
+        """What the report says of what it has decided for the whole model."""
+        return {}
 
     def prepare(self, layout: ModelLayout) -> ModelLayout:
         """The layout as this pass leaves it: tensors added or made smaller, the config changed. Raises UserError. Called twice where there

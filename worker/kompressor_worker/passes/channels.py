@@ -89,6 +89,9 @@ class Channels:
         }
         return cls(kept.cpu(), factors, (len(importance) / keep) ** 0.5)
 
+    def factors_told(self) -> dict[str, float]:
+        return {name: digits(factor) for name, factor in self.factors.items()}
+
     def place(self, layout: ModelLayout) -> None:
         """In the model as it becomes."""
         self._layout = layout

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kompressor_worker.decoder import Batch
 from kompressor_worker.errors import BadNumerics
 from kompressor_worker.evaluate import LogitComparison, Scored, scored
 from kompressor_worker.passes.surveyor import SeenBlock, Surveyed, Surveyor
+
+if TYPE_CHECKING:
+    from kompressor_worker.batch import Batch
 
 DAMPENING = 0.01
 """Share of the mean diagonal that pulls a map towards the identity."""
@@ -63,14 +67,12 @@ class Divergence(Surveyor):
             self.tensors[f"{seen.layer}/{number}"] = seen.before[number]
 
     def _batch(self, layer: int, number: int) -> Batch:
-        whole = self._model.batches[number]
-        return Batch(whole.lengths, {"hidden": self.tensors[f"{layer}/{number}"]}, whole.excluded)
+        return replace(self._model.batches[number], state={"hidden": self.tensors[f"{layer}/{number}"]})
 
     def head(self, first: int, rows: Tensor, norm: Tensor) -> None:
-        decoder = self._model.decoder
         if not self._comparisons:
             self._compare(norm)
-        rows = rows.to(decoder.device)
+        rows = rows.to(self._model.device)
         original, *variants = self._hidden
         for comparison, variant in zip(self._comparisons, variants, strict=True):
             start = 0
@@ -79,22 +81,21 @@ class Divergence(Surveyor):
                 start += len(a)
 
     def _compare(self, norm: Tensor) -> None:
-        decoder, parts, before = self._model.decoder, [], 0
-        for batch, tokens in zip(self._model.batches[: self._batches], self._model.tokens, strict=False):
+        model, parts, before = self._model, list[Scored](), 0
+        for batch, tokens in zip(model.batches[: self._batches], model.tokens, strict=False):
             lengths = [0 if out else n for n, out in zip(batch.lengths, batch.excluded or (False,) * len(batch.lengths), strict=True)]
             part = scored(tokens, torch.tensor(lengths))
             parts.append(Scored(part.keep, part.targets, part.rows + before))
             before += len(batch.lengths)
-        norm = norm.to(decoder.device)
+        norm = norm.to(model.device)
 
         def last(states: Sequence[Tensor]) -> list[Tensor]:
-            return [decoder.norm(s[p.keep], norm).to(decoder.dtype) for s, p in zip(states, parts, strict=True)]
+            return [model.norm(s[p.keep], norm) for s, p in zip(states, parts, strict=True)]
 
-        self._hidden = [last([batch.state["hidden"] for batch in self._model.batches[: self._batches]])]
+        self._hidden = [last([batch.state["hidden"] for batch in model.batches[: self._batches]])]
         self._hidden += [last([self.tensors[f"{n}/{b}"] for b in range(self._batches)]) for n in range(self._layers)]
         targets, belongs = torch.cat([p.targets for p in parts]), torch.cat([p.rows for p in parts])
-        vocabulary = int(decoder.config.vocab_size)
-        self._comparisons = [LogitComparison(targets, belongs, vocabulary, softcap=decoder.final_softcap) for _ in range(self._layers)]
+        self._comparisons = [LogitComparison(targets, belongs, model.vocabulary, softcap=model.softcap) for _ in range(self._layers)]
 
     def found(self) -> dict[str, Tensor]:
         kl = [comparison.result().summary()["kl"] for comparison in self._comparisons]

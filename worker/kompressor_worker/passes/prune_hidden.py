@@ -8,7 +8,7 @@ corrected by least squares against the original's, whose rows flow beside those 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -104,6 +104,9 @@ class PruneHidden(StructuredPass):
     def _decided(self) -> Channels:
         assert self._channels is not None, "the survey comes first"
         return self._channels
+
+    def described(self) -> dict[str, Any]:
+        return {"channels": self._decided.kept.tolist(), "normFactors": self._decided.factors_told()}
 
     def transform(self, layout: UnitLayout, weights: dict[str, torch.Tensor]) -> None:
         """A decoder block, or the final norm."""

@@ -114,6 +114,9 @@ class PruneLayers(StructuredPass):
             return layer_surveys.Influence(layers)
         return layer_surveys.Divergence(layers, self.params.samples)
 
+    def survey_rows(self, layers: int) -> float:
+        return self.params.samples * (layers - 1) / 2 if self.params.measure == "divergence" else 0.0
+
     def decide(self, found: Mapping[str, torch.Tensor]) -> None:
         if self._gone is None:
             self._scores = [float(x) for x in found["scores"]]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from kompressor_worker.batch import Batch
     from kompressor_worker.block import Site
-    from kompressor_worker.decoder import Batch, Decoder
     from kompressor_worker.statistics import Statistic
 
 
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 class Surveyed:
     """The source, and the calibration rows that flow through it."""
 
-    decoder: Decoder
+    device: torch.device
+    vocabulary: int
+    softcap: float | None
+    """Of the logits."""
+    norm: Callable[[Tensor, Tensor], Tensor]
+    """Hidden states behind a norm with this weight as stored, in the model's dtype."""
     batches: Sequence[Batch]
     """Their `state["hidden"]` is the input of the block that comes next."""
     tokens: Sequence[Tensor]

@@ -1,0 +1,54 @@
+"""What each part of a model becomes, decided from headers before a weight is read; and again once surveys have found what only they can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from kompressor_api.v1alpha1 import CompressionJobSpec
+from kompressor_worker.architectures import refuse_unknown_forward
+from kompressor_worker.formats.readers import reader_warnings
+from kompressor_worker.layout import ModelLayout
+from kompressor_worker.passes import Pass, build_passes
+from kompressor_worker.sample_warnings import shape_warnings
+from kompressor_worker.samples import flows, unused_samples
+from kompressor_worker.schemes import Scheme
+from kompressor_worker.shards import OutputPlan, plan_output
+
+
+@dataclass(frozen=True)
+class Assignment:
+    spec: CompressionJobSpec
+    source: ModelLayout
+    passes: Sequence[Pass]
+    layout: ModelLayout
+    """As the passes leave it."""
+    schemes: Mapping[str, Scheme]
+    """Which linear gets which; the first pass that wants a linear has it."""
+    plan: OutputPlan
+
+    @classmethod
+    def of(cls, spec: CompressionJobSpec, source: ModelLayout) -> Assignment:
+        """Raises UserError. Reads no weight, imports no torch."""
+        return cls._made(spec, source, build_passes(spec.passes))
+
+    def renewed(self) -> Assignment:
+        """By what passes know now."""
+        return self._made(self.spec, self.source, self.passes)
+
+    @classmethod
+    def _made(cls, spec: CompressionJobSpec, source: ModelLayout, passes: Sequence[Pass]) -> Assignment:
+        layout, schemes = source, dict[str, Scheme]()
+        for p in passes:
+            layout = p.prepare(layout)
+            schemes |= p.assign(layout, schemes)
+        if flows(spec, passes):
+            refuse_unknown_forward(layout.family, layout.config)
+        warnings = (
+            *layout.warnings,
+            *reader_warnings(layout, schemes),
+            *unused_samples(spec, passes),
+            *(shape_warnings(spec, layout, passes, schemes) if flows(spec, passes) else ()),
+        )
+        layout = replace(layout, warnings=warnings)
+        return cls(spec, source, passes, layout, schemes, plan_output(layout, schemes))
