@@ -32,15 +32,16 @@ def shape_warnings(spec: CompressionJobSpec, layout: ModelLayout, passes: Sequen
             for s in used
             if s.sequence_length > positions
         ]
-    if hungry and spec.calibration is not None and any("hessian" in p.statistics for p in passes):
+    reducing = any(p.reduces for p in passes)
+    if hungry and spec.calibration is not None and (reducing or any("hessian" in p.statistics for p in passes)):
         tokens = spec.calibration.samples * spec.calibration.sequence_length
         sites = [
             site
             for unit in layout.units
-            if is_block(unit)
-            for sites in steps_of(unit, layout)
+            if is_block(unit) and not unit.dropped
+            for number, sites in enumerate(steps_of(unit.as_stored() if reducing else unit, layout))
             for site in sites
-            if any(x.name in schemes for x in site.linears)
+            if any(x.name in schemes or x.pruned for x in site.linears) or (reducing and number % 2)
         ]
         if sites and (worst := max(sites, key=lambda s: s.columns / s.share)).columns > tokens * worst.share:
             enough = -(-worst.columns // max(1, round(spec.calibration.sequence_length * worst.share)))
