@@ -15,7 +15,8 @@ from typing import Any
 from kompressor_api import names
 from kompressor_api.failures import ADVICE, FAILURES, KILLED, failure_of_code
 from kompressor_api.names import ExitCode, Reason
-from kompressor_operator.observed import ChildJob, ChildPod, Terminated
+from kompressor_operator.observed import ChildJob
+from kompressor_operator.pods import ChildPod, Terminated
 
 TEXT_LIMIT = 1500
 """Characters of a worker's own words on the status; the log has the rest."""

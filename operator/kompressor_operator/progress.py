@@ -12,7 +12,8 @@ from kompressor_operator.decide import Decision, Involved, JobPatch, View
 from kompressor_operator.endings import ending_of, ending_of_pod
 from kompressor_operator.manifests import OUT_OF_MEMORY_CODES
 from kompressor_operator.object_meta import moment
-from kompressor_operator.observed import ChildJob, ChildPod
+from kompressor_operator.observed import ChildJob
+from kompressor_operator.pods import ChildPod
 from kompressor_operator.troubles import LOST_AFTER, Trouble, creation_trouble, lost, mount_trouble, start_trouble
 
 NO_POD_SECONDS = 3.0

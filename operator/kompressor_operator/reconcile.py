@@ -19,7 +19,8 @@ from kompressor_operator.decide import Decision, Involved, Policy, View, decide
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.metrics import Metrics
 from kompressor_operator.object_meta import stamp
-from kompressor_operator.observed import ChildJob, ChildPod, CompressionJob, Key, Manifest, Warned, ours
+from kompressor_operator.observed import ChildJob, CompressionJob, Key, Manifest, Warned, ours
+from kompressor_operator.pods import ChildPod
 from kompressor_operator.policies import POLICIES
 from kompressor_operator.recipes import fetch
 from kompressor_operator.refusals import NAMESPACE_GOES, Refusal, conflict, refusal

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from kompressor_api import names
 from kompressor_operator.cluster import ApiError, Cluster
-from kompressor_operator.observed import ChildJob, ChildPod, Key, Manifest
+from kompressor_operator.observed import ChildJob, Key, Manifest
+from kompressor_operator.pods import ChildPod
 from kompressor_operator.store import Packed, Store
 
 log = logging.getLogger(__name__)

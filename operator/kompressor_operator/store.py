@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from kompressor_api.names import Step
-from kompressor_operator.observed import ChildJob, ChildPod, CompressionJob, Key, Manifest, Observed
+from kompressor_operator.observed import ChildJob, CompressionJob, Key, Manifest, Observed
+from kompressor_operator.pods import ChildPod
 
 
 class Record(Protocol):

@@ -12,7 +12,8 @@ from datetime import datetime, timedelta
 
 from kompressor_api.failures import ADVICE
 from kompressor_api.names import Reason
-from kompressor_operator.observed import ChildJob, ChildPod, Warned
+from kompressor_operator.observed import ChildJob, Warned
+from kompressor_operator.pods import ChildPod
 
 LOST_AFTER = timedelta(seconds=15)
 """A kubelet removes a pod within seconds after its grace period; beyond this nobody is there to do it."""

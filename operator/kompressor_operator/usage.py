@@ -7,7 +7,7 @@ from dataclasses import replace
 from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.decide import View
 from kompressor_operator.object_meta import moment
-from kompressor_operator.observed import ChildPod
+from kompressor_operator.pods import ChildPod
 
 
 def with_usage(view: View, verdict: Verdict) -> Verdict:

@@ -10,7 +10,8 @@ from typing import Any
 from kompressor_api import names
 from kompressor_operator.decide import Decision, View, decide
 from kompressor_operator.object_meta import stamp
-from kompressor_operator.observed import ChildJob, ChildPod, CompressionJob, Terminated, Warned
+from kompressor_operator.observed import ChildJob, CompressionJob, Warned
+from kompressor_operator.pods import ChildPod, Terminated
 from kompressor_operator.policies import POLICIES
 from kompressor_operator.settings import Settings
 from kompressor_operator.store import observe

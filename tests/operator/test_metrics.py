@@ -21,7 +21,8 @@ from kompressor_operator.decide import Decision, View
 from kompressor_operator.health import Health, Watchdog, serve_probes
 from kompressor_operator.metrics import Metrics, Moment, bounded
 from kompressor_operator.object_meta import stamp
-from kompressor_operator.observed import ChildJob, Terminated
+from kompressor_operator.observed import ChildJob
+from kompressor_operator.pods import Terminated
 from kompressor_operator.reconcile import Reconciler
 from kompressor_operator.store import Store, observe
 from kompressor_operator.usage import with_usage

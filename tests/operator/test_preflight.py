@@ -14,7 +14,8 @@ from kompressor_operator import manifests
 from kompressor_operator.conditions import Phase, conditions, events
 from kompressor_operator.decide import CONFIRM, Decision
 from kompressor_operator.object_meta import stamp
-from kompressor_operator.observed import ChildJob, ChildPod, CompressionJob
+from kompressor_operator.observed import ChildJob, CompressionJob
+from kompressor_operator.pods import ChildPod
 
 PLAN = {"sourceBytes": 400, "outputBytes": 100, "ratio": "4.00x", "hostMemoryBytes": 3 << 30, "seconds": 60, "units": 4, "warnings": []}
 VALID = json.dumps({"reason": "Valid", "message": "writes 100 B, needs 3 GiB, takes about 1 min", "exitCode": 0, "summary": PLAN})

@@ -11,7 +11,7 @@ from kcj_builders import NOW, ago, child, condition, failed, judge, kcj, pod
 from kompressor_api.failures import ADVICE
 from kompressor_api.names import Reason
 from kompressor_operator.decide import Involved
-from kompressor_operator.observed import ChildPod
+from kompressor_operator.pods import ChildPod
 
 WAITING: list[tuple[dict[str, Any], str, str]] = [
     ({"waiting_reason": "ErrImagePull", "waiting_message": "pull access denied"}, "ImagePullFailed", "spec.worker.image"),

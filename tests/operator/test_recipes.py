@@ -15,7 +15,8 @@ from kompressor_operator import manifests
 from kompressor_operator.cluster import ApiError
 from kompressor_operator.decide import Decision, View, decide
 from kompressor_operator.manifests import RECIPE_FILE, spec_digest, stem
-from kompressor_operator.observed import ChildJob, ChildPod, CompressionJob, Manifest
+from kompressor_operator.observed import ChildJob, CompressionJob, Manifest
+from kompressor_operator.pods import ChildPod
 from kompressor_operator.policies import POLICIES
 from kompressor_operator.recipes import Resolved, combined, fetch
 from kompressor_operator.refusals import Refusal

@@ -18,7 +18,8 @@ from kompressor_operator.decide import Decision
 from kompressor_operator.endings import ending_of
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.object_meta import stamp
-from kompressor_operator.observed import ChildJob, ChildPod
+from kompressor_operator.observed import ChildJob
+from kompressor_operator.pods import ChildPod
 
 
 def told(decision: Decision) -> Verdict:
