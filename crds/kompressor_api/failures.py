@@ -63,10 +63,13 @@ ADVICE: Mapping[Reason, str] = {
     Reason.BACKOFF_LIMIT_EXCEEDED: "read the pods' logs with `kubectl logs`, and raise spec.retry.limit if the cause may pass",
     Reason.DEADLINE_EXCEEDED: "raise spec.activeDeadlineSeconds, or give it a faster node; applied again, it goes on at its last block",
     # early truth
-    Reason.IMAGE_PULL_FAILED: "correct spec.worker.image, or the operator's worker image, or add a pull secret",
+    Reason.IMAGE_PULL_FAILED: (
+        "correct spec.worker.image (of another container: podTemplate), or the operator's worker image, or add a pull secret"
+    ),
     Reason.UNSCHEDULABLE: "ask for less in spec.worker.resources, correct nodeSelector or tolerations, or add a node",
     Reason.SECRET_MISSING: (
-        "create the Secret that credentialsSecret names, with that key, in the job's namespace; the pod starts by itself then"
+        "create the Secret that credentialsSecret (or podTemplate) names, with that key, in the job's namespace; "
+        "the pod starts by itself then"
     ),
     Reason.QUOTA_EXCEEDED: "ask for less in spec.worker.resources, end other pods, or raise the ResourceQuota",
     Reason.NODE_LOST: (
@@ -76,6 +79,9 @@ ADVICE: Mapping[Reason, str] = {
     Reason.NAME_CONFLICT: "delete the object that is named, or apply this CompressionJob under another name",
     Reason.POD_REFUSED: "allow the pod in the namespace's policy, or change spec.worker",
     Reason.CONTAINER_NOT_STARTED: "correct what is named, or spec.worker.image",
+    Reason.CONTAINER_FAILED: (
+        "read its log with `kubectl logs POD -c CONTAINER`, and correct it in spec.worker.podTemplate or in the webhook that adds it"
+    ),
     Reason.VOLUME_NOT_MOUNTED: "create what is named in the job's namespace; the pod starts by itself then",
     Reason.RECIPE_NOT_FOUND: "create the recipe that spec.recipeRef names, or correct its kind and name",
     Reason.FORBIDDEN: "allow it in the operator's role, or in the admission policy that is named; the operator tries again",

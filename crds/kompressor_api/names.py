@@ -126,6 +126,8 @@ class Condition(StrEnum):
     SUSPENDED = "Suspended"
     COMPLETE = "Complete"
     FAILED = "Failed"
+    CLEANUP_BLOCKED = "CleanupBlocked"
+    """Only while a deletion with deletionPolicy Delete waits for something that keeps the clean-up's pod from running."""
 
 
 class Reason(StrEnum):
@@ -155,6 +157,8 @@ class Reason(StrEnum):
     """The Job controller cannot create the pod, for another reason than quota."""
     CONTAINER_NOT_STARTED = "ContainerNotStarted"
     """The kubelet cannot start the container, for another reason than image or Secret."""
+    CONTAINER_FAILED = "ContainerFailed"
+    """A container beside the worker's: an init container or sidecar that ends before the worker can start, or one that fails the pod."""
     VOLUME_NOT_MOUNTED = "VolumeNotMounted"
     RECIPE_NOT_FOUND = "RecipeNotFound"
     FORBIDDEN = "Forbidden"

@@ -16,7 +16,7 @@ from kompressor_api import names
 from kompressor_api.failures import ADVICE, FAILURES, KILLED, failure_of_code
 from kompressor_api.names import ExitCode, Reason
 from kompressor_operator.observed import ChildJob
-from kompressor_operator.pods import ChildPod, Terminated
+from kompressor_operator.pods import Beside, ChildPod, Terminated
 
 TEXT_LIMIT = 1500
 """Characters of a worker's own words on the status; the log has the rest."""
@@ -31,6 +31,9 @@ KUBELET_REASONS: Mapping[str, Reason] = {
     "ContainerCannotRun": Reason.CONTAINER_NOT_STARTED,
 }
 """What the kubelet knows better than the exit code."""
+
+STOPPED_CODES = (KILLED, 143)
+"""Of a container that did not handle the SIGTERM or SIGKILL of its pod's deletion."""
 
 _POD_IN_MESSAGE = re.compile(r"for pod [^\s/]+/(?P<pod>\S+) failed with exit code (?P<code>\d+)")
 _REASONS = frozenset(map(str, Reason))
@@ -63,7 +66,7 @@ def ending_of(job: ChildJob, pods: Sequence[ChildPod]) -> Ending:
     else:
         finished = [pod for pod in finished if not _free(pod)] or finished  # what did not count does not speak for the rest
     if finished:
-        return ending_of_pod(max(finished, key=lambda pod: (_finished_at(pod), pod.created, pod.name)))
+        return ending_of_pod(max(finished, key=lambda pod: (pod.finished_at, pod.created, pod.name)))
     if named:  # the pod is gone, its exit code is not
         return _ending(Terminated(int(named["code"])), f"pod {named['pod']}")
     if job.ended == "Complete":
@@ -75,15 +78,30 @@ def ending_of(job: ChildJob, pods: Sequence[ChildPod]) -> Ending:
 def ending_of_pod(pod: ChildPod) -> Ending:
     """How one pod ended; also one that never got to run its container."""
     if pod.terminated is None:
-        why = pod.disrupted or pod.reason or "no container status"
-        return Ending(Reason.TERMINATED, advised(Reason.TERMINATED, f"pod {pod.name} ended without its worker: {why}"))
+        return _without_worker(pod)
     if pod.disrupted and pod.terminated.exit_code != ExitCode.DONE:  # whatever the worker made of it
         text = f"pod {pod.name} was taken away ({pod.disrupted})"
         return Ending(Reason.TERMINATED, advised(Reason.TERMINATED, text), pod.terminated.exit_code)
     if pod.terminated.never_ran:
         text = f"pod {pod.name} was removed before the worker ran"
         return Ending(Reason.TERMINATED, advised(Reason.TERMINATED, text), pod.terminated.exit_code, never_ran=True)
+    if pod.phase == "Failed" and pod.terminated.exit_code == ExitCode.DONE and pod.beside and pod.beside.ended:
+        return _of_beside(pod, pod.beside)
     return _ending(pod.terminated, f"pod {pod.name}")
+
+
+def how_it_ended(beside: Beside) -> str:
+    """Of a container that is not the worker's: its exit code, or what the kubelet knows better, and what it said last."""
+    ended = beside.ended
+    if ended is None:
+        return f"{beside.who} ended"
+    how = f"{beside.who} ended with exit code {ended.exit_code}"
+    if ended.reason == "OOMKilled":
+        how = f"{beside.who} was killed because it used more memory than its limit"
+    elif KUBELET_REASONS.get(ended.reason) is Reason.CONTAINER_NOT_STARTED:
+        how = f"{beside.who} could not be started"
+    said = ended.message.strip()[-TEXT_LIMIT:]
+    return f"{how}; it said last: {said}" if said else how
 
 
 def advised(reason: str, text: str, code: int | None = None) -> str:
@@ -92,6 +110,22 @@ def advised(reason: str, text: str, code: int | None = None) -> str:
     if advice is None and code:
         advice = failure_of_code(code).advice
     return f"{text.rstrip('. ')}; {advice}" if advice and advice not in text else text
+
+
+def _without_worker(pod: ChildPod) -> Ending:
+    """The pod ended before its worker ran, or nobody knows that it did."""
+    failed = pod.beside.ended if pod.beside and not pod.disrupted else None
+    stopped = failed is not None and pod.deletion_due is not None and failed.exit_code in STOPPED_CODES
+    if pod.beside and failed and not stopped:
+        return _of_beside(pod, pod.beside)
+    why = ": ".join(part for part in (pod.disrupted or pod.reason, pod.message) if part) or "no container status"
+    text = f"pod {pod.name} was removed before the worker ran" if stopped else f"pod {pod.name} ended without its worker: {why}"
+    return Ending(Reason.TERMINATED, advised(Reason.TERMINATED, text))
+
+
+def _of_beside(pod: ChildPod, beside: Beside) -> Ending:
+    """Without an exit code: it is not the worker's."""
+    return Ending(Reason.CONTAINER_FAILED, advised(Reason.CONTAINER_FAILED, f"pod {pod.name}: {how_it_ended(beside)}"))
 
 
 def _ending(ended: Terminated, who: str) -> Ending:
@@ -143,7 +177,3 @@ def _free(pod: ChildPod) -> bool:
     """Did its end not count, by the first two rules of the podFailurePolicy, or for want of a worker that failed?"""
     ended = pod.terminated
     return bool(pod.disrupted) or (ended is not None and (ended.never_ran or ended.exit_code == ExitCode.TERMINATED))
-
-
-def _finished_at(pod: ChildPod) -> str:
-    return pod.terminated.finished_at if pod.terminated else ""

@@ -81,6 +81,8 @@ def _starting(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
         return *_before_running(view, job), NO_START_SECONDS - age
     if not pod.node:
         return Phase.PENDING, Reason.PENDING, f"pod {pod.name} waits for a node", None
+    if pod.beside and not (pod.beside.waiting_reason or pod.beside.ended):
+        return Phase.PENDING, Reason.PENDING, f"pod {pod.name} on node {pod.node}: the worker waits for {pod.beside.who}, which runs", None
     if view.observed.warnings is None:
         return Involved("Pod", pod.name, pod.uid)
     trouble = mount_trouble(pod, view.observed.warnings)
@@ -91,7 +93,7 @@ def _starting(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
 def _of_none(view: View, job: ChildJob) -> Told | Involved:
     """No pod is there: not yet, not again, or not allowed."""
     last = _last_ended(view, job)
-    since = moment(last.terminated.finished_at) if last and last.terminated and last.terminated.finished_at else job.created
+    since = (moment(last.finished_at) if last.finished_at else last.created) if last else job.created
     age = (view.now - since).total_seconds()
     if job.suspended:
         return Phase.PENDING, Reason.PENDING, f"Job {job.name} goes on", None

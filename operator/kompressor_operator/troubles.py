@@ -12,8 +12,9 @@ from datetime import datetime, timedelta
 
 from kompressor_api.failures import ADVICE
 from kompressor_api.names import Reason
+from kompressor_operator.endings import how_it_ended
 from kompressor_operator.observed import ChildJob, Warned
-from kompressor_operator.pods import ChildPod
+from kompressor_operator.pods import CRASH_LOOP, Beside, ChildPod
 
 LOST_AFTER = timedelta(seconds=15)
 """A kubelet removes a pod within seconds after its grace period; beyond this nobody is there to do it."""
@@ -45,12 +46,12 @@ def lost(pod: ChildPod, now: datetime) -> Trouble | None:
 
 
 def start_trouble(pod: ChildPod) -> Trouble | None:
-    """What keeps a pod from starting, as far as its own status tells."""
-    if pod.waiting_reason in IMAGE_REASONS:
-        detail = _BACK_OFF.sub("", pod.waiting_message) or pod.waiting_message or pod.waiting_reason
-        return _trouble(Reason.IMAGE_PULL_FAILED, f"pod {pod.name}: the image cannot be pulled: {detail}")
-    if pod.waiting_reason in START_REASONS:
-        return _not_started(pod)
+    """What keeps a pod from starting, as far as its own status tells: its worker's container, or one beside it."""
+    own = _waits(f"pod {pod.name}", "the image", pod.waiting_reason, pod.waiting_message)
+    if own:
+        return own
+    if pod.beside:
+        return _beside_trouble(pod, pod.beside)
     if pod.unschedulable:
         return _trouble(Reason.UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable.rstrip('. ')}")
     return None
@@ -78,11 +79,21 @@ def creation_trouble(job: ChildJob, warnings: Sequence[Warned], since: datetime)
     return None
 
 
-def _not_started(pod: ChildPod) -> Trouble:
-    text = pod.waiting_message or pod.waiting_reason
-    if "secret" in text.lower():
-        return _trouble(Reason.SECRET_MISSING, f"pod {pod.name}: {text}")
-    return _trouble(Reason.CONTAINER_NOT_STARTED, f"pod {pod.name}: {text}")
+def _beside_trouble(pod: ChildPod, beside: Beside) -> Trouble | None:
+    if beside.waiting_reason == CRASH_LOOP:
+        return _trouble(Reason.CONTAINER_FAILED, f"pod {pod.name}: {how_it_ended(beside)}")
+    who = f"pod {pod.name}: {beside.who}"
+    return _waits(who, "its image", beside.waiting_reason, beside.waiting_message)
+
+
+def _waits(who: str, image: str, reason: str, said: str) -> Trouble | None:
+    """A container that cannot be made."""
+    text = said or reason
+    if reason in IMAGE_REASONS:
+        return _trouble(Reason.IMAGE_PULL_FAILED, f"{who}: {image} cannot be pulled: {_BACK_OFF.sub('', said) or text}")
+    if reason not in START_REASONS:
+        return None
+    return _trouble(Reason.SECRET_MISSING if "secret" in text.lower() else Reason.CONTAINER_NOT_STARTED, f"{who}: {text}")
 
 
 def _trouble(reason: Reason, said: str) -> Trouble:
