@@ -198,7 +198,7 @@ class StatusCondition(BaseModel):
     """One observation, as in every Kubernetes resource."""
 
     model_config = ConfigDict(extra="allow")
-    type: Short = Field(description="Ready, Reconciling, Stalled, Validated, Suspended, Complete or Failed.")
+    type: Short = Field(description="Ready, Reconciling, Stalled, Validated, Suspended, Complete, Failed or CleanupBlocked.")
     status: Literal["True", "False", "Unknown"] = Field(description="True, False or Unknown.")
     reason: Short = Field(description="CamelCase reason of the last transition.")
     message: Message = Field(default="", description="What happened, and what to do about it.")
@@ -302,7 +302,7 @@ class CompressionJobStatus(BaseModel):
     conditions: list[StatusCondition] = Field(
         default_factory=list,
         max_length=16,
-        description="Ready, Reconciling, Stalled, Validated, Suspended, Complete, Failed.",
+        description="Ready, Reconciling, Stalled, Validated, Suspended, Complete, Failed, CleanupBlocked.",
     )
     jobName: Short | None = Field(default=None, description="The child Job of the current attempt.")
     attempt: int | None = Field(default=None, description="The current attempt; a new Job each.")

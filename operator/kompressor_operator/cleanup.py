@@ -19,6 +19,7 @@ from kompressor_operator.manifests import labels, marked, pod_failure_rules, ste
 from kompressor_operator.observed import ChildJob, CompressionJob, Manifest
 from kompressor_operator.planner import RESOURCES, planner_image, shared
 from kompressor_operator.pod_shape import container, pod_spec
+from kompressor_operator.progress import running
 from kompressor_operator.settings import Settings
 from kompressor_operator.troubles import LOST_AFTER, lost
 from kompressor_operator.worker_pod import PROBED_KEY, places
@@ -29,6 +30,8 @@ SECONDS = 600
 OVERDUE = timedelta(seconds=SECONDS + 60)
 """From its creation, queue included: the Job's own deadline does not run while it is suspended, nor end it while its pod's node is lost."""
 RETRIES = 3
+ON_ITS_WAY = (Reason.PENDING, Reason.COMPRESSING, Reason.RETRYING)
+"""What is said of a Job that nothing keeps from running."""
 
 
 def deleting(view: View) -> Decision | None:
@@ -103,12 +106,29 @@ def _going(view: View, cleanup: ChildJob) -> Decision:
     """It may take its time, but not hold the job for ever."""
     rest = cleanup.created + OVERDUE - view.now
     if rest > timedelta():
-        return Decision(again_after=rest.total_seconds())
+        return _told(view, cleanup, rest.total_seconds())
     if not view.observed.live:
         return CONFIRM
     how = "kept suspended by something else" if cleanup.suspended else "not over"
     why = f"clean-up Job {cleanup.name} was still {how} {OVERDUE.total_seconds():.0f} s after its creation, and is deleted"
     return Decision(finalizer=False, deletes=(cleanup,), event=_left(view.job, why))
+
+
+def _told(view: View, cleanup: ChildJob, rest: float) -> Decision:
+    """As of a worker's Job that goes on, but only what is in its way."""
+    if cleanup.suspended:
+        kept = f"the clean-up waits: Job {cleanup.name} is kept suspended by something else"
+        return Decision(blocked=Event(True, Reason.QUEUED, kept), again_after=rest)
+    if cleanup.failing:
+        return Decision(again_after=rest)  # within seconds it says why
+    decision = running(view, cleanup, (), {})
+    verdict = decision.verdict
+    if verdict is None:
+        return decision  # the warnings are wanted first
+    blocked = None
+    if verdict.reason not in ON_ITS_WAY:
+        blocked = Event(True, verdict.reason, f"the clean-up waits: {verdict.message}")
+    return Decision(blocked=blocked, again_after=min(rest, decision.again_after or rest))
 
 
 def _left(job: CompressionJob, why: str) -> Event:

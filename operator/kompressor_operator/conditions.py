@@ -6,12 +6,14 @@ moves only with the status of its condition, and a status that says the same alr
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from kompressor_api import names
 from kompressor_api.names import Condition, Reason
 from kompressor_operator.object_meta import stamp
 from kompressor_operator.observed import CompressionJob, Manifest
@@ -55,6 +57,9 @@ FREE_FIELDS: tuple[str, ...] = (
     "workerImage",
     "gpuSeconds",
 )
+
+EVENT_LIMIT = 1024
+"""Bytes that the API server takes in an event's message."""
 
 CLEARED = ""
 """As a fact: what the status says there is not true any more. A merge patch removes a field by null."""
@@ -149,6 +154,15 @@ def generation_patch(job: CompressionJob) -> Manifest:
     return {"observedGeneration": job.generation, "conditions": kept}
 
 
+def blocked_patch(job: CompressionJob, blocked: Event | None, now: datetime) -> Manifest:
+    """For a job that is being deleted: what its clean-up waits for, if anything. All else goes on telling how the job ended."""
+    stored = list(job.status.get("conditions") or ())
+    wanted = [c for c in stored if c.get("type") != Condition.CLEANUP_BLOCKED]
+    if blocked:
+        wanted.append(_condition(job, Condition.CLEANUP_BLOCKED, True, blocked.reason, blocked.message, now))
+    return {} if wanted == stored else {"conditions": wanted}
+
+
 def transition(job: CompressionJob, verdict: Verdict) -> Event | None:
     """The event to tell, if this verdict differs from what is stored in more than words."""
     ready = job.condition(Condition.READY)
@@ -162,6 +176,32 @@ def events(job: CompressionJob, verdict: Verdict) -> list[Event]:
     """All that is to be told, once the status is written."""
     changed = job.condition(Condition.VALIDATED).get("message") != _validated(job, verdict)[2]
     return [event for event in (transition(job, verdict), verdict.note if changed else None) if event]
+
+
+def event_body(job: CompressionJob, event: Event, now: datetime) -> Manifest:
+    """The Event object, for `kubectl describe`; told twice of the same version of a job it has the same name."""
+    unique = hashlib.sha256(f"{job.uid}/{job.resource_version}/{event.reason}".encode()).hexdigest()[:16]
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": f"{job.name[:200]}.{unique}", "namespace": job.namespace},
+        "involvedObject": {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "namespace": job.namespace,
+            "name": job.name,
+            "uid": job.uid,
+            "resourceVersion": job.resource_version,
+        },
+        "type": "Warning" if event.warning else "Normal",
+        "reason": event.reason,
+        "message": event.message.encode()[:EVENT_LIMIT].decode(errors="ignore"),
+        "source": {"component": names.FIELD_MANAGER},
+        "reportingComponent": names.FIELD_MANAGER,
+        "firstTimestamp": stamp(now),
+        "lastTimestamp": stamp(now),
+        "count": 1,
+    }
 
 
 def _condition(job: CompressionJob, kind: Condition, on: bool | None, reason: str, message: str, now: datetime) -> Manifest:

@@ -83,6 +83,8 @@ class Decision:
     """Told after all that was to be done, beside what the verdict tells."""
     verdict: Verdict | None = None
     """What the status is to say; None leaves it alone."""
+    blocked: Event | None = None
+    """Of a job that is being deleted: what keeps its clean-up from running, to be told on the status and, once, as an event."""
     keep_generation: bool = False
     """Finished: the stored end holds for the new generation too."""
     again_after: float | None = None

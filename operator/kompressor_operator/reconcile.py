@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from kompressor_api import names
+from kompressor_api.names import Condition
 from kompressor_operator import manifests
 from kompressor_operator.cleanup import given_up
 from kompressor_operator.cluster import ApiError, Cluster
-from kompressor_operator.conditions import Event, Verdict, events, generation_patch, status_patch
+from kompressor_operator.conditions import Event, Verdict, blocked_patch, event_body, events, generation_patch, status_patch
 from kompressor_operator.decide import Decision, Involved, Policy, View, decide
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.metrics import Metrics
-from kompressor_operator.object_meta import stamp
 from kompressor_operator.observed import ChildJob, CompressionJob, Key, Manifest, Warned, ours
 from kompressor_operator.pods import ChildPod
 from kompressor_operator.policies import POLICIES
@@ -36,8 +35,6 @@ LOOKS = 6
 """Times that one reconcile may ask for more before it decides: each of confirm, look, finalizer and resolve once, and one to spare."""
 CREATION_TRIES = 8
 """Tries after which a clean-up Job that is refused is given up: about half a minute, so that nothing hangs for a full quota."""
-EVENT_LIMIT = 1024
-"""Bytes that the API server takes in an event's message."""
 
 
 @contextlib.contextmanager
@@ -129,6 +126,8 @@ class Reconciler:
             return None
         if decision.verdict is not None:
             await self._tell(view.job, with_usage(view, decision.verdict))
+        elif view.job.deleting and decision.finalizer is None:
+            await self._tell_blocked(view.job, decision.blocked)
         elif decision.keep_generation:
             await self._write(view.job, generation_patch(view.job))
         if decision.finalizer is False:
@@ -249,14 +248,21 @@ class Reconciler:
             for event in events(job, verdict):
                 await self._emit(job, event)
 
+    async def _tell_blocked(self, job: CompressionJob, blocked: Event | None) -> None:
+        """The same of what a deletion waits for; other words for the same reason are no other event."""
+        before = job.condition(Condition.CLEANUP_BLOCKED).get("reason")
+        written = await self._write(job, blocked_patch(job, blocked, self.clock()))
+        if written and blocked and blocked.reason != before:
+            await self._emit(job, blocked)
+
     async def _write(self, job: CompressionJob, patch: Manifest) -> bool:
         """One conditional patch. A conflict means that we decided on something old: again, on what is there now."""
         if not patch:
             return False
         body = {"metadata": {"resourceVersion": job.resource_version}, "status": patch}
         self.store.put_resource(await self.cluster.patch(names.KIND, job.namespace, job.name, body, status=True))
-        if "conditions" in patch:
-            said = patch["conditions"][0]
+        if patch.get("conditions"):
+            said = next((c for c in patch["conditions"] if c["type"] == Condition.CLEANUP_BLOCKED), patch["conditions"][0])
             about = {"namespace": job.namespace, "job": job.name, "uid": job.uid, "reason": said["reason"]}
             attempt = patch.get("attempt") or job.status.get("attempt")
             log.info("%s/%s: %s", job.namespace, job.name, said["reason"], extra={**about, "attempt": attempt, "detail": said["message"]})
@@ -264,31 +270,8 @@ class Reconciler:
 
     async def _emit(self, job: CompressionJob, event: Event) -> None:
         """For `kubectl describe`. An event that is lost is not worth another reconcile."""
-        unique = hashlib.sha256(f"{job.uid}/{job.resource_version}/{event.reason}".encode()).hexdigest()[:16]
-        now = stamp(self.clock())
-        body = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"name": f"{job.name[:200]}.{unique}", "namespace": job.namespace},
-            "involvedObject": {
-                "apiVersion": names.API_VERSION,
-                "kind": names.KIND,
-                "namespace": job.namespace,
-                "name": job.name,
-                "uid": job.uid,
-                "resourceVersion": job.resource_version,
-            },
-            "type": "Warning" if event.warning else "Normal",
-            "reason": event.reason,
-            "message": event.message.encode()[:EVENT_LIMIT].decode(errors="ignore"),
-            "source": {"component": names.FIELD_MANAGER},
-            "reportingComponent": names.FIELD_MANAGER,
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-        }
         try:
-            await self.cluster.create(body)
+            await self.cluster.create(event_body(job, event, self.clock()))
         except ApiError as error:
             about = {"namespace": job.namespace, "job": job.name, "uid": job.uid, "reason": event.reason}
             log.warning("event lost: %s", error, extra={**about, "detail": event.message})

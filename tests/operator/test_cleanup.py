@@ -12,9 +12,11 @@ from kcj_builders import NOW, PASSES, SETTINGS, UID, ago, child, complete, condi
 from kompressor_api import names
 from kompressor_api.names import Step
 from kompressor_operator.cleanup import cleanup_job, given_up
-from kompressor_operator.decide import NOTHING, Decision, View
+from kompressor_operator.decide import NOTHING, Decision, Involved, View
 from kompressor_operator.observed import ChildJob, CompressionJob, Observed, ours
+from kompressor_operator.pods import ChildPod
 
+RUNNING = {"jobName": "llama-2", "attempt": 2, "phase": "Compressing", "conditions": [condition("Ready", "False", reason="Compressing")]}
 OUTPUT = {"uri": "s3://models/llama-w4", "credentialsSecret": "results", "caBundle": {"configMap": "ca", "key": "store.pem"}}
 
 
@@ -82,9 +84,41 @@ def test_what_never_had_a_worker_has_nothing_to_clean_up() -> None:
     assert judge(doomed(status={})).create, "a Job that went before its name was written is not seen any more"
 
 
+def its_pod(**fields: Any) -> ChildPod:
+    return replace(pod(**fields), name="p", job="llama-cleanup", step=Step.CLEANUP)
+
+
 def test_a_clean_up_that_goes_on_is_left_alone() -> None:
-    assert judge(doomed(), cleaning(created=ago(60)), live=False) == Decision(again_after=600), "until it is overdue"
+    assert judge(doomed(), cleaning(created=ago(60)), its_pod(), live=False) == Decision(again_after=600), "until it is overdue"
+    young = judge(doomed(status=RUNNING), failed(1), child(2), cleaning(created=ago(1)), live=False)
+    assert young == Decision(again_after=2), "no word about the worker's Jobs"
     assert judge(doomed(), cleaning(ended="Complete"), child(), pod()).finalizer is False, "it began after the worker, so it was right"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "named"),
+    [
+        ({"waiting_reason": "ErrImagePull", "waiting_message": "nowhere:9: not found"}, "ImagePullFailed", "nowhere:9"),
+        ({"waiting_reason": "CreateContainerConfigError", "waiting_message": 'secret "results" not found'}, "SecretMissing", "results"),
+        ({"node": "", "unschedulable": "0/3 nodes are available: 3 Insufficient memory."}, "Unschedulable", "Insufficient memory"),
+    ],
+)
+def test_what_its_pod_waits_for_is_told_while_it_waits(fields: dict[str, Any], reason: str, named: str) -> None:
+    """On a condition of its own: Ready keeps telling how the job ended. Two minutes before it is overdue."""
+    for status in (ended_status(), RUNNING):
+        decision = judge(doomed(status=status), cleaning(created=ago(540)), its_pod(phase="Pending", **fields), live=False)
+        assert decision.verdict is None and decision.finalizer is None and decision.again_after == 120
+        assert decision.blocked and (decision.blocked.reason, decision.blocked.warning) == (reason, True)
+        assert decision.blocked.message.startswith("the clean-up waits: pod p: ") and named in decision.blocked.message
+
+
+def test_why_it_has_no_pod_is_asked_and_told() -> None:
+    stuck = cleaning(created=ago(60))
+    assert judge(doomed(), stuck, live=False).look == Involved("Job", "llama-cleanup", "cleanup")
+    full = judge(doomed(), stuck, warnings=[("FailedCreate", 'pods "x" is forbidden: exceeded quota: pods')])
+    assert full.blocked and full.blocked.reason == "QuotaExceeded" and full.again_after == 60
+    kept = judge(doomed(), replace(stuck, suspended=True), live=False)
+    assert kept.blocked and kept.blocked.reason == "Queued" and "suspended by something else" in kept.blocked.message
 
 
 @pytest.mark.parametrize(
@@ -103,8 +137,8 @@ def test_one_that_never_ends_is_deleted_and_holds_the_job_no_longer(state: dict[
     assert decision.finalizer is False and decision.deletes == (stuck,) and not decision.create
     assert decision.event and (decision.event.reason, decision.event.warning) == ("CleanupFailed", True)
     assert said in decision.event.message and "`kompressor clean s3://models/llama-w4`" in decision.event.message
-    due = judge(doomed(), replace(stuck, created=ago(600), deleting=False))
-    assert due == Decision(again_after=60), "its own deadline has the first word"
+    due = judge(doomed(), replace(stuck, created=ago(600), deleting=False), its_pod())
+    assert replace(due, blocked=None) == Decision(again_after=60), "its own deadline has the first word"
 
 
 def test_how_it_ended_is_told_and_the_finalizer_goes() -> None:

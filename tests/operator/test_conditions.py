@@ -9,7 +9,17 @@ import pytest
 from kcj_builders import NOW, condition, ended_status, kcj
 
 from kompressor_api.v1alpha1 import CompressionJobStatus
-from kompressor_operator.conditions import Event, Phase, Verdict, conditions, events, generation_patch, status_patch, transition
+from kompressor_operator.conditions import (
+    Event,
+    Phase,
+    Verdict,
+    blocked_patch,
+    conditions,
+    events,
+    generation_patch,
+    status_patch,
+    transition,
+)
 from kompressor_operator.object_meta import stamp
 from kompressor_operator.observed import CompressionJob
 
@@ -151,3 +161,17 @@ def test_a_job_that_ended_while_suspended_says_so() -> None:
     job = kcj(suspend=True, status={"conditions": [condition("Suspended")]})
     (told,) = [c for c in conditions(job, Verdict(Phase.COMPLETE, "Completed", "words"), LATER) if c["type"] == "Suspended"]
     assert (told["status"], told["reason"], told["message"]) == ("False", "Completed", "the job has ended")
+
+
+def test_what_a_deletion_waits_for_stands_beside_how_the_job_ended_and_goes_again() -> None:
+    before = ended_status()["conditions"]
+    blocked = Event(True, "ImagePullFailed", "the clean-up waits: no image")
+    told = blocked_patch(kcj(status=ended_status()), blocked, NOW)["conditions"]
+    CompressionJobStatus.model_validate({"conditions": told})
+    assert told[:-1] == before and (told[-1]["type"], told[-1]["status"]) == ("CleanupBlocked", "True")
+    waits = kcj(status=ended_status(conditions=told))
+    assert blocked_patch(waits, blocked, LATER) == {}, "not written again"
+    (changed,) = [c for c in blocked_patch(waits, Event(True, "Unschedulable", "x"), LATER)["conditions"] if c["type"] == "CleanupBlocked"]
+    assert (changed["reason"], changed["lastTransitionTime"]) == ("Unschedulable", stamp(NOW))
+    assert blocked_patch(waits, None, LATER) == {"conditions": before}
+    assert blocked_patch(kcj(status=ended_status()), None, NOW) == {}
