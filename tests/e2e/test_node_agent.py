@@ -353,6 +353,9 @@ def test_containers_outlive_a_killed_agent_and_are_taken_up(fragile: LocalCluste
     for name in ("stays", "goes"):
         fragile.kubectl("wait", "-n", "agent", "--for=condition=Ready", f"pod/{name}", "--timeout=20s")
         runs[name] = run_of(fragile, name)
+    fragile.apply(pod("refused", "exit 0", spec={"nodeName": "node-7"}, resources=gpu))  # past the scheduler, which knows that none is free
+    refused = eventually(lambda: (s := status(fragile, "refused")).get("reason") and s)
+    assert (refused["phase"], refused["reason"]) == ("Failed", "UnexpectedAdmissionError") and "containerStatuses" not in refused
     kill_agent(fragile)
     # One container ends while nobody looks; the other is lost, with its shim.
     Path(f"/proc/{state_of(runs['stays']).pid}/root/tmp/end").touch()
@@ -361,6 +364,8 @@ def test_containers_outlive_a_killed_agent_and_are_taken_up(fragile: LocalCluste
     assert main(status(fragile, "stays"))["state"].get("running"), "nobody has said so yet"
     fragile.start_node("node-7", *FRAGILE)
     assert ended(fragile, "stays")[1]["exitCode"] == 4
+    fragile.apply(pod("next", "echo up $CUDA_VISIBLE_DEVICES", spec={"nodeName": "node-7"}, resources=gpu))
+    assert ended(fragile, "next")[0] == "Succeeded" and log(fragile, "next") == "up 0\n", "what it had is free once its end is told"
     phase, state = ended(fragile, "goes")
     assert (phase, state["exitCode"], state["reason"]) == ("Failed", 137, "ContainerStatusUnknown")
     assert (log(fragile, "stays"), log(fragile, "goes")) == ("up 0\n", "up\n")

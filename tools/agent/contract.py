@@ -99,6 +99,10 @@ class RunState:
         return cls(**data)
 
 
+LOST = RunState(exit_code=137, reason="ContainerStatusUnknown", message="The container could not be located when the pod was terminated")
+"""A container of which nothing is known but that it should have run."""
+
+
 def process_start(pid: int) -> str:
     """When a process started, in the kernel's ticks; empty where it is no more (or only waits to be reaped)."""
     try:

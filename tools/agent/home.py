@@ -22,9 +22,10 @@ _GPU = "nvidia.com/gpu"
 class Home:
     """Made new, or found as an earlier agent left it. `refusal` says why the pod cannot run here at all."""
 
-    def __init__(self, context: Context, uid: str, folder: Path, containers: list[Container]) -> None:
+    def __init__(self, context: Context, meta: Object, folder: Path, containers: list[Container]) -> None:
         self._context = context
-        self._uid = uid
+        self._uid = meta["uid"]
+        self._names = {name: meta[name] for name in ("name", "namespace")}
         self.folder = folder
         self.volumes = folder / "volumes"
         self.containers = containers
@@ -42,7 +43,7 @@ class Home:
         if not known.exists():
             folder.mkdir(parents=True, exist_ok=True)
             _restore_lost(pod, folder)
-        home = cls(context, uid, folder, containers_of(pod, folder / "containers"))
+        home = cls(context, pod["metadata"], folder, containers_of(pod, folder / "containers"))
         over = pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
         if known.exists():
             kept = json.loads(known.read_text())
@@ -54,19 +55,24 @@ class Home:
             home.ip = pod["status"].get("podIP", "")
         else:
             home._move_in(pod)
-            meta = pod["metadata"]
-            told = {"name": meta["name"], "namespace": meta["namespace"], "ip": home.ip, "gpus": home.gpus}
-            known.write_text(json.dumps({**told, "startedAt": home.started_at}))
+            if home.refusal is None:
+                home._remember()
         return home
 
     def release(self) -> None:
         """A pod that is over holds no devices and no volumes; its logs stay until it is deleted."""
+        if self.gpus:
+            self.gpus = []
+            self._remember()  # first, or an agent that starts again claims what another pod has by then
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self._context.gpus is not None:
             self._context.gpus.take_back(self._uid)
         trees.remove(self.volumes)
 
     def remove(self) -> None:
-        self.release()
+        self._give_back()
         self._context.addresses.take_back(self._uid)
         trees.remove(self.folder)
 
@@ -76,6 +82,12 @@ class Home:
         for entry in container.folder.iterdir():
             if entry.name.isdigit() and int(entry.name) < container.run.attempt - 1:
                 trees.remove(entry)
+
+    def _remember(self) -> None:
+        """At once: a reader sees the old text or the new one."""
+        new = self.folder / "pod.json.new"
+        new.write_text(json.dumps({**self._names, "ip": self.ip, "gpus": self.gpus, "startedAt": self.started_at}))
+        new.replace(self.folder / "pod.json")
 
     def _move_in(self, pod: Object) -> None:
         lent = self._context.addresses.lend(self._uid, 1)

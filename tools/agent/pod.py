@@ -20,6 +20,7 @@ from agent.volumes import MountError, Volumes
 log = logging.getLogger(__name__)
 _RETRY_SECONDS = 1.0
 _FORCED_GRACE_SECONDS = 1.0
+_REFUSED = "UnexpectedAdmissionError"
 _DEADLINE = "Pod was active on the node longer than the specified deadline"
 
 
@@ -132,7 +133,8 @@ class PodWorker:
 
     def _reason_to_end(self, pod: Object, now: float) -> Ending | None:
         if self._home.refusal is not None:
-            return Ending("UnexpectedAdmissionError", self._home.refusal, failed=True)
+            self._context.events.pod(pod, "Warning", _REFUSED, self._home.refusal)
+            return Ending(_REFUSED, self._home.refusal, failed=True, refused=True)
         if "deletionTimestamp" in pod["metadata"]:
             return Ending()
         if now >= self._deadline(pod):
@@ -230,8 +232,10 @@ class PodWorker:
         return float("inf")
 
     def _report(self, pod: Object, now: float) -> None:
-        """Writes the status if it changed. The end is written before the pod is let go."""
+        """Writes the status if it changed. What a pod held is free before its end is told, which may bring the next pod at once."""
         over = self._ending is not None and not any(container.running for container in self.containers)
+        if over:
+            self._home.release()
         facts = self._context.facts
         seen = Observed(self.containers, facts.address, self._home.ip, self._home.started_at, self._volumes_ready, self._ending, over)
         status = pod_status(pod, seen, now)
@@ -248,7 +252,6 @@ class PodWorker:
             self._reported = status
         if over:
             self._acknowledged = True
-            self._home.release()
             self.ring()
 
     def _delete(self, pod: Object, now: float) -> float:

@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 
 from agent import memory, trees
-from agent.contract import ProcessSpec, RunState, process_start
+from agent.contract import LOST, ProcessSpec, RunState, process_start
 
 TOOLS = Path(__file__).parent.parent
-_LOST = "The container could not be located when the pod was terminated"
 _MESSAGE_BYTES, _LOG_MESSAGE_BYTES, _LOG_MESSAGE_LINES = 4096, 2048, 80
 
 
@@ -93,7 +92,7 @@ class Run:
             return
         self.state = RunState.read(self.folder) or self.state
         if self.state.exit_code is None:
-            self._finish(137, "ContainerStatusUnknown", _LOST)
+            self._finish(LOST)
         self.release()
 
     def terminate(self) -> None:
@@ -103,7 +102,7 @@ class Run:
         self._signal(signal.SIGUSR1)
 
     def write_failure(self, message: str) -> None:
-        self._finish(128, "StartError", message)
+        self._finish(RunState(exit_code=128, reason="StartError", message=message))
         self.release()
 
     def release(self) -> None:
@@ -130,9 +129,8 @@ class Run:
             text = spoken.encode()[-_LOG_MESSAGE_BYTES:].decode(errors="replace")
         return text
 
-    def _finish(self, code: int, reason: str, message: str) -> None:
-        now = time.time()
-        told = {"exit_code": code, "reason": reason, "message": message, "finished_at": now}
+    def _finish(self, how: RunState) -> None:
+        told = {"exit_code": how.exit_code, "reason": how.reason, "message": how.message, "finished_at": time.time()}
         self.state = RunState(**{**vars(self.state), **told})
         self.state.write(self.folder)
 

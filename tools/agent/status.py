@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.clock import timestamp
-from agent.contract import RunState
+from agent.contract import LOST, RunState
 from agent.records import Container
 from agent.runs import Run
 
 Object = dict[str, Any]
 
-_LOST = "The container could not be located when the pod was terminated"
 TERMINAL = ("Succeeded", "Failed")
 
 
@@ -22,6 +21,8 @@ class Ending:
     reason: str = ""
     message: str = ""
     failed: bool = False
+    refused: bool = False
+    """The node never took it in."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Observed:
 
 
 def pod_status(pod: Object, observed: Observed, now: float) -> Object:
-    """The whole status that a kubelet owns."""
+    """The whole status that a kubelet owns; of a pod that it refused it says no more than that."""
+    if observed.ending and observed.ending.refused:
+        why = f"Pod was rejected: {observed.ending.message}"
+        return {"phase": "Failed", "reason": observed.ending.reason, "message": why, "startTime": timestamp(observed.started_at)}
     inits = [container_status(c, observed) for c in observed.containers if c.init]
     apps = [container_status(c, observed) for c in observed.containers if not c.init]
     own = phase(pod, inits, apps, observed)
@@ -80,7 +84,7 @@ def container_status(container: Container, observed: Observed) -> Object:
     elif run:
         result["state"] = {"terminated": terminated(container, run)}
     elif observed.over and observed.ending and _initialised(observed):
-        result["state"] = {"terminated": _terminated(RunState(exit_code=137, reason="ContainerStatusUnknown"), _LOST)}
+        result["state"] = {"terminated": _terminated(LOST, LOST.message)}
     else:
         result["state"] = _waiting("ContainerCreating" if container.init or _initialised(observed) else "PodInitializing", "")
     if run:
