@@ -261,8 +261,8 @@ class Reconciler:
             return False
         body = {"metadata": {"resourceVersion": job.resource_version}, "status": patch}
         self.store.put_resource(await self.cluster.patch(names.KIND, job.namespace, job.name, body, status=True))
-        if patch.get("conditions"):
-            said = next((c for c in patch["conditions"] if c["type"] == Condition.CLEANUP_BLOCKED), patch["conditions"][0])
+        stored = job.status.get("conditions") or ()
+        if said := next((c for c in patch.get("conditions") or () if c not in stored), None):
             about = {"namespace": job.namespace, "job": job.name, "uid": job.uid, "reason": said["reason"]}
             attempt = patch.get("attempt") or job.status.get("attempt")
             log.info("%s/%s: %s", job.namespace, job.name, said["reason"], extra={**about, "attempt": attempt, "detail": said["message"]})

@@ -7,35 +7,33 @@ kubelet's own reasons.
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
+from operator_process import PATIENCE, Operator, eventually
 from plain_api import Api, ApiRefusal
 
 from kompressor_api import names
 from local_cluster import LocalCluster
 
-__all__ = ["GO_ON", "HELD", "ROOT", "SUCCEED", "ApiRefusal", "Operator", "Stage", "eventually", "report"]
+__all__ = ["GO_ON", "HELD", "IMAGE", "PATIENCE", "ROOT", "SUCCEED", "ApiRefusal", "Operator", "Stage", "eventually", "gone", "report"]
 
-T = TypeVar("T")
 Manifest = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "kompressor"
 SYSTEM = "kompressor-system"
 ACTOR = Path(__file__).parent / "actor"
+IMAGE = {"path": [str(ACTOR), str(Path(sys.executable).parent)], "keep": [str(ROOT)]}
 BASES = {
     "compressionjobs": f"/apis/{names.GROUP}/{names.VERSION}",
     names.RECIPE_PLURAL: f"/apis/{names.GROUP}/{names.VERSION}",
@@ -64,49 +62,6 @@ GO_ON = "trap 'exit 75' TERM; echo acting; while :; do sleep 0.05; done"
 """Until SIGTERM, then as a worker that has committed its journal."""
 
 
-PATIENCE = 180.0
-"""Seconds until something that must happen is given up. Long, since it says nothing: these tests share the cores with others."""
-
-
-@dataclass
-class Operator:
-    """A running operator process."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    @property
-    def entries(self) -> list[Manifest]:
-        lines = self.log.read_text().splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{")]
-
-    def said(self, text: str) -> list[Manifest]:
-        return [entry for entry in self.entries if text in entry["message"]]
-
-    def port(self) -> int:
-        return int(eventually(lambda: self.said("probes on port"))[0]["message"].split()[-1])
-
-    def ready(self) -> bool:
-        return self.probe("/readyz") == 200
-
-    def probe(self, path: str) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port(), timeout=30)
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().status
-        except OSError:
-            return 0
-        finally:
-            connection.close()
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> float:
-        """Returns the seconds that it took."""
-        began = time.monotonic()
-        self.process.send_signal(number)
-        self.process.wait(60)
-        return time.monotonic() - began
-
-
 @dataclass
 class Stage:
     root: Path
@@ -114,8 +69,7 @@ class Stage:
     cluster: LocalCluster = field(init=False)
 
     def __post_init__(self) -> None:
-        image = {"path": [str(ACTOR), str(Path(sys.executable).parent)], "keep": [str(ROOT)]}
-        self.cluster = LocalCluster(self.root / "cluster", nodes=1, images={"worker:1": image}, log=print)
+        self.cluster = LocalCluster(self.root / "cluster", nodes=1, images={"worker:1": IMAGE}, log=print)
 
     def install(self) -> None:
         """The chart's CRD, roles and the policy on who writes the status; the operator itself is started by the tests.
@@ -217,8 +171,12 @@ class Stage:
     def conditions(self, name: str = "play") -> dict[str, str]:
         return {c["type"]: c["status"] for c in self.status(name).get("conditions", [])}
 
+    def condition(self, name: str, kind: str) -> Manifest:
+        """Empty if there is none."""
+        return next((c for c in self.status(name).get("conditions", []) if c["type"] == kind), {})
+
     def reason(self, name: str = "play") -> str:
-        return next((c["reason"] for c in self.status(name).get("conditions", []) if c["type"] == "Ready"), "")
+        return str(self.condition(name, "Ready").get("reason", ""))
 
     def message(self, name: str = "play") -> str:
         return next(c["message"] for c in self.status(name)["conditions"] if c["type"] == "Ready")
@@ -266,9 +224,12 @@ class Stage:
     def pods(self, uid: str) -> list[Manifest]:
         return self.list("pods", f"{names.LABEL_JOB_UID}={uid}")
 
-    def acting(self, uid: str) -> Manifest:
-        """The pod of a job that goes on, once it heeds signals: the first process of a container ignores those that it does not handle."""
-        return eventually(lambda: next((p for p in self.pods(uid) if self._log(p) == "acting\n"), None))
+    def acting(self, uid: str, after: str = "") -> Manifest:
+        """The pod of a job that goes on, once it heeds signals: the first process of a container ignores those that it does not handle.
+
+        `after`: not the pod with this uid, but one that follows it.
+        """
+        return eventually(lambda: next((p for p in self.pods(uid) if p["metadata"]["uid"] != after and self._log(p) == "acting\n"), None))
 
     def children(self, uid: str) -> list[Manifest]:
         kinds = ("configmaps", "serviceaccounts", "roles", "rolebindings", "jobs", "pods")
@@ -300,10 +261,10 @@ class Stage:
         (self.root / "operator.kubeconfig").write_text(json.dumps(config))
 
 
-def eventually(look: Callable[[], T | None], seconds: float = PATIENCE) -> T:
-    """The first truthy answer."""
-    deadline = time.monotonic() + seconds
-    while not (answer := look()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
-    return answer
+def gone(stage: Stage, name: str) -> bool:
+    """Is there no such CompressionJob any more?"""
+    try:
+        stage.get("compressionjobs", name)
+    except ApiRefusal as refusal:
+        return refusal.status == 404
+    return False

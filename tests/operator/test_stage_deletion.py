@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from stage import GO_ON, HELD, SUCCEED, ApiRefusal, Operator, Stage, eventually, report
+from stage import GO_ON, HELD, SUCCEED, Operator, Stage, eventually, gone, report
 
 from kompressor_api import names
 
@@ -28,14 +28,6 @@ def scrape(operator: Operator) -> dict[str, dict[str, float]]:
 
 def play(stage: Stage, *script: str, name: str, code: int = 0) -> str:
     return stage.play(*script, name=name, deletionPolicy="Delete", output={"uri": f"s3://models/{name}-{code}"})
-
-
-def is_gone(stage: Stage, name: str) -> bool:
-    try:
-        stage.get("compressionjobs", name)
-    except ApiRefusal as refusal:
-        return refusal.status == 404
-    return False
 
 
 def cleanups(stage: Stage, uid: str) -> list[dict[str, Any]]:
@@ -61,7 +53,7 @@ def test_the_output_goes_before_the_resource_at_any_moment_and_with_any_propagat
             stage.delete("compressionjobs", name, propagationPolicy="Foreground" if name == "foreground" else "Background")
         since = datetime.fromisoformat(stage.get("compressionjobs", "middle")["metadata"]["deletionTimestamp"])
         for name in ("background", "foreground", "refusing", "middle", "retained"):
-            eventually(lambda name=name: is_gone(stage, name))
+            eventually(lambda name=name: gone(stage, name))
         (made,) = cleanups(stage, uids["middle"])
         waited = datetime.fromisoformat(made["metadata"]["creationTimestamp"]) - since
         assert waited.total_seconds() >= 2, "the worker takes three seconds to commit, and two on one output would be one too many"
@@ -72,9 +64,9 @@ def test_the_output_goes_before_the_resource_at_any_moment_and_with_any_propagat
         assert stage.events("refusing")[-1] == "CleanupFailed"
         assert scrape(operator)["kompressor_cleanup_total"] == {"cleaned": 3, "failed": 1}
     stage.delete("compressionjobs", "down", propagationPolicy="Background")
-    assert not is_gone(stage, "down") and not cleanups(stage, uids["down"]), "it waits for the operator"
+    assert not gone(stage, "down") and not cleanups(stage, uids["down"]), "it waits for the operator"
     with stage.operator():
-        eventually(lambda: is_gone(stage, "down"))
+        eventually(lambda: gone(stage, "down"))
         eventually(lambda: stage.events("down")[-1] == "CleanedUp")
 
 
@@ -87,7 +79,7 @@ def test_nothing_hangs_where_no_clean_up_job_can_be_made(stage: Stage) -> None:
         stage.create("resourcequotas", {"metadata": {"name": "none"}, "spec": {"hard": {"count/jobs.batch": "0"}}})
         eventually(lambda: stage.get("resourcequotas", "none").get("status", {}).get("hard"))
         stage.delete("compressionjobs", "play", propagationPolicy="Background")
-        eventually(lambda: is_gone(stage, "play"))
+        eventually(lambda: gone(stage, "play"))
         eventually(lambda: stage.events()[-1] == "CleanupFailed")
         (warning,) = [event for event in stage.list("events") if event["reason"] == "CleanupFailed"]
         assert "exceeded quota" in warning["message"] and "s3://models/play-0" in warning["message"]

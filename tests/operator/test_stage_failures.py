@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any
 
 import pytest
-from stage import GO_ON, SUCCEED, Operator, Stage, eventually
+from stage import GO_ON, HELD, SUCCEED, Operator, Stage, eventually
 
 from kompressor_api.failures import FAILURES, KILLED, Failure, Retry
 from kompressor_api.names import ExitCode
@@ -60,17 +60,21 @@ def node(stage: Stage, name: str, *arguments: str) -> Iterator[None]:
 
 
 @contextmanager
-def urgent_pod(stage: Stage, resources: dict[str, Any]) -> Iterator[None]:
-    """A pod that the scheduler makes room for."""
+def urgent_pod(stage: Stage, resources: dict[str, Any]) -> Iterator[str]:
+    """A pod that the scheduler makes room for. Gives its path.
+
+    Its grace period is not 0: an API server forgets such a pod before the node has stopped it, and the next one finds its devices in use.
+    """
     name = f"urgent-{uuid.uuid4().hex[:6]}"
     stage.cluster.apply({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name}, "value": 1000})
     container = {"name": "c", "image": "worker:1", "command": ["sleep", "600"], "resources": resources}
-    spec = {"priorityClassName": name, "terminationGracePeriodSeconds": 0, "restartPolicy": "Never", "containers": [container]}
+    spec = {"priorityClassName": name, "terminationGracePeriodSeconds": 1, "restartPolicy": "Never", "containers": [container]}
     stage.cluster.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "default"}, "spec": spec})
+    path = f"/api/v1/namespaces/default/pods/{name}"
     try:
-        yield
+        yield path
     finally:
-        stage.api.call("DELETE", f"/api/v1/namespaces/default/pods/{name}")
+        stage.api.call("DELETE", path)
         stage.api.call("DELETE", f"/apis/scheduling.k8s.io/v1/priorityclasses/{name}")
 
 
@@ -79,51 +83,48 @@ def evict(stage: Stage, pod: str) -> None:
     stage.api.call("POST", stage.path("pods", pod, "eviction"), body)
 
 
-def only_outside(stage: Stage, name: str, uid: str) -> bool:
-    """The first Job goes on, and nothing has been counted."""
-    status = stage.status(name)
-    return (status["attempt"], status["retries"], status["failures"], len(stage.jobs(uid))) == (1, 0, 0, 1)
+STUBBORN = (HELD, "trap 'exit 65' TERM; echo acting; held end", SUCCEED)
+"""Goes on until its cue, and ends with a final code when it is stopped before."""
+
+
+def completes_again(stage: Stage, name: str, uid: str, before: dict[str, Any]) -> dict[str, Any]:
+    """A new pod of the same Job runs, and completes the job; nothing has been counted. Returns that pod."""
+    pod = stage.acting(uid, after=before["metadata"]["uid"])
+    stage.until("Compressing", name)
+    stage.cue("end", name)
+    status = stage.until("Completed", name)
+    assert (status["attempt"], status["retries"], status["failures"], len(stage.jobs(uid))) == (1, 0, 0, 1), name
+    return pod
 
 
 def test_eviction_preemption_and_a_lost_node_are_nobodys_failure(stage: Stage, operator: Operator) -> None:
     """Workers that end with a final code when they are stopped, and may not fail even once: only what came from outside excuses them."""
-    stubborn, gpu = GO_ON.replace("exit 75", "exit 65"), {"limits": {"nvidia.com/gpu": "1"}}
-    play = {"retry": {"limit": 0}}
+    gpu = {"limits": {"nvidia.com/gpu": "1"}}
     with ExitStack() as stack:
         stack.enter_context(node(stage, "node-2", "--capacity=nvidia.com/gpu=1"))
         stack.enter_context(node(stage, "node-3", "--labels=kompressor.test/lost=yes"))
-        jobs = {
-            "evicted": stage.play(stubborn, name="evicted", **play),
-            "preempted": stage.play(stubborn, name="preempted", worker={"resources": gpu}, **play),
-            "lost": stage.play(stubborn, name="lost", worker={"nodeSelector": {"kompressor.test/lost": "yes"}}, **play),
+        workers = {
+            "evicted": {"nodeSelector": {"kubernetes.io/hostname": "node-1"}},  # not the one that is lost meanwhile
+            "preempted": {"resources": gpu},
+            "lost": {"nodeSelector": {"kompressor.test/lost": "yes"}},
         }
+        jobs = {name: stage.play(*STUBBORN, name=name, worker=worker, retry={"limit": 0}) for name, worker in workers.items()}
         before = {name: stage.acting(uid) for name, uid in jobs.items()}
         assert before["lost"]["spec"]["nodeName"] == "node-3"
         os.kill(stage.cluster.processes["node-3"].pid, signal.SIGSTOP)
         evict(stage, before["evicted"]["metadata"]["name"])
-        with urgent_pod(stage, gpu):
+        with urgent_pod(stage, gpu) as urgent:
             stage.until("Unschedulable", "preempted")  # its next pod waits
-            assert only_outside(stage, "preempted", jobs["preempted"])
-            stage.delete("compressionjobs", "preempted", propagationPolicy="Background")
+            eventually(lambda: stage.api.call("GET", urgent)["status"]["phase"] == "Running")
+        completes_again(stage, "preempted", jobs["preempted"], before["preempted"])
+        completes_again(stage, "evicted", jobs["evicted"], before["evicted"])
         stage.until("NodeLost", "lost")
         assert "out-of-service" in stage.message("lost")
         stage.cluster.kubectl("taint", "node", "node-3", "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute")
         stage.cluster.kubectl("label", "node", "node-2", "kompressor.test/lost=yes")
-        for name in ("evicted", "lost"):
-            pod = eventually(
-                lambda name=name: next(
-                    (
-                        p
-                        for p in stage.pods(jobs[name])
-                        if p["status"]["phase"] == "Running" and p["metadata"]["uid"] != before[name]["metadata"]["uid"]
-                    ),
-                    None,
-                )
-            )
-            assert pod["spec"]["nodeName"] != "node-3"
-            stage.until("Compressing", name)
-            assert only_outside(stage, name, jobs[name]), name
-        for name in ("evicted", "lost"):
+        pod = completes_again(stage, "lost", jobs["lost"], before["lost"])
+        assert pod["spec"]["nodeName"] == "node-2"
+        for name in jobs:
             stage.delete("compressionjobs", name, propagationPolicy="Background")
         eventually(lambda: not stage.list("pods"))
 
