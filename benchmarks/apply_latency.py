@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import quantiles
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "operator"), str(ROOT / "crds"), str(ROOT / "operator")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests"), str(ROOT / "tests" / "operator"), str(ROOT / "crds"), str(ROOT / "operator")]
 
 from stage import SUCCEED, Api, Stage, eventually  # noqa: E402
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / part) for part in ("tools", "tests/operator", "crds", "operator")]
+sys.path[:0] = [str(ROOT / part) for part in ("tools", "tests", "tests/operator", "crds", "operator")]
 
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 from stage import Stage  # noqa: E402

@@ -29,6 +29,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of small blocks, but so many that there is a middle to be stopped or deleted in; read-only."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = tmp_path_factory.mktemp("deep")
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=120, **shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A versitygw of its own, or the server that $KOMPRESSOR_TEST_S3 names."""
     server = S3Server(tmp_path_factory.mktemp("s3"))

@@ -70,6 +70,13 @@ class Installed:
         found = self.cluster.get("jobs", "-l", f"kompressor.io/job-uid={uid}")["items"]
         return sorted(job["metadata"]["labels"]["kompressor.io/step"] for job in found)
 
+    def log(self, name: str) -> str:
+        """What its workers have said; nothing while there is no container."""
+        try:
+            return self.cluster.kubectl("logs", "-l", f"app.kubernetes.io/instance={name}", "--tail=-1")
+        except CommandError:
+            return ""
+
     def status(self, name: str) -> dict[str, Any]:
         status: dict[str, Any] = self.cluster.get("kcj", name)["status"]
         return status

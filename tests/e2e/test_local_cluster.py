@@ -12,9 +12,9 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
@@ -24,10 +24,10 @@ import local_cluster
 from control_plane import COMPONENTS
 from local_cluster import CommandError, LocalCluster, StartError
 from s3 import S3Server
+from waiting import eventually
 
 pytestmark = pytest.mark.cluster
 TOOLS = Path(local_cluster.__file__).parent
-T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,6 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
         pytest.skip(f"no control plane: {error}")
     with LocalCluster(tmp_path_factory.mktemp("bare"), log=print) as cluster:
         yield cluster
-
-
-def eventually(look: Callable[[], T], seconds: float = 20) -> T:
-    """The first truthy answer."""
-    deadline = time.monotonic() + seconds
-    while not (answer := look()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)
-    return answer
 
 
 def ask(cluster: LocalCluster, path: str, token: str) -> int:

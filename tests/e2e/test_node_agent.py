@@ -6,12 +6,11 @@ import json
 import os
 import signal
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -20,9 +19,9 @@ from agent.environment import ConfigError, environment, expand
 from agent.logs import LogQuery, read
 from cluster_access import Cluster
 from local_cluster import CommandError, LocalCluster
+from waiting import eventually
 
 pytestmark = pytest.mark.cluster
-T = TypeVar("T")
 Object = dict[str, Any]
 IMAGE = "node-agent-test/python:1"
 
@@ -36,15 +35,6 @@ def node(cluster: Cluster) -> Iterator[LocalCluster]:
     eventually(lambda: cluster.kubectl("get", "serviceaccount", "-n", "agent", "--ignore-not-found", "default"))
     yield cluster
     cluster.kubectl("delete", "namespace", "agent", "--grace-period=1", timeout=60)
-
-
-def eventually(look: Callable[[], T | None], seconds: float = 20) -> T:
-    """The first truthy answer."""
-    deadline = time.monotonic() + seconds
-    while not (answer := look()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)
-    return answer
 
 
 def pod(name: str, script: str, *, program: str = "sh", spec: Object | None = None, **container: Any) -> Object:

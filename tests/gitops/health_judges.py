@@ -1,4 +1,4 @@
-"""What GitOps tools make of an object, by none of our own code: kstatus itself, Argo CD's Lua, Flux's CEL."""
+"""What GitOps tools make of an object, by none of our own code: kstatus itself, Argo CD's Lua, Flux's CEL. And what they should."""
 
 from __future__ import annotations
 
@@ -56,3 +56,19 @@ class Flux:
         variables = {name: json_to_cel(value) for name, value in found.items()}
         words = {"inProgress": "InProgress", "failed": "Failed", "current": "Current"}
         return next((words[name] for name, program in self.programs.items() if program.evaluate(variables)), "InProgress")
+
+
+Judged = tuple[str, str, str]
+"""Words of kstatus, Argo CD and Flux."""
+
+ON_THE_WAY: Judged = ("InProgress", "Progressing", "InProgress")
+_WORDS: Mapping[str, Judged] = {
+    "Suspended": ("InProgress", "Suspended", "Current"),  # its user wants it so: nothing else is to wait for it
+    "Complete": ("Current", "Healthy", "Current"),
+    "Failed": ("Failed", "Degraded", "Failed"),
+}
+
+
+def words_for(phase: str) -> Judged:
+    """What the three should make of a phase."""
+    return _WORDS.get(phase, ON_THE_WAY)

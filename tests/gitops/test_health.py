@@ -11,7 +11,7 @@ import pytest
 import yaml
 from kcj_builders import NOW, child, complete, condition, failed, judge, kcj, pod
 
-from gitops.health_judges import ROOT, ArgoCD, Flux, kstatus
+from gitops.health_judges import ON_THE_WAY, ROOT, ArgoCD, Flux, kstatus, words_for
 from kompressor_api import names
 from kompressor_api.names import Reason
 from kompressor_operator.conditions import Phase, Verdict, generation_patch, status_patch
@@ -19,15 +19,6 @@ from kompressor_operator.observed import CompressionJob
 from kompressor_operator.refusals import conflict, refusal
 
 Object = dict[str, Any]
-Judged = tuple[str, str, str]
-"""Words of kstatus, Argo CD and Flux."""
-
-ON_THE_WAY: Judged = ("InProgress", "Progressing", "InProgress")
-WORDS: dict[Phase, Judged] = dict.fromkeys(Phase, ON_THE_WAY) | {
-    Phase.SUSPENDED: ("InProgress", "Suspended", "Current"),  # its user wants it so: nothing else is to wait for it
-    Phase.COMPLETE: ("Current", "Healthy", "Current"),
-    Phase.FAILED: ("Failed", "Degraded", "Failed"),
-}
 
 
 def as_object(job: CompressionJob, **status: Any) -> Object:
@@ -98,7 +89,7 @@ def test_every_life_is_judged_rightly(kstatus_judge: Path, argo: ArgoCD, flux: F
     computed = kstatus((found for found, _, _ in LIVES.values()), kstatus_judge)
     for (name, (found, phase, reason)), word in zip(LIVES.items(), computed, strict=True):
         health, message = argo(found)
-        assert (word, health, flux(found)) == WORDS[phase], name
+        assert (word, health, flux(found)) == words_for(phase), name
         assert message.startswith(reason), name
 
 
@@ -109,7 +100,7 @@ def test_every_phase_with_every_reason(kstatus_judge: Path, argo: ArgoCD, flux: 
     assert len(rows) == 2 * len(Phase) * len(Reason)
     for (found, phase, reason), word in zip(rows, kstatus((row[0] for row in rows), kstatus_judge), strict=True):
         health, message = argo(found)
-        assert (word, health, flux(found)) == WORDS[phase], (phase, reason)
+        assert (word, health, flux(found)) == words_for(phase), (phase, reason)
         assert message == f"{reason}: words"
 
 
@@ -121,7 +112,7 @@ def test_a_new_generation_is_in_progress_until_the_operator_has_seen_it(kstatus_
         judged = [as_object(stored), as_object(stored, **generation_patch(stored))]
         first, then = kstatus(judged, kstatus_judge)
         assert (first, argo(judged[0])[0], flux(judged[0])) == ON_THE_WAY, phase
-        assert (then, argo(judged[1])[0], flux(judged[1])) == WORDS[phase], phase
+        assert (then, argo(judged[1])[0], flux(judged[1])) == words_for(phase), phase
 
 
 def test_a_job_that_was_just_created_is_not_done(kstatus_judge: Path, argo: ArgoCD, flux: Flux) -> None:

@@ -1,4 +1,4 @@
-"""A running operator as a process of its own, and how long tests wait for it."""
+"""A running operator as a process of its own."""
 
 from __future__ import annotations
 
@@ -7,27 +7,15 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-__all__ = ["PATIENCE", "Operator", "eventually"]
+from waiting import eventually
 
-T = TypeVar("T")
+__all__ = ["Operator"]
+
 Manifest = dict[str, Any]
-
-PATIENCE = 180.0
-"""Seconds until something that must happen is given up. Long, since it says nothing: these tests share the cores with others."""
-
-
-def eventually(look: Callable[[], T | None], seconds: float = PATIENCE) -> T:
-    """The first truthy answer."""
-    deadline = time.monotonic() + seconds
-    while not (answer := look()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
-    return answer
 
 
 @dataclass

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from operator_process import PATIENCE, Operator, eventually
+from operator_process import Operator
 from plain_api import Api, ApiRefusal
 
 from kompressor_api import names
 from local_cluster import LocalCluster
+from waiting import PATIENCE, eventually
 
 __all__ = ["GO_ON", "HELD", "IMAGE", "PATIENCE", "ROOT", "SUCCEED", "ApiRefusal", "Operator", "Stage", "eventually", "gone", "report"]
 

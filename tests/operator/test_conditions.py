@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 import pytest
 from kcj_builders import NOW, condition, ended_status, kcj
@@ -30,42 +29,22 @@ def kinds(verdict: Verdict, job: CompressionJob | None = None) -> dict[str, str]
     return {c["type"]: c["status"] for c in conditions(job or kcj(), verdict, NOW)}
 
 
-def kstatus(status: dict[str, Any], generation: int) -> str:
-    """The rules of cli-utils for a custom resource, in their order, as the reference gives them."""
-    found = {c["type"]: c["status"] for c in status.get("conditions", [])}
-    if status.get("observedGeneration") != generation:
-        return "InProgress"
-    if found.get("Reconciling") == "True":
-        return "InProgress"
-    if found.get("Stalled") == "True":
-        return "Failed"
-    if "Ready" in found:
-        return "Current" if found["Ready"] == "True" else "InProgress"
-    return "Current"
+TABLE: dict[Phase, dict[str, str]] = {
+    Phase.PENDING: {"Ready": "False", "Reconciling": "True", "Validated": "True"},
+    Phase.QUEUED: {"Ready": "False", "Reconciling": "True", "Validated": "True"},
+    Phase.COMPRESSING: {"Ready": "False", "Reconciling": "True", "Validated": "True"},
+    Phase.RETRYING: {"Ready": "False", "Reconciling": "True", "Validated": "True"},
+    Phase.SUSPENDED: {"Ready": "False", "Suspended": "True", "Validated": "True"},
+    Phase.COMPLETE: {"Ready": "True", "Complete": "True", "Validated": "True"},
+    Phase.FAILED: {"Ready": "False", "Failed": "True", "Stalled": "True", "Validated": "True"},
+}
 
 
-TABLE = [
-    (Phase.PENDING, {"Ready": "False", "Reconciling": "True", "Validated": "True"}, "InProgress"),
-    (Phase.COMPRESSING, {"Ready": "False", "Reconciling": "True", "Validated": "True"}, "InProgress"),
-    (Phase.RETRYING, {"Ready": "False", "Reconciling": "True", "Validated": "True"}, "InProgress"),
-    (Phase.SUSPENDED, {"Ready": "False", "Suspended": "True", "Validated": "True"}, "InProgress"),
-    (Phase.COMPLETE, {"Ready": "True", "Complete": "True", "Validated": "True"}, "Current"),
-    (Phase.FAILED, {"Ready": "False", "Failed": "True", "Stalled": "True", "Validated": "True"}, "Failed"),
-]
-
-
-@pytest.mark.parametrize(("phase", "expected", "computed"), TABLE)
-def test_exactly_these_conditions_and_what_kstatus_makes_of_them(phase: Phase, expected: dict[str, str], computed: str) -> None:
-    """Reconciling and Stalled are absent, not False, where they do not hold."""
-    assert kinds(Verdict(phase, "Any", "")) == expected
-    patch = status_patch(kcj(generation=7), Verdict(phase, "Any", ""), NOW)
-    assert kstatus(patch, 7) == computed
-    assert kstatus(patch, 8) == "InProgress"
-    CompressionJobStatus.model_validate(patch)
-
-
-def test_the_empty_status_is_not_current() -> None:
-    assert kstatus(kcj().status, 1) == "InProgress"
+@pytest.mark.parametrize("phase", TABLE)
+def test_exactly_these_conditions(phase: Phase) -> None:
+    """Reconciling and Stalled are absent, not False, where they do not hold. What kstatus makes of them: tests/gitops/test_health.py."""
+    assert kinds(Verdict(phase, "Any", "")) == TABLE[phase]
+    CompressionJobStatus.model_validate(status_patch(kcj(), Verdict(phase, "Any", ""), NOW))
 
 
 def test_invalid_is_failed_and_not_validated() -> None:
@@ -142,12 +121,6 @@ def test_validated_is_unknown_while_a_preflight_looks() -> None:
     assert (validated["status"], validated["reason"]) == ("Unknown", "Preflight")
     assert {c["type"]: c["status"] for c in conditions(kcj(), looking, LATER)}["Reconciling"] == "True"
     assert transition(kcj(), looking) is None, "on the usual way to the start each event is one more request"
-
-
-def test_queued_is_on_the_way_and_not_suspended() -> None:
-    """Flux takes Suspended for current."""
-    told = {c["type"]: c["status"] for c in conditions(kcj(), Verdict(Phase.QUEUED, "Queued", "words"), LATER)}
-    assert told == {"Ready": "False", "Reconciling": "True", "Validated": "True"}
 
 
 def test_a_note_is_told_once() -> None:

@@ -13,19 +13,13 @@ from typing import Any
 import pytest
 from stage import GO_ON, HELD, ROOT, SUCCEED, Stage, eventually, report
 
-from gitops.health_judges import ArgoCD, Flux, kstatus
+from gitops.health_judges import ON_THE_WAY, ArgoCD, Flux, Judged, kstatus, words_for
 from kompressor_api import names
 from test_docs import commands
 
 pytestmark = pytest.mark.cluster
 
 Manifest = dict[str, Any]
-ON_THE_WAY = ("InProgress", "Progressing", "InProgress")
-WORDS = {
-    "Suspended": ("InProgress", "Suspended", "Current"),
-    "Complete": ("Current", "Healthy", "Current"),
-    "Failed": ("Failed", "Degraded", "Failed"),
-}
 ENDS = {
     "good": "Completed",
     "smaller": "Completed",
@@ -66,11 +60,11 @@ def begin(stage: Stage) -> None:
     stage.play(GO_ON, name="goes", deletionPolicy="Delete")
 
 
-def expected(found: Manifest) -> tuple[str, str, str]:
+def expected(found: Manifest) -> Judged:
     status = found["status"]
     if status["observedGeneration"] != found["metadata"]["generation"]:
         return ON_THE_WAY
-    return WORDS.get(status.get("phase", ""), ON_THE_WAY)
+    return words_for(status.get("phase", ""))
 
 
 def applied_again(stage: Stage, tmp_path: Path) -> None:
