@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from kompressor_api.failures import ADVICE, FAILURES, Failure
+from kompressor_api.failures import ADVICE, FAILURES, PREFLIGHT_ADVICE, Failure
 from kompressor_api.names import Reason
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "failures.md"
@@ -57,6 +57,11 @@ REASONS = """
 |---|---|
 """
 
+PREFLIGHT = """
+About the pod of a preflight, which has image, size and nodes of its own:
+
+"""
+
 WELL = """
 ## Reasons that do not
 
@@ -68,8 +73,9 @@ WELL = """
 def text() -> str:
     """The whole page."""
     asking = (row(f"`{reason}`", advice) for reason, advice in ADVICE.items())
+    looking = (f"- `{reason}`: {advice}\n" for reason, advice in PREFLIGHT_ADVICE.items())
     well = (row(f"`{reason}`", meaning) for reason, meaning in ALL_IS_WELL.items())
-    return "".join((HEAD, CLASSES, *map(failure, FAILURES), REASONS, *asking, WELL, *well))
+    return "".join((HEAD, CLASSES, *map(failure, FAILURES), REASONS, *asking, PREFLIGHT, *looking, WELL, *well))
 
 
 def failure(one: Failure) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kompressor_api.names import UNCAUGHT_EXIT_CODES, ExitCode, Reason
+from kompressor_api.names import UNCAUGHT_EXIT_CODES, ExitCode, Reason, Step
 
-__all__ = ["ADVICE", "FAILURES", "KILLED", "Failure", "Retry", "failure_of_code"]
+__all__ = ["ADVICE", "ANEW", "FAILURES", "KILLED", "PREFLIGHT_ADVICE", "Failure", "Retry", "advice_for", "failure_of_code"]
 
 KILLED = 137
 """SIGKILL; only the kubelet's reason says whether it was for memory."""
@@ -40,9 +40,21 @@ class Failure:
     advice: str
 
 
+ANEW = "delete this CompressionJob and apply it again"
+"""What it takes to change a spec."""
+
+_CURES: Mapping[Reason, str] = {
+    Reason.IMAGE_PULL_FAILED: "make that image available to the node, or create its pull secret, and the pod starts by itself",
+    Reason.UNSCHEDULABLE: "add a node that fits, or free one, and the pod starts by itself",
+    Reason.QUOTA_EXCEEDED: "end what else counts against the ResourceQuota, or raise it, and the pod follows by itself",
+    Reason.POD_REFUSED: "allow the pod in the namespace's policy, and it follows by itself",
+    Reason.CONTAINER_NOT_STARTED: "correct what is named",
+}
+"""What cures a job as it is, where another one would be a remedy too."""
+
 ADVICE: Mapping[Reason, str] = {
     # the ends
-    Reason.INVALID_SPEC: "correct the manifest, delete this CompressionJob and apply it again",
+    Reason.INVALID_SPEC: f"correct the manifest, {ANEW}",
     Reason.ACCESS_DENIED: "check the keys in the Secret that credentialsSecret names, and what they may read and write",
     Reason.SOURCE_NOT_FOUND: "correct model.source.uri, or upload the checkpoint",
     Reason.DATA_NOT_FOUND: "correct the dataset's uri, or upload the data",
@@ -57,38 +69,53 @@ ADVICE: Mapping[Reason, str] = {
     Reason.OUT_OF_MEMORY: "raise spec.worker.resources.limits.memory",
     Reason.STORAGE_FAILED: "check that the endpoint answers and has space; apply the job again and it goes on at its last block",
     Reason.NO_SPACE_LEFT: "free space at the output, or on the worker's scratch volume, and apply the job again",
-    Reason.TERMINATED: "see why the pod is being stopped: node pressure, preemption or a person",
+    Reason.TERMINATED: "see why the pod was stopped: node pressure, preemption, a lost node or a person",
     Reason.CLAIM_LOST: "see which other worker or job writes to the same output, and end one of them",
     Reason.WORKER_CRASHED: "read its log with `kubectl logs`; if the input is sound this is a bug worth a report",
     Reason.BACKOFF_LIMIT_EXCEEDED: "read the pods' logs with `kubectl logs`, and raise spec.retry.limit if the cause may pass",
     Reason.DEADLINE_EXCEEDED: "raise spec.activeDeadlineSeconds, or give it a faster node; applied again, it goes on at its last block",
     # early truth
     Reason.IMAGE_PULL_FAILED: (
-        "correct spec.worker.image (of another container: podTemplate), or the operator's worker image, or add a pull secret"
+        f"{_CURES[Reason.IMAGE_PULL_FAILED]}; or correct spec.worker.image (of another container: podTemplate) "
+        f"or the operator's worker.image, {ANEW}"
     ),
-    Reason.UNSCHEDULABLE: "ask for less in spec.worker.resources, correct nodeSelector or tolerations, or add a node",
-    Reason.SECRET_MISSING: (
-        "create the Secret that credentialsSecret (or podTemplate) names, with that key, in the job's namespace; "
-        "the pod starts by itself then"
+    Reason.UNSCHEDULABLE: (
+        f"{_CURES[Reason.UNSCHEDULABLE]}; or ask for less in spec.worker.resources or correct its nodeSelector or tolerations, {ANEW}"
     ),
-    Reason.QUOTA_EXCEEDED: "ask for less in spec.worker.resources, end other pods, or raise the ResourceQuota",
+    Reason.SECRET_MISSING: "create the Secret that is named, with its keys, in the job's namespace; the pod starts by itself then",
+    Reason.QUOTA_EXCEEDED: f"{_CURES[Reason.QUOTA_EXCEEDED]}; or ask for less in spec.worker.resources, {ANEW}",
     Reason.NODE_LOST: (
         "bring the node back, or if it is dead for good delete the Node or taint it with "
         "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute, and the job goes on elsewhere"
     ),
     Reason.NAME_CONFLICT: "delete the object that is named, or apply this CompressionJob under another name",
-    Reason.POD_REFUSED: "allow the pod in the namespace's policy, or change spec.worker",
-    Reason.CONTAINER_NOT_STARTED: "correct what is named, or spec.worker.image",
+    Reason.POD_REFUSED: f"{_CURES[Reason.POD_REFUSED]}; or change spec.worker, {ANEW}",
+    Reason.CONTAINER_NOT_STARTED: f"{_CURES[Reason.CONTAINER_NOT_STARTED]}; where that is spec.worker, {ANEW}",
     Reason.CONTAINER_FAILED: (
         "read its log with `kubectl logs POD -c CONTAINER`, and correct it in spec.worker.podTemplate or in the webhook that adds it"
     ),
-    Reason.VOLUME_NOT_MOUNTED: "create what is named in the job's namespace; the pod starts by itself then",
+    Reason.VOLUME_NOT_MOUNTED: "create what is named in the job's namespace, or bind its claim; the pod starts by itself then",
     Reason.RECIPE_NOT_FOUND: "create the recipe that spec.recipeRef names, or correct its kind and name",
     Reason.FORBIDDEN: "allow it in the operator's role, or in the admission policy that is named; the operator tries again",
     Reason.RESOURCES_BELOW_PLAN: "raise spec.worker.resources to what the plan estimates, or expect smaller memory plans",
     Reason.CLEANUP_FAILED: "delete what is left at output.uri by hand",
 }
 """What to do, one sentence for every reason that can end a job or hold it up."""
+
+PREFLIGHT_ADVICE: Mapping[Reason, str] = {
+    Reason.IMAGE_PULL_FAILED: (
+        f"{_CURES[Reason.IMAGE_PULL_FAILED]}; or correct the operator's planner.image, or where that is empty spec.worker.image, {ANEW}"
+    ),
+    Reason.UNSCHEDULABLE: f"{_CURES[Reason.UNSCHEDULABLE]}; or correct spec.worker.tolerations, or set preflight to Skip, {ANEW}",
+    Reason.QUOTA_EXCEEDED: _CURES[Reason.QUOTA_EXCEEDED],
+}
+"""What to do about a preflight's pod, where it differs: it has image, size and nodes of its own."""
+
+
+def advice_for(reason: Reason, step: Step) -> str:
+    """What to do where a pod of this step is held up. That of a clean-up belongs to a job that is never applied again."""
+    others = {Step.PREFLIGHT: PREFLIGHT_ADVICE, Step.CLEANUP: _CURES}
+    return others.get(step, ADVICE).get(reason, ADVICE[reason])
 
 
 def _failure(title: str, reason: Reason, retry: Retry, *codes: int) -> Failure:

@@ -17,6 +17,7 @@ from kompressor_operator.object_meta import moment, step_of
 
 JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
 CRASH_LOOP = "CrashLoopBackOff"
+_GATED = "ReadinessGatesNotReady"
 _USUAL = frozenset({"", "ContainerCreating", "PodInitializing"})
 """Reasons for waiting that pass by themselves."""
 
@@ -79,7 +80,8 @@ class ChildPod:
     message: str = ""
     """With the reason: why the kubelet refused or ended it."""
     silent: bool = False
-    """Its node does not answer: the node controller has taken Ready away, but not the kubelet's own ContainersReady."""
+    """Its node does not answer: the node controller has taken Ready away, but not the kubelet's own ContainersReady. (Where a readiness
+    gate does so the kubelet gives that as the reason.)"""
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> ChildPod:
@@ -112,7 +114,7 @@ class ChildPod:
             disrupted=disruption.get("reason", "") if disruption.get("status") == "True" else "",
             reason=status.get("reason", ""),
             message=status.get("message", ""),
-            silent=ready.get("status") == "False" and inside.get("status") == "True",
+            silent=ready.get("status") == "False" and ready.get("reason") != _GATED and inside.get("status") == "True",
         )
 
     @property

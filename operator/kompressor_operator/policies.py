@@ -23,7 +23,7 @@ from kompressor_operator.preflight import preflight, with_plan
 from kompressor_operator.progress import created, follows, running
 from kompressor_operator.recipes import resolve
 from kompressor_operator.retries import SMALLER_PLANS, again, counted, next_attempt, out_of_time, pause
-from kompressor_operator.suspension import may_unsuspend, queued, resuming, suspended, waits
+from kompressor_operator.suspension import may_unsuspend, queued, resuming, stops_by, suspended, waits
 from kompressor_operator.troubles import LOST_AFTER, lost
 from kompressor_operator.validation import invalid
 from kompressor_operator.worker_pod import worker_image
@@ -146,7 +146,7 @@ def run(view: View) -> Decision | None:
         wanted["backoffLimit"] = limit
     patches = (JobPatch(job.name, wanted),) if wanted else ()
     if job.suspended and "suspend" not in wanted:
-        decision = Decision(patches=patches, verdict=queued(view, job))
+        decision = Decision(patches=patches, verdict=queued(view, job), again_after=stops_by(view, view.observed.pods_of(job)))
     else:
         decision = running(view, job, patches, facts_of(view, job))
     if view.job.status.get("jobName") == job.name:

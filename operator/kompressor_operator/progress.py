@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 from kompressor_api.names import FINAL_EXIT_CODES, Condition, Reason
@@ -14,7 +13,7 @@ from kompressor_operator.manifests import OUT_OF_MEMORY_CODES
 from kompressor_operator.object_meta import moment
 from kompressor_operator.observed import ChildJob
 from kompressor_operator.pods import ChildPod
-from kompressor_operator.troubles import LOST_AFTER, Trouble, creation_trouble, lost, mount_trouble, start_trouble
+from kompressor_operator.troubles import LOST_AFTER, Trouble, creation_trouble, due, lost, mount_trouble, start_trouble
 
 NO_POD_SECONDS = 3.0
 """A Job without a pod for this long deserves a look at its events; usually the pod is there within milliseconds."""
@@ -64,7 +63,7 @@ def _of_pod(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
         if job.failing:
             return *_as_stored(view), f"pod {pod.name} is being stopped{why}; it commits its last block, and none follows", None
         message = f"pod {pod.name} is being stopped{why}; the next one goes on at the last committed block"
-        return Phase.RETRYING, Reason.RETRYING, message, _seconds(view.now, pod.deletion_due + LOST_AFTER)
+        return Phase.RETRYING, Reason.RETRYING, message, due(pod, view.now)
     trouble = start_trouble(pod) if pod.phase == "Pending" else None
     if trouble:
         return _troubled(trouble, None)
@@ -115,7 +114,7 @@ def _before_running(view: View, job: ChildJob) -> tuple[Phase, str, str]:
         return Phase.RETRYING, Reason.RETRYING, f"{ending_of_pod(last).message}; the next pod follows"
     if len(view.observed.jobs) > 1:
         return Phase.RETRYING, Reason.RETRYING, follows(view, view.observed.jobs[-2], job.attempt, job.memory_plan)
-    if job.failed or view.job.condition(Condition.READY).get("reason") in (Reason.COMPRESSING, Reason.RETRYING):
+    if job.failed or view.job.condition(Condition.READY).get("reason") in (Reason.COMPRESSING, Reason.RETRYING, Reason.NODE_LOST):
         return Phase.RETRYING, Reason.RETRYING, f"a pod of Job {job.name} is gone; the next one goes on at the last committed block"
     return Phase.PENDING, Reason.PENDING, created(job.name)
 
@@ -147,7 +146,3 @@ def _troubled(trouble: Trouble, age: float | None) -> Told:
 def _later(age: float) -> float:
     """Ever more rarely: a look costs a request."""
     return min(LOOK_AGAIN_SECONDS, max(NO_POD_SECONDS, age))
-
-
-def _seconds(now: datetime, until: datetime) -> float:
-    return max(1.0, (until - now).total_seconds())

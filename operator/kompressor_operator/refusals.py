@@ -34,8 +34,9 @@ def refusal(kind: str, name: str, status: int, message: str) -> Refusal | None:
     said = f"{kind} {name}: {message}"
     if NAMESPACE_GOES in message:
         return None  # the namespace goes away, and the CompressionJob with it
-    if status == 403 and "exceeded quota" in message:
-        return Refusal(Reason.QUOTA_EXCEEDED, f"{said}; {ADVICE[Reason.QUOTA_EXCEEDED]}")
+    if status == 403 and "exceeded quota" in message:  # it counts objects, so a smaller pod would not help
+        remedy = "end what else counts against that quota, or raise it; the operator tries again"
+        return Refusal(Reason.QUOTA_EXCEEDED, f"{said}; {remedy}")
     if status == 403 or (status in (400, 422) and "denied the request" in message):
         return Refusal(Reason.FORBIDDEN, f"{said}; {ADVICE[Reason.FORBIDDEN]}")
     if kind == "Job" and status in (400, 422):

@@ -7,12 +7,16 @@ would unsuspend one that it has admitted, so there the user's suspend removes th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kompressor_api.names import QUEUE_GROUP, Condition, Reason
 from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.decide import CONFIRM, Decision, JobPatch, View
 from kompressor_operator.facts import facts_of, facts_of_told
 from kompressor_operator.observed import ChildJob
+from kompressor_operator.pods import ChildPod
 from kompressor_operator.progress import retry_note
+from kompressor_operator.troubles import due, lost
 
 
 def suspended(view: View) -> Decision | None:
@@ -21,15 +25,16 @@ def suspended(view: View) -> Decision | None:
         return None
     job = view.observed.current
     going = job is not None and not job.ended and not job.deleting and view.job.is_true(Condition.SUSPENDED)
-    facts = facts_of_told(view, job)
+    facts, again = facts_of_told(view, job), stops_by(view, view.observed.pods)
     if view.job.spec.get("queueName"):
         if going and not view.observed.live:
             return CONFIRM  # it may have ended, or been resumed
         # all of them, the newest last: with no Job left the status alone, which is stored by now, tells the history
         removed = tuple(each for each in view.observed.jobs if not each.deleting) if going else ()
-        return Decision(deletes=removed, verdict=_stopped(view, "a next attempt queues and goes on at the last committed block", facts))
+        then = "a next attempt queues and goes on at the last committed block"
+        return Decision(deletes=removed, verdict=_stopped(view, then, facts), again_after=again)
     patches = (JobPatch(job.name, {"suspend": True}),) if job and going and not job.suspended else ()
-    return Decision(patches=patches, verdict=_stopped(view, "the job goes on at its last committed block", facts))
+    return Decision(patches=patches, verdict=_stopped(view, "the job goes on at its last committed block", facts), again_after=again)
 
 
 def may_unsuspend(view: View) -> bool:
@@ -39,11 +44,14 @@ def may_unsuspend(view: View) -> bool:
 
 def queued(view: View, job: ChildJob) -> Verdict:
     """The Job is suspended, but not by its user."""
-    alive = [pod.name for pod in view.observed.pods_of(job) if not pod.ended]
-    message = waits(view, job.name, job.memory_plan)
-    if alive:
-        message = f"pod {alive[-1]} commits its last block and stops; {message}"
+    message = _stopping(view, view.observed.pods_of(job)) + waits(view, job.name, job.memory_plan)
     return Verdict(Phase.QUEUED, Reason.QUEUED, message, facts=facts_of(view, job))
+
+
+def stops_by(view: View, pods: Sequence[ChildPod]) -> float | None:
+    """Seconds after which a pod that is being stopped should be gone; None if none is, or it is overdue already."""
+    alive = [pod for pod in pods if not pod.ended]
+    return due(alive[-1], view.now) if alive and not lost(alive[-1], view.now) else None
 
 
 def waits(view: View, job_name: str, memory_plan: int) -> str:
@@ -66,8 +74,14 @@ def resuming(view: View) -> bool:
 
 
 def _stopped(view: View, then: str, facts: dict[str, object]) -> Verdict:
-    alive = [pod.name for pod in view.observed.pods if not pod.ended]
-    message = f"spec.suspend is true; set it to false and {then}"
-    if alive:
-        message = f"pod {alive[-1]} commits its last block and stops; {message}"
+    message = f"{_stopping(view, view.observed.pods)}spec.suspend is true; set it to false and {then}"
     return Verdict(Phase.SUSPENDED, Reason.SUSPENDED, message, facts=facts)
+
+
+def _stopping(view: View, pods: Sequence[ChildPod]) -> str:
+    """What becomes of a pod that is still there, in front of the rest of a message."""
+    alive = [pod for pod in pods if not pod.ended]
+    if not alive:
+        return ""
+    gone = lost(alive[-1], view.now)
+    return f"{gone.message}; " if gone else f"pod {alive[-1].name} commits its last block and stops; "

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from kompressor_api.failures import ADVICE
-from kompressor_api.names import Reason
+from kompressor_api.failures import ADVICE, ANEW, advice_for
+from kompressor_api.names import Reason, Step
 from kompressor_operator.endings import how_it_ended
 from kompressor_operator.observed import ChildJob, Warned
 from kompressor_operator.pods import CRASH_LOOP, Beside, ChildPod
@@ -19,9 +19,21 @@ from kompressor_operator.pods import CRASH_LOOP, Beside, ChildPod
 LOST_AFTER = timedelta(seconds=15)
 """A kubelet removes a pod within seconds after its grace period; beyond this nobody is there to do it."""
 
-IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
+IMAGE_REASONS = frozenset(
+    {
+        "ErrImagePull",
+        "ImagePullBackOff",
+        "InvalidImageName",
+        "ErrImageNeverPull",
+        "ImageInspectError",
+        "RegistryUnavailable",
+        "SignatureValidationFailed",
+    }
+)
 START_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError"})
 
+_SECRET = re.compile(r'\bsecret "[^"]+" not found|\bin Secret ')
+_CLAIM = re.compile(r'persistentvolumeclaim "[^"]+" (not found|is being deleted)|unbound immediate PersistentVolumeClaims')
 _BACK_OFF = re.compile(r'^Back-off pulling image "(?P<image>[^"]*)"(: \w+: )?')
 
 
@@ -45,15 +57,22 @@ def lost(pod: ChildPod, now: datetime) -> Trouble | None:
     )
 
 
+def due(pod: ChildPod, now: datetime) -> float | None:
+    """Seconds after which a pod that is being deleted is overdue; None if it is not being deleted."""
+    return None if pod.deletion_due is None else max(1.0, (pod.deletion_due + LOST_AFTER - now).total_seconds())
+
+
 def start_trouble(pod: ChildPod) -> Trouble | None:
     """What keeps a pod from starting, as far as its own status tells: its worker's container, or one beside it."""
-    own = _waits(f"pod {pod.name}", "the image", pod.waiting_reason, pod.waiting_message)
+    own = _waits(pod.step, f"pod {pod.name}", "the image", pod.waiting_reason, pod.waiting_message)
     if own:
         return own
     if pod.beside:
         return _beside_trouble(pod, pod.beside)
     if pod.unschedulable:
-        return _trouble(Reason.UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable.rstrip('. ')}")
+        missing = _CLAIM.search(pod.unschedulable)  # no other node would do
+        reason = Reason.VOLUME_NOT_MOUNTED if missing else Reason.UNSCHEDULABLE
+        return _trouble(reason, pod.step, f"pod {pod.name}: {pod.unschedulable.rstrip('. ')}")
     return None
 
 
@@ -61,7 +80,7 @@ def mount_trouble(pod: ChildPod, warnings: Sequence[Warned]) -> Trouble | None:
     """A volume that does not come, such as a caBundle whose ConfigMap is missing."""
     for warned in warnings:
         if warned.reason in ("FailedMount", "FailedAttachVolume"):
-            return _trouble(Reason.VOLUME_NOT_MOUNTED, f"pod {pod.name}: {warned.message.strip()}")
+            return _trouble(Reason.VOLUME_NOT_MOUNTED, pod.step, f"pod {pod.name}: {warned.message.strip()}")
     return None
 
 
@@ -71,30 +90,38 @@ def creation_trouble(job: ChildJob, warnings: Sequence[Warned], since: datetime)
         if warned.reason != "FailedCreate" or warned.seen < since:
             continue
         said = f"Job {job.name}: {warned.message.strip()}"
-        if "exceeded quota" in warned.message or "failed quota" in warned.message:
-            return _trouble(Reason.QUOTA_EXCEEDED, said)
+        if "exceeded quota" in warned.message:
+            return _trouble(Reason.QUOTA_EXCEEDED, job.step, said)
+        if "failed quota" in warned.message:
+            return Trouble(Reason.POD_REFUSED, f"{said}; {_unsaid(job.step)}")
         if "serviceaccount" in warned.message.lower():
             return Trouble(Reason.POD_REFUSED, f"{said}; create the account that spec.worker.serviceAccountName names")
-        return _trouble(Reason.POD_REFUSED, said)
+        return _trouble(Reason.POD_REFUSED, job.step, said)
     return None
 
 
 def _beside_trouble(pod: ChildPod, beside: Beside) -> Trouble | None:
-    if beside.waiting_reason == CRASH_LOOP:
-        return _trouble(Reason.CONTAINER_FAILED, f"pod {pod.name}: {how_it_ended(beside)}")
     who = f"pod {pod.name}: {beside.who}"
-    return _waits(who, "its image", beside.waiting_reason, beside.waiting_message)
+    if beside.waiting_reason == CRASH_LOOP:
+        return _trouble(Reason.CONTAINER_FAILED, pod.step, f"pod {pod.name}: {how_it_ended(beside)}")
+    return _waits(pod.step, who, "its image", beside.waiting_reason, beside.waiting_message)
 
 
-def _waits(who: str, image: str, reason: str, said: str) -> Trouble | None:
+def _waits(step: Step, who: str, image: str, reason: str, said: str) -> Trouble | None:
     """A container that cannot be made."""
     text = said or reason
     if reason in IMAGE_REASONS:
-        return _trouble(Reason.IMAGE_PULL_FAILED, f"{who}: {image} cannot be pulled: {_BACK_OFF.sub('', said) or text}")
+        return _trouble(Reason.IMAGE_PULL_FAILED, step, f"{who}: {image} cannot be pulled: {_BACK_OFF.sub('', said) or text}")
     if reason not in START_REASONS:
         return None
-    return _trouble(Reason.SECRET_MISSING if "secret" in text.lower() else Reason.CONTAINER_NOT_STARTED, f"{who}: {text}")
+    return _trouble(Reason.SECRET_MISSING if _SECRET.search(text) else Reason.CONTAINER_NOT_STARTED, step, f"{who}: {text}")
 
 
-def _trouble(reason: Reason, said: str) -> Trouble:
-    return Trouble(reason, f"{said}; {ADVICE[reason]}")
+def _unsaid(step: Step) -> str:
+    """A quota counts a resource that the pod does not name."""
+    remedy = "give the namespace a LimitRange with a default for it, and the pod follows by itself"
+    return f"{remedy}; or name it in spec.worker.resources, {ANEW}" if step is Step.COMPRESS else remedy
+
+
+def _trouble(reason: Reason, step: Step, said: str) -> Trouble:
+    return Trouble(reason, f"{said}; {advice_for(reason, step)}")

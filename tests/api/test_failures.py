@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from kompressor_api.failures import ADVICE, FAILURES, Retry, failure_of_code
-from kompressor_api.names import FINAL_EXIT_CODES, UNCAUGHT_EXIT_CODES, ExitCode, Reason
+from kompressor_api.failures import ADVICE, ANEW, FAILURES, Retry, advice_for, failure_of_code
+from kompressor_api.names import FINAL_EXIT_CODES, UNCAUGHT_EXIT_CODES, ExitCode, Reason, Step
 from kompressor_api.pod import accelerators
 
 ON_THE_WAY = {Reason.PENDING, Reason.PREFLIGHT, Reason.QUEUED, Reason.COMPRESSING, Reason.RETRYING, Reason.SUSPENDED, Reason.RESUMED}
@@ -33,6 +33,14 @@ def test_every_reason_that_ends_a_job_or_holds_it_up_has_its_advice() -> None:
     assert set(ADVICE) == set(Reason) - ON_THE_WAY - GOOD
     assert all(failure.advice == ADVICE[failure.reason] for failure in FAILURES)
     assert not [advice for advice in ADVICE.values() if advice.endswith(".") or advice[0].isupper()], "half sentences, joined to others"
+
+
+@pytest.mark.parametrize("step", Step)
+def test_what_holds_a_pod_up_has_a_remedy_that_its_job_can_have(step: Step) -> None:
+    held_up = ("ImagePullFailed", "Unschedulable", "QuotaExceeded", "PodRefused", "ContainerNotStarted")
+    for advice in (advice_for(Reason(reason), step) for reason in held_up):
+        assert not advice.startswith(("ask", "change", ANEW)), "first what cures it as it is, for its spec cannot change"
+        assert step is not Step.CLEANUP or "apply" not in advice, "it is being deleted"
 
 
 @pytest.mark.parametrize(

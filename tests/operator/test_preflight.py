@@ -91,6 +91,21 @@ def test_what_is_in_its_way_is_told_at_once_and_validated_is_open(pods: list[Chi
     assert validated(job(), decision)[0] == "Unknown" and "jobName" not in decision.verdict.facts
 
 
+@pytest.mark.parametrize(
+    ("pods", "warning", "advice", "never"),
+    [
+        ([planner(phase="Pending", waiting_reason="ErrImagePull")], "", "the operator's planner.image", "spec.worker.image or"),
+        ([planner(phase="Pending", unschedulable="0/1 nodes", node="")], "", "spec.worker.tolerations", "nodeSelector"),
+        ([], 'pods "x" is forbidden: exceeded quota: pods', "raise it", "spec.worker"),
+        ([], 'pods "x" is forbidden: failed quota: cpu: must specify limits.cpu for: worker', "LimitRange", "spec.worker"),
+    ],
+)
+def test_no_remedy_that_is_the_workers_alone(pods: list[ChildPod], warning: str, advice: str, never: str) -> None:
+    """Its pod takes no more of spec.worker than tolerations and, where the planner has no image of its own, the image."""
+    decision = judge(job(), looking(), *pods, warnings=[("FailedCreate", warning)] if warning else None)
+    assert decision.verdict and advice in decision.verdict.message and never not in decision.verdict.message
+
+
 def test_a_valid_plan_starts_the_worker_in_the_same_step() -> None:
     decision = judge(job(), done(), planner(exit=0, said=VALID))
     assert decision.start and decision.start.plan == PLAN and decision.verdict

@@ -16,6 +16,7 @@ from kompressor_operator.pods import ChildPod
 WAITING: list[tuple[dict[str, Any], str, str]] = [
     ({"waiting_reason": "ErrImagePull", "waiting_message": "pull access denied"}, "ImagePullFailed", "spec.worker.image"),
     ({"waiting_reason": "InvalidImageName", "waiting_message": "couldn't parse"}, "ImagePullFailed", "couldn't parse"),
+    ({"waiting_reason": "SignatureValidationFailed", "waiting_message": "no signature"}, "ImagePullFailed", "no signature"),
     (
         {"waiting_reason": "CreateContainerConfigError", "waiting_message": 'secret "models" not found'},
         "SecretMissing",
@@ -31,7 +32,22 @@ WAITING: list[tuple[dict[str, Any], str, str]] = [
         "ContainerNotStarted",
         "runAsNonRoot",
     ),
+    (
+        {"waiting_reason": "CreateContainerConfigError", "waiting_message": 'configmap "secret-settings" not found'},
+        "ContainerNotStarted",
+        "secret-settings",
+    ),
     ({"node": "", "unschedulable": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."}, "Unschedulable", "add a node"),
+    (
+        {"node": "", "unschedulable": '0/3 nodes are available: persistentvolumeclaim "models" not found. preemption: not helpful.'},
+        "VolumeNotMounted",
+        "create what is named",
+    ),
+    (
+        {"node": "", "unschedulable": "0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims."},
+        "VolumeNotMounted",
+        "bind its claim",
+    ),
 ]
 
 
@@ -92,6 +108,16 @@ def test_a_node_that_falls_silent_is_named_before_anything_is_evicted() -> None:
     decision = judge(kcj(), child(), pod(silent=True))
     assert decision.verdict and decision.verdict.reason == "NodeLost" and "node-1" in decision.verdict.message
     assert judge(kcj(), child(), pod(silent=True, exit=75)).verdict != decision.verdict
+    body["status"]["conditions"][0]["reason"] = "ReadinessGatesNotReady"
+    assert not ChildPod.parse(body).silent, "the kubelet itself says so"
+
+
+def test_what_follows_a_lost_node_is_no_new_job() -> None:
+    """Its pod may be gone from our eyes at once: Kubernetes deletes it without waiting for anybody."""
+    lost = kcj(status={"conditions": [condition("Ready", "False", reason="NodeLost")]})
+    for children in ([child(created=ago(1))], [child(), pod(suffix="b", phase="Pending", node="", created=ago(1))]):
+        decision = judge(lost, *children)
+        assert decision.verdict and decision.verdict.reason == "Retrying" and "goes on at the last" in decision.verdict.message
 
 
 def test_a_job_without_a_pod_is_looked_into_after_a_moment() -> None:
@@ -104,6 +130,7 @@ def test_a_job_without_a_pod_is_looked_into_after_a_moment() -> None:
     ("warning", "reason", "named"),
     [
         ('pods "x" is forbidden: exceeded quota: gpus, requested: 1', "QuotaExceeded", "ResourceQuota"),
+        ('pods "x" is forbidden: failed quota: cpu: must specify limits.cpu for: worker', "PodRefused", "LimitRange"),
         ('error looking up service account team/me: serviceaccount "me" not found', "PodRefused", "serviceAccountName"),
         ('pods "x" is forbidden: violates PodSecurity "restricted"', "PodRefused", "policy"),
     ],

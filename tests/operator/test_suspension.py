@@ -73,6 +73,17 @@ def test_suspend_is_stored_with_what_the_job_knows_and_then_removes_it() -> None
     assert judge(stored, replace(second, deleting=True)).deletes == ()
 
 
+def test_a_pod_on_a_lost_node_commits_nothing_and_is_not_said_to() -> None:
+    overdue, stopping = pod(deletion_due=NOW - timedelta(hours=1)), pod(deletion_due=NOW + timedelta(seconds=5))
+    for job, children in ((kcj(suspend=True, status=TOLD), child()), (kcj(queueName="gpu", status=TOLD), queued_job())):
+        for each in (overdue, pod(silent=True)):
+            said = told(judge(job, children, each))
+            assert said.reason in ("Suspended", "Queued") and "commits" not in said.message, said.message
+            assert "node node-1 does not answer" in said.message and "out-of-service" in said.message
+        decision = judge(job, children, stopping)
+        assert "commits its last block" in told(decision).message and decision.again_after == 20, "then it is overdue"
+
+
 def test_resuming_makes_the_next_attempt_from_the_status() -> None:
     stored = TOLD | {"conditions": SUSPENDED, "memoryPlan": 1}
     assert judge(kcj(queueName="gpu", status=stored)).start == Attempt(2, 1, 2, "worker:7")
