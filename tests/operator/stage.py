@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -95,6 +96,24 @@ class Stage:
 
     def leave_namespace(self) -> None:
         self.api.call("DELETE", f"/api/v1/namespaces/{self.namespace}")
+
+    @contextmanager
+    def node(self, name: str, *arguments: str) -> Iterator[None]:
+        """One more node, gone again afterwards."""
+        self.cluster.start_node(name, *arguments)
+        try:
+            yield
+        finally:
+            self.resume_node(name)
+            self.cluster.stop_component(name)
+            self.cluster.kubectl("delete", "node", name, "--ignore-not-found")
+
+    def silence_node(self, name: str) -> None:
+        """It does not answer any more; what runs on it goes on."""
+        os.kill(self.cluster.processes[name].pid, signal.SIGSTOP)
+
+    def resume_node(self, name: str) -> None:
+        os.kill(self.cluster.processes[name].pid, signal.SIGCONT)
 
     # ---- the operator
 

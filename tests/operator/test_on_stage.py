@@ -228,54 +228,6 @@ def test_a_deleted_child_job_comes_back(stage: Stage, operator: Operator) -> Non
     assert len(stage.jobs(uid)) == 1
 
 
-# ---- early truth, in the kubelet's and the controllers' own words
-
-
-def test_a_missing_secret_is_said_and_cured_by_itself(stage: Stage, operator: Operator) -> None:
-    stage.play(SUCCEED, model={"source": {"uri": "s3://models/one", "credentialsSecret": "models"}})
-    stage.until("SecretMissing")
-    assert "models" in stage.message() and "create the Secret" in stage.message()
-    assert stage.conditions()["Reconciling"] == "True"
-    stage.create("secrets", {"metadata": {"name": "models"}, "stringData": {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}})
-    stage.until("Completed")
-
-
-def test_an_image_that_cannot_be_pulled(stage: Stage, operator: Operator) -> None:
-    stage.play(SUCCEED, worker={"image": "nowhere:9"})
-    stage.until("ImagePullFailed")
-    assert "nowhere:9" in stage.message() and "spec.worker.image" in stage.message()
-
-
-def test_no_node_is_big_enough(stage: Stage, operator: Operator) -> None:
-    stage.play(SUCCEED, worker={"resources": {"requests": {"nvidia.com/gpu": 64}, "limits": {"nvidia.com/gpu": 64}}})
-    stage.until("Unschedulable")
-    assert "Insufficient nvidia.com/gpu" in stage.message()
-
-
-def test_a_quota_that_is_full(stage: Stage, operator: Operator) -> None:
-    stage.create("resourcequotas", {"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}})
-    eventually(lambda: stage.list("resourcequotas")[0].get("status", {}).get("hard"))
-    stage.play(SUCCEED)
-    stage.until("QuotaExceeded")
-    assert "exceeded quota: none" in stage.message()
-
-
-def test_a_service_account_that_is_not_there(stage: Stage, operator: Operator) -> None:
-    uid = stage.play(SUCCEED, worker={"serviceAccountName": "mine"})
-    stage.until("PodRefused")
-    assert 'serviceaccount "mine" not found' in stage.message()
-    stage.create("serviceaccounts", {"metadata": {"name": "mine"}})
-    stage.until("Completed")
-    assert stage.list("serviceaccounts", f"{names.LABEL_JOB_UID}={uid}") == []
-
-
-def test_a_ca_bundle_that_is_not_there(stage: Stage, operator: Operator) -> None:
-    bundle = {"uri": "s3://models/two", "caBundle": {"configMap": "private-ca"}}
-    stage.play(SUCCEED, output=bundle)
-    stage.until("VolumeNotMounted")
-    assert '"private-ca" not found' in stage.message()
-
-
 # ---- bad specs
 
 

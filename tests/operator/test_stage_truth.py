@@ -1,19 +1,18 @@
 """Every version of every status that a real cluster sees, from creation to deletion: what kstatus, Argo CD and Flux made of it. And what
-docs/first-job.md tells people to type.
+docs/first-job.md tells people to type. What holds a job up has a table of its own: test_stage_held_up.py.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from stage import GO_ON, HELD, ROOT, SUCCEED, Stage, eventually, report
+from versions import Versions, judged
 
-from gitops.health_judges import ON_THE_WAY, ArgoCD, Flux, Judged, kstatus, words_for
 from kompressor_api import names
 from test_docs import commands
 
@@ -60,13 +59,6 @@ def begin(stage: Stage) -> None:
     stage.play(GO_ON, name="goes", deletionPolicy="Delete")
 
 
-def expected(found: Manifest) -> Judged:
-    status = found["status"]
-    if status["observedGeneration"] != found["metadata"]["generation"]:
-        return ON_THE_WAY
-    return words_for(status.get("phase", ""))
-
-
 def applied_again(stage: Stage, tmp_path: Path) -> None:
     """Somebody else applies the same manifest, as GitOps tools do all the time: no conflict, no change."""
     before = stage.get("compressionjobs", "good")
@@ -81,7 +73,7 @@ def applied_again(stage: Stage, tmp_path: Path) -> None:
 
 
 def test_every_version_is_judged_rightly_and_the_docs_commands_work(stage: Stage, kstatus_judge: Path, tmp_path: Path) -> None:
-    since = stage.version("compressionjobs")
+    versions = Versions(stage)
     begin(stage)
     with stage.operator():
         stage.until("Compressing", "good")
@@ -102,33 +94,7 @@ def test_every_version_is_judged_rightly_and_the_docs_commands_work(stage: Stage
         eventually(lambda: all(job["metadata"]["name"] != "goes" for job in stage.list("compressionjobs")))
         applied_again(stage, tmp_path)
         type_what_the_docs_say(stage)
-        judged(stage, since, kstatus_judge)
-
-
-def told(stage: Stage, since: str) -> Iterator[Manifest]:
-    """All that a watch tells until now."""
-    left = {job["metadata"]["resourceVersion"] for job in stage.list("compressionjobs")}
-    for event in stage.api.watch(stage.path("compressionjobs") + f"?watch=1&resourceVersion={since}&timeoutSeconds=60"):
-        yield event
-        left.discard(event["object"]["metadata"]["resourceVersion"])
-        if not left:
-            return
-    raise AssertionError(f"the watch did not tell versions {sorted(left)}")
-
-
-def judged(stage: Stage, since: str, judge: Path) -> None:
-    events = [event for event in told(stage, since) if event["type"] != "DELETED"]
-    argo, flux, met = ArgoCD(), Flux(), set()
-    last: dict[str, str] = {}
-    for event, word in zip(events, kstatus((e["object"] for e in events), judge), strict=True):
-        found = event["object"]
-        if "deletionTimestamp" in found["metadata"]:
-            assert word == "Terminating"
-            met.add("Terminating")
-            continue
-        assert (word, argo(found)[0], flux(found)) == expected(found), found
-        met.add(found["status"].get("phase", "New"))
-        last[found["metadata"]["name"]] = word
+        met, last = judged(versions.told(), kstatus_judge)
     phases = {"New", "Pending", "Validating", "Queued", "Compressing", "Retrying", "Suspended", "Complete", "Failed"}
     assert met == phases | {"Terminating"}, "every row of the table was met"
     assert {name for name, word in last.items() if word == "Current"} == {"good", "smaller", "there"}
