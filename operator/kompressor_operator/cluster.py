@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote, urlencode, urlsplit
@@ -22,6 +23,7 @@ from kubernetes.aio import client, config
 
 from kompressor_api import names
 from kompressor_operator.observed import Manifest
+from kompressor_operator.server_clock import ServerClock, utc_now
 
 __all__ = ["ApiError", "Cluster", "Connection", "Page"]
 
@@ -75,7 +77,9 @@ class Page:
 class Cluster:
     """One connection pool to one API server."""
 
-    def __init__(self, configuration: client.Configuration, request_seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, configuration: client.Configuration, request_seconds: float, clock: Callable[[], float], wall: Callable[[], datetime]
+    ) -> None:
         self._configuration = configuration
         self._api = client.ApiClient(configuration)
         self._api.user_agent = names.FIELD_MANAGER
@@ -83,6 +87,8 @@ class Cluster:
         self._clock = clock
         self.answered = clock()
         """When the API server last answered anything at all."""
+        self.now = ServerClock(wall, clock)
+        """What time it is by the API server."""
         self.requests: Counter[tuple[str, str, int]] = Counter()
         """(verb, kind, status code; 0 for no answer) -> requests made."""
         self.timed: Callable[[str, float], None] = lambda verb, seconds: None
@@ -91,7 +97,9 @@ class Cluster:
         """Asked before every request that changes something but the Lease: whoever has lost the lead changes nothing any more."""
 
     @classmethod
-    async def connect(cls, request_seconds: float, pool: int, clock: Callable[[], float] = time.monotonic) -> Self:
+    async def connect(
+        cls, request_seconds: float, pool: int, clock: Callable[[], float] = time.monotonic, wall: Callable[[], datetime] = utc_now
+    ) -> Self:
         """By the pod's service account, or by $KUBECONFIG outside of a cluster. Does not talk to the server yet."""
         configuration = client.Configuration()
         file = os.environ.get("KUBECONFIG")
@@ -100,7 +108,7 @@ class Cluster:
         else:
             config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         configuration.connection_pool_maxsize = pool
-        return cls(configuration, request_seconds, clock)
+        return cls(configuration, request_seconds, clock, wall)
 
     async def connection(self) -> Connection:
         """The same access for Kopf, with a token as fresh as the file that holds it."""
@@ -205,6 +213,7 @@ class Cluster:
         self._count(verb, kind, answer.status, began)
         if answer.status >= 400:
             raise _error(doing, answer.status, text, answer.getheader("Retry-After"))
+        self.now.heard(answer.getheader("Date"), began)  # of a refusal it may be a gateway's
         parsed: Manifest = json.loads(text)
         return parsed
 

@@ -29,8 +29,9 @@ from kompressor_operator.health import Health, Watchdog, serve_probes
 from kompressor_operator.leader import Leader, LeaseLost
 from kompressor_operator.metrics import Metrics, Moment
 from kompressor_operator.observed import Key, Manifest
-from kompressor_operator.reconcile import Reconciler, utc_now
+from kompressor_operator.reconcile import Reconciler
 from kompressor_operator.relist import Relister
+from kompressor_operator.server_clock import utc_now
 from kompressor_operator.settings import SettingError, Settings
 from kompressor_operator.store import Store
 from kompressor_operator.validation import known_passes
@@ -135,17 +136,19 @@ def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
 
 
 async def serve(settings: Settings, stop: asyncio.Event, clock: Callable[[], datetime] = utc_now) -> None:
-    """Probes, Lease, first list, queue, watches; until `stop` is set. Then the other way round. `clock` is what jobs are judged by.
+    """Probes, Lease, first list, queue, watches; until `stop` is set. Then the other way round. `clock` is the machine's, put right by what
+    the API server says of its own.
 
     Raises LeaseLost if another may lead.
     """
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
         store, dog = Store(), Watchdog(settings.stale_seconds)
-        cluster = await stack.enter_async_context(await Cluster.connect(settings.request_seconds, pool=settings.concurrency * 3))
+        connected = await Cluster.connect(settings.request_seconds, pool=settings.concurrency * 3, wall=clock)
+        cluster = await stack.enter_async_context(connected)
         cluster.timed = metrics.requested
         leader = leader_of(settings, cluster)
-        reconciler = Reconciler(cluster, store, settings, known_passes(), clock, tries=lambda key: queue.tries(key), metrics=metrics)
+        reconciler = Reconciler(cluster, store, settings, known_passes(), cluster.now, tries=lambda key: queue.tries(key), metrics=metrics)
         queue = WorkQueue(
             reconciler.reconcile,
             initial=settings.backoff_initial_seconds,

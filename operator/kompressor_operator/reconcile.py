@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 
 from kompressor_api import names
 from kompressor_api.names import Condition
@@ -23,6 +23,7 @@ from kompressor_operator.pods import ChildPod
 from kompressor_operator.policies import POLICIES
 from kompressor_operator.recipes import fetch
 from kompressor_operator.refusals import NAMESPACE_GOES, Refusal, conflict, refusal
+from kompressor_operator.server_clock import utc_now
 from kompressor_operator.settings import Settings
 from kompressor_operator.store import Store, observe
 from kompressor_operator.usage import with_usage
@@ -45,10 +46,6 @@ def gone_is_fine(*codes: int) -> Iterator[None]:
     except ApiError as error:
         if error.status not in (404, *codes):
             raise
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,20 @@ MUTATIONS = (
         "test_leader.py::test_times_in_the_lease_decide_nothing",
     ),
     Mutation(
+        "ages are told by the API server's clock",
+        "main.py",
+        "known_passes(), cluster.now, tries",
+        "known_passes(), clock, tries",
+        "../chaos/test_clocks.py::test_a_clock_that_is_an_hour_off_changes_nothing",
+    ),
+    Mutation(
+        "a refusal's Date may be a gateway's",
+        "cluster.py",
+        "        if answer.status >= 400:\n",
+        "        self.now.heard(answer.getheader(\"Date\"), began)\n        if answer.status >= 400:\n",
+        "test_server_clock.py::test_every_answer_of_the_server_tells_and_no_refusal_of_a_gateway",
+    ),
+    Mutation(
         "an older event changes nothing",
         "store.py",
         "        if known is not None and known.uid == record.uid and _version(known) > version:\n            return False\n",

@@ -4,7 +4,7 @@
         with nursery.operator(stage, proxy, relist_seconds="2") as running:     # a stage.Operator; its settings by name
             ...
             running.stop(signal.SIGKILL)
-        clock = Clock(folder / "clock")                                        # what jobs are judged by: now, and `clock.offset` seconds
+        clock = Clock(folder / "clock")                                        # the machine's, as this operator sees it; `clock.set(3600)`
         running = nursery.start(stage, proxy, clock)                           # without waiting; ended with `running.stop()`
 
 `proxy` may be None: then it asks the API server itself. How an operator starts by itself is tested elsewhere.
@@ -37,7 +37,7 @@ from pathlib import Path
 from kompressor_operator import logs
 from kompressor_operator.leader import LeaseLost
 from kompressor_operator.main import listen, serve
-from kompressor_operator.reconcile import utc_now
+from kompressor_operator.server_clock import utc_now
 from kompressor_operator.settings import Settings
 import kubernetes.aio.client.rest, kopf._core.reactor.running, aiohttp.web, aiohttp.resolver
 
@@ -79,7 +79,7 @@ for line in sys.stdin:
 
 
 class Clock:
-    """What an operator takes for the time: the machine's, and some seconds. It may be set while operators run."""
+    """What an operator is told as the machine's time: that, and some seconds. It may be set while operators run."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

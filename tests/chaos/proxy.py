@@ -6,7 +6,7 @@
         proxy.kill(Point("PATCH compressionjobs/status", 2, AFTER), pid)
         proxy.answer(429, retry_after=1, share=0.3, seed=7)
         proxy.conflict(share=0.3, seed=7)
-        proxy.cut_watches(); proxy.stall_watches(); proxy.delay = 0.2
+        proxy.cut_watches(); proxy.stall_watches(); proxy.delay = 0.2; proxy.skew = 3600
         proxy.calm()                                   # as if nothing were wrong
 
 Towards the operator it speaks plain HTTP, towards the server TLS; the operator's own token goes through. All methods may be called from
@@ -25,6 +25,8 @@ import threading
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from datetime import timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -90,6 +92,8 @@ class Proxy:
         self.runner: web.AppRunner
         self.delay = 0.0
         """Seconds that every request is held back."""
+        self.skew = 0.0
+        """Seconds by which the Date of answers is wrong: some proxies put their own in its place."""
         self.requests = 0
         """All there ever were, watches included."""
         self.calls: list[Call] = []
@@ -144,7 +148,8 @@ class Proxy:
 
     def calm(self) -> None:
         """Nothing more goes wrong."""
-        self._answers, self._conflicts, self._doomed, self.delay = [], None, None, 0.0
+        self._answers, self._conflicts, self._doomed = [], None, None
+        self.delay = self.skew = 0.0
         self.stall_watches(False)
 
     @property
@@ -205,7 +210,11 @@ class Proxy:
             call.code = told.code
             return told.response()
         call.code = answer.status
-        return web.Response(status=answer.status, body=content, headers=_passed(answer.headers))
+        headers = _passed(answer.headers)
+        if self.skew and "Date" in headers:
+            wrong = parsedate_to_datetime(headers["Date"]) + timedelta(seconds=self.skew)
+            headers["Date"] = format_datetime(wrong, usegmt=True)
+        return web.Response(status=answer.status, body=content, headers=headers)
 
     def _numbered(self, request: web.Request, body: bytes) -> Call:
         what, name = _what(request, body)

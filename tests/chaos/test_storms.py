@@ -85,9 +85,9 @@ def deaths(scene: Scene, chance: random.Random, over: threading.Event) -> None:
 
 
 def clock_jumps(scene: Scene, chance: random.Random, over: threading.Event) -> None:
-    """An hour forth, an hour back, under an operator that lives."""
+    """An hour forth, an hour back, by what the server's answers say."""
     while not over.wait(chance.uniform(0.2, 1.5)):
-        scene.clock.set(chance.choice((-3600.0, 0.0, 3600.0)))
+        scene.proxy.skew = chance.choice((-3600.0, 0.0, 3600.0))
 
 
 STORMS: dict[str, Weather] = {
@@ -124,7 +124,6 @@ def storm(scene: Scene, weather: Weather, chance: random.Random) -> Iterator[Non
         over.set()
         wind.join()
         scene.proxy.calm()
-        scene.clock.set(0.0)
     assert not trouble, trouble
 
 
