@@ -134,6 +134,8 @@ def test_reasons_in_alerts_are_reasons(render: Render) -> None:  # noqa: F811
     (rules,) = of_kind(render(*ON), "PrometheusRule")
     alerts = {rule["alert"]: rule for group in rules["spec"]["groups"] for rule in group["rules"]}
     assert all(rule["annotations"].keys() == {"summary", "description"} for rule in alerts.values())
+    target = {"namespace": "system", "service": "one-kompressor-metrics"}
+    assert all(rule["labels"] == {"severity": rule["labels"]["severity"]} | target for rule in alerts.values()), "two releases, two alerts"
     held_up = re.search(r'reason=~"([^"]*)"', alerts["KompressorJobHeldUp"]["expr"])
     early = list(Reason)[list(Reason).index(Reason.IMAGE_PULL_FAILED) : list(Reason).index(Reason.COMPLETED)]
     assert held_up and held_up[1].split("|") == early, "all that something outside must change"

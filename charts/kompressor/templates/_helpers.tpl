@@ -52,6 +52,11 @@ app.kubernetes.io/part-of: kompressor
 namespace="{{ .Release.Namespace }}", service="{{ include "kompressor.fullname" . }}-metrics"
 {{- end -}}
 
+{{/* The same as labels of an alert. */}}
+{{- define "kompressor.target" -}}
+namespace: "{{ .Release.Namespace }}", service: "{{ include "kompressor.fullname" . }}-metrics"
+{{- end -}}
+
 {{/* What Pod Security calls restricted, container part. */}}
 {{- define "kompressor.containerSecurityContext" -}}
 allowPrivilegeEscalation: false
