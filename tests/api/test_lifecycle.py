@@ -53,6 +53,7 @@ def test_spec_is_immutable(server: Server, job: Job, change: str) -> None:
     refusal = server.patch(job, {"spec": CHANGES[change]}).refusal
     assert "cannot change once the job exists; create another CompressionJob (only suspend, retry and" in refusal
     assert f'"field":"spec.{next(iter(CHANGES[change]))}"' in refusal
+    assert refusal.startswith("422 ") and '"reason":"Invalid"' in refusal, "what kubectl and Flux take for an immutable field"
 
 
 def test_what_is_there_cannot_be_removed(server: Server) -> None:

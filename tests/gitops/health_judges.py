@@ -15,6 +15,12 @@ from lupa import lua51
 
 ROOT = Path(__file__).resolve().parents[2]
 Object = Mapping[str, Any]
+CLOSE = """
+for _, name in ipairs({"string", "math", "io", "os", "debug", "coroutine", "python"}) do _G[name] = nil end
+getmetatable("").__index = nil
+"""
+STATUSES = ("Healthy", "Progressing", "Degraded", "Suspended", "Missing", "Unknown")
+"""Of Argo CD; any other it shows as Unknown."""
 
 
 def kstatus(objects: Iterable[Object], judge: Path) -> list[str]:
@@ -24,15 +30,18 @@ def kstatus(objects: Iterable[Object], judge: Path) -> list[str]:
 
 
 class ArgoCD:
-    """Runs health.lua as Argo CD does: Lua 5.1, the object as the global `obj`, a table with status and message as the answer."""
+    """Runs health.lua as Argo CD does: Lua 5.1 with the base and table libraries alone (`useOpenLibs` is off by default), the object as the
+    global `obj`, a table with status and message as the answer, and no status but Argo CD's own."""
 
     def __init__(self) -> None:
         self.script = (ROOT / "gitops" / "argocd" / "health.lua").read_text()
 
     def __call__(self, found: Object) -> tuple[str, str]:
         lua = lua51.LuaRuntime(unpack_returned_tuples=True)
+        lua.execute(CLOSE)
         lua.globals()["obj"] = lua.table_from(found, recursive=True)
         answer = lua.execute(self.script)
+        assert answer["status"] in STATUSES, answer["status"]
         return str(answer["status"]), str(answer["message"])
 
 
