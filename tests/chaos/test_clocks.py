@@ -7,10 +7,11 @@ from datetime import datetime
 import pytest
 from scenarios import CLEANED, SAY, acting
 from scene import Scene, Theatre
+from stage import HELD
 
 pytestmark = pytest.mark.cluster
 
-SLOW_TO_STOP = (SAY, "trap 'sleep 3; exit 75' TERM", "acting; while :; do sleep 0.05; done")
+SLOW_TO_STOP = (HELD, SAY, "trap 'sleep 3; exit 75' TERM", "acting; while :; do sleep 0.05; done")
 
 
 def ended(scene: Scene) -> list[str]:
