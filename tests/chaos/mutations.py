@@ -288,6 +288,7 @@ def main() -> int:
     alive = []
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         root = Path(folder)
+        root.chmod(0o755)  # actors are other users
         for part in COPIED:
             source = ROOT / part
             leave = shutil.ignore_patterns("__pycache__")
