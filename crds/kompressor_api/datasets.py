@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, Strict, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from kompressor_api.fields import Count, Flag, Model
+from kompressor_api.fields import Count, Flag, Model, Number
 from kompressor_api.locations import SourceLocation
 from kompressor_api.names import Role
 
@@ -14,8 +14,6 @@ __all__ = ["CalibrationSpec", "Dataset", "DriftSpec", "EvaluationSpec", "Gate", 
 
 Column = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 Percent = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,3})(\.[0-9]{1,6})?%$", max_length=12)]
-Number = Annotated[float, Strict()]
-"""A YAML number; the API server does not take "0.1" for one either."""
 
 MAX_SAMPLES = 1_000_000
 MAX_SEQUENCE_LENGTH = 1_048_576

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StringConstraints
 
-__all__ = ["Count", "Flag", "Message", "Model", "Name", "Short", "Text", "Time", "Uri", "Warnings"]
+__all__ = ["Count", "Flag", "Message", "Model", "Name", "Number", "Short", "Text", "Time", "Uri", "Warnings"]
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 Uri = Annotated[str, StringConstraints(pattern=r"^((s3|hf|pvc)://[^/\s][^\s]*|file:///[^\s]*)$", max_length=1024)]
@@ -14,6 +14,8 @@ Short = Annotated[str, StringConstraints(max_length=253)]
 Flag = Annotated[bool, Strict()]
 """A YAML boolean; the API server does not take "true" for true either."""
 Count = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+"""A YAML number; the API server does not take "0.1" or true for one either."""
 
 
 def _clip(limit: int) -> BeforeValidator:

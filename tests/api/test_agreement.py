@@ -98,6 +98,8 @@ WRONG_VALUES: dict[str, tuple[Spec, str]] = {
     "unknown scheme": ({"passes": [{"rtn": {"scheme": "W5A16"}}]}, "supported values: "),
     "no scheme": ({"passes": [{"rtn": {}}]}, "spec.passes[0].rtn.scheme: Required value"),
     "group size in words": ({"passes": [{"rtn": {"scheme": "W4A16", "groupSize": "all"}}]}, "groupSize"),
+    "a group size that is true": ({"passes": [{"rtn": {"scheme": "W4A16", "groupSize": True}}]}, "groupSize"),
+    "a sparsity that is true": ({"passes": [{"magnitude": {"sparsity": True}}]}, "sparsity"),
     "unknown store": ({"output": {"uri": "gs://models/out"}}, "spec.output.uri"),
     "no bucket": ({"output": {"uri": "s3:///out"}}, "spec.output.uri"),
     "spaces": ({"output": {"uri": "s3://models/my model"}}, "spec.output.uri"),

@@ -132,9 +132,18 @@ def test_a_deployment_sample_of_another_language_drifts(tmp_path: Path) -> None:
     assert compress(job_of(tmp_path / "same", "llama", [{"gptq": W4}], drift=same))["drift"]["drifting"] == []
 
 
-def test_a_pass_that_measures_needs_data(tmp_path: Path) -> None:
-    body = jobs.manifest(trained_model("llama").as_uri(), (tmp_path / "out").as_uri(), [{"gptq": W4}])
-    with pytest.raises(UserError, match=r"passes\[0\].gptq: measures activations, and spec.calibration is missing; add"):
+@pytest.mark.parametrize(
+    ("name", "params", "remedy"),
+    [
+        ("gptq", W4, "use a pass and scheme that work without data, such as rtn with W4A16"),
+        ("wanda", {"sparsity": 0.5}, "prune by magnitude, which works without data"),
+        ("kvCache", {}, "leave it out"),
+    ],
+)
+def test_a_pass_that_measures_needs_data(name: str, params: dict[str, Any], remedy: str, tmp_path: Path) -> None:
+    body = jobs.manifest(trained_model("llama").as_uri(), (tmp_path / "out").as_uri(), [{name: params}])
+    missing = rf"^passes\[0\].{name}: measures activations, and spec.calibration is missing; add spec.calibration.dataset, or {remedy}$"
+    with pytest.raises(UserError, match=missing):
         make_plan(load_job(jobs.write(tmp_path / "job.json", body), {}), {})
 
 

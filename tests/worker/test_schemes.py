@@ -209,6 +209,8 @@ def test_blocks_and_what_follows_them() -> None:
         ({"scheme": "W4A16", "groupsize": 64}, "'groupsize' is not a parameter; did you mean groupSize?"),
         ({"scheme": "W4A16", "groupSize": 0}, "a group has at least one column; use -1 for one scale a channel"),
         ({"scheme": "W4A16", "groupSize": -2}, "groupSize: Input should be greater than or equal to -1"),
+        ({"scheme": "W4A16", "groupSize": True}, "groupSize: Input should be a valid integer (got True)"),
+        ({"scheme": "W8A8_STATIC", "inputPercentile": "99"}, "inputPercentile: Input should be a valid number (got '99')"),
         ({"scheme": "W4A16", "ignore": ["re:(open"]}, "'re:(open' is not a regular expression"),
         ({"scheme": "W4A16", "targets": []}, "targets: List should have at least 1 item"),
         ({}, "scheme: Field required"),

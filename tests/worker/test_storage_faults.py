@@ -15,37 +15,16 @@ import pytest
 from fault_server import FOREVER, FaultServer, Kind
 
 from jobs import Bucket
-from kompressor_api.names import ExitCode, Reason, Role
+from kompressor_api.names import ExitCode, Reason
 from kompressor_api.v1alpha1 import CaBundle, OutputSpec, SourceLocation
 from kompressor_worker.errors import AccessDenied, ClaimLost, NoSpaceLeft, NotFound, OutputOccupied, StorageError, Terminated, UserError
 from kompressor_worker.storage import WORK, Output, Source, patience
-from kompressor_worker.storage.locations import locate, open_output, open_source
-from kompressor_worker.storage.s3 import S3Store
+from kompressor_worker.storage.locations import open_output, open_source
 from s3 import S3Server
 
 JOURNAL = f"{WORK}journal.json"
 PART = 5 << 20
 NAME = "model.safetensors"
-
-
-@pytest.mark.parametrize("endpoint", [None, "https://store.example"])
-def test_no_configuration_file_says_where_s3_is(endpoint: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operator can keep a variable its own, but not what lies in a file that a job names."""
-    (tmp_path / "config").write_text("[default]\nendpoint_url = https://elsewhere.example\n")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-        monkeypatch.setenv(name, "")
-    environ = {"AWS_REGION": "us-east-1"}
-    place = locate(SourceLocation(uri="s3://models/x", endpoint=endpoint), Role.SOURCE, environ)
-    store = S3Store(place, environ, patience.Patience.from_environ(environ, None))
-    assert store.client.meta.endpoint_url == (endpoint or "https://s3.amazonaws.com")
-
-
-@pytest.mark.parametrize("endpoint", ["http://x y", "http://[::1", "http://:80"])
-def test_an_endpoint_that_is_no_address(endpoint: str) -> None:
-    environ = {"SOURCE_AWS_ACCESS_KEY_ID": "a", "SOURCE_AWS_SECRET_ACCESS_KEY": "b"}
-    with pytest.raises(UserError, match=rf"^s3://models/x: endpoint {re.escape(endpoint)} is no address .*; give one such as https://"):
-        open_source(SourceLocation(uri="s3://models/x", endpoint=endpoint), environ).list()
 
 
 class Setting:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from kompressor_api.names import ENV_JOB_UID, ENV_OUTPUT
 from kompressor_api.v1alpha1 import OutputSpec
@@ -20,6 +17,7 @@ from kompressor_worker.errors import ClaimLost, UserError
 from kompressor_worker.journal import State, decode, encode
 from kompressor_worker.publish import CONFIG, REPORT, parse_report
 from kompressor_worker.storage import JOURNAL, WORK, Output
+from kompressor_worker.storage.locations import named
 
 CLAIMS = 5
 """How often the claim is tried for while a worker commits: each try ends a worker."""
@@ -55,12 +53,7 @@ def wanted_output(uri: str | None, endpoint: str | None, region: str | None) -> 
     """The output that a person names. Raises UserError."""
     if uri is None:
         raise UserError("which output? give s3://, pvc://, file:// or a path")
-    if "://" not in uri:
-        uri = Path(uri).absolute().as_uri()
-    try:
-        return OutputSpec(uri=uri, endpoint=endpoint, region=region)
-    except ValidationError as error:
-        raise UserError(f"{uri}: {error.errors()[0]['msg']}; give s3://, pvc://, file:// or a path") from error
+    return named(OutputSpec, uri, endpoint, region, "s3://, pvc://, file://")
 
 
 def clean(output: Output, uid: str | None) -> Cleaned:

@@ -52,8 +52,8 @@ def wanted_samples(spec: CompressionJobSpec, passes: Sequence[Pass]) -> list[Sam
     if hungry and spec.calibration is None:
         i, name = hungry[0]
         raise UserError(
-            f"passes[{i}].{name}: measures activations, and spec.calibration is missing; add spec.calibration.dataset, or use a pass and "
-            "scheme that work without data, such as rtn with W4A16"
+            f"passes[{i}].{name}: measures activations, and spec.calibration is missing; add spec.calibration.dataset, or "
+            + without_data(passes[i])
         )
     samples: list[Sample] = []
     if spec.calibration is not None and hungry:
@@ -63,6 +63,13 @@ def wanted_samples(spec: CompressionJobSpec, passes: Sequence[Pass]) -> list[Sam
     if spec.evaluation is not None:
         samples.append(spec.evaluation)
     return samples
+
+
+def without_data(hungry: Pass) -> str:
+    """What can be done in place of a pass where there is no data."""
+    if hungry.prunes:
+        return "prune by magnitude, which works without data"
+    return "leave it out" if hungry.kv else "use a pass and scheme that work without data, such as rtn with W4A16"
 
 
 def unused_samples(spec: CompressionJobSpec, passes: Sequence[Pass]) -> tuple[str, ...]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import xxhash
-from pydantic import ValidationError
 
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import SourceLocation
@@ -22,7 +20,7 @@ from kompressor_worker.pipeline import Limits, Load, Prefetcher
 from kompressor_worker.publish import CHUNK, CONFIG, REPORT
 from kompressor_worker.schemes import SCHEMES
 from kompressor_worker.storage import Source
-from kompressor_worker.storage.locations import open_source
+from kompressor_worker.storage.locations import named, open_source
 from kompressor_worker.tensors import float_view
 
 SCALES = ("_scale", "_scale_inv", "_global_scale")
@@ -31,13 +29,8 @@ E8M0_NAN = 255
 
 def verify(uri: str, endpoint: str | None, region: str | None, environ: Mapping[str, str]) -> dict[str, Any]:
     """Counts of what was checked. Raises CorruptSource (missing or damaged tensor), BadNumerics (a scale is NaN or Inf), UserError."""
-    if "://" not in uri:
-        uri = Path(uri).absolute().as_uri()
-    try:
-        location = SourceLocation(uri=uri, endpoint=endpoint, region=region)
-    except ValidationError as error:
-        raise UserError(f"{uri}: {error.errors()[0]['msg']}; give s3://, hf://, pvc://, file:// or a path") from error
-    source = open_source(location, environ, threading.Event())
+    location = named(SourceLocation, uri, endpoint, region, "s3://, hf://, pvc://, file://")
+    uri, source = location.uri, open_source(location, environ, threading.Event())
     checkpoint = read_checkpoint(source)
     report = read_report(source, checkpoint)
     try:

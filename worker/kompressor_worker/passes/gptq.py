@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from kompressor_api.fields import Number
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.passes import Pass
 from kompressor_worker.passes.inputs import InputParams, input_tensors, needed_statistics
@@ -50,7 +51,7 @@ class GptqParams(LinearParams, InputParams):
             "they lie; with observer minmax, group scales from the weights as they are when a group is reached."
         ),
     )
-    dampening: float = Field(
+    dampening: Number = Field(
         default=0.01,
         gt=0.0,
         le=1.0,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from kompressor_api.fields import Number
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.errors import BadNumerics, UserError
 from kompressor_worker.passes.shapes import is_routed_expert
@@ -35,7 +36,7 @@ class InputParams(Model):
             "(KL), which cuts off most: only for calibration data with rare outliers."
         ),
     )
-    input_percentile: float = Field(
+    input_percentile: Number = Field(
         default=99.99, gt=50.0, le=100.0, description="How many in a hundred input values are inside, where inputObserver is percentile."
     )
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, field_validator
 
+from kompressor_api.fields import Count
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.errors import UserError
 from kompressor_worker.schemes import SCHEMES, Scheme
@@ -47,7 +48,7 @@ class TargetParams(Model):
 class LinearParams(TargetParams):
     """Base of the parameters of a pass that quantises linears."""
 
-    group_size: int | None = Field(
+    group_size: Count | None = Field(
         default=None,
         ge=-1,
         le=65536,

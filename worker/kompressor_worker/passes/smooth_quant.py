@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from kompressor_api.fields import Number
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.errors import UserError
 from kompressor_worker.passes import Pass
@@ -31,7 +32,7 @@ SMALLEST, LARGEST = 1e-4, 1e4
 class SmoothQuantParams(Model):
     """SmoothQuant: moves outliers of activations into the weights, so that both can be 8 bits. Goes before the pass that quantises."""
 
-    alpha: float = Field(
+    alpha: Number = Field(
         default=0.5,
         ge=0.0,
         le=1.0,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from kompressor_api.fields import Number
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.passes.sparsity_params import SparsityParams, SparsityPass
 
@@ -25,7 +26,7 @@ class SparseGptParams(SparsityParams):
     """SparseGPT: sets weights to zero and corrects the others, so that the layer's output on the calibration data changes least. Goes
     before the pass that quantises, which keeps the zeros."""
 
-    dampening: float = Field(
+    dampening: Number = Field(
         default=0.01,
         gt=0.0,
         le=1.0,

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from kompressor_api.fields import Number
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout, StageLayout
 from kompressor_worker.passes import Pass
@@ -23,7 +24,7 @@ MOST = 32
 class SparsityParams(TargetParams):
     """Base of the parameters of a pass that sets weights to zero."""
 
-    sparsity: float | None = Field(
+    sparsity: Number | None = Field(
         default=None,
         gt=0.0,
         le=0.95,

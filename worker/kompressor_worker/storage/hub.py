@@ -23,6 +23,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from kompressor_worker.errors import AccessDenied, CorruptSource, KompressorError, NotFound, StorageError, UserError
 from kompressor_worker.storage import WORK, ObjectInfo
 from kompressor_worker.storage.body import fill, receive
+from kompressor_worker.storage.endpoints import endpoint_of
 from kompressor_worker.storage.locations import Place
 from kompressor_worker.storage.patience import Patience
 
@@ -44,7 +45,7 @@ class HubSource:
         self.repository, self._folder = "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
         self._place = place
         self._patience = patience
-        self._endpoint = (place.endpoint or environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self._endpoint = (endpoint_of(place, environ, "HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         token = place.credentials.get("HF_TOKEN") or environ.get("HF_TOKEN") or None
         self._headers = build_hf_headers(token=token, library_name="kompressor") | {"accept-encoding": "identity"}
         self._pool = _connect(self._endpoint, place, environ, patience)

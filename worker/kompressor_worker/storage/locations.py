@@ -6,7 +6,10 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote
+
+from pydantic import ValidationError
 
 from kompressor_api.datasets import Sample
 from kompressor_api.names import (
@@ -21,6 +24,8 @@ from kompressor_api.v1alpha1 import Location, OutputSpec, SourceLocation
 from kompressor_worker.errors import AccessDenied, NotFound, UserError
 from kompressor_worker.storage import Output, Source, s3_environment
 from kompressor_worker.storage.patience import Patience
+
+L = TypeVar("L", bound=Location)
 
 _FIELDS = {
     Role.SOURCE: "model.source",
@@ -141,6 +146,22 @@ def open_output(location: OutputSpec, environ: Mapping[str, str], stop: threadin
     if root == confine or root.parent == root:
         raise UserError(f"output {place.uri} is the root of its volume, where nothing can be renamed into place; add a folder to it")
     return FileOutput(place.uri, root, Disk(durable=place.scheme == "pvc"))
+
+
+def named(kind: type[L], uri: str, endpoint: str | None, region: str | None, schemes: str) -> L:
+    """The location that a person names on a command line; a path is a folder's. Raises UserError: names the argument and its value."""
+    if "://" not in uri:
+        uri = Path(uri).absolute().as_uri()
+    try:
+        return kind(uri=uri, endpoint=endpoint, region=region)
+    except ValidationError as error:
+        first = error.errors()[0]
+        argument, said = first["loc"][0], first["msg"].removeprefix("Value error, ")
+    if argument == "endpoint":
+        raise UserError(f"--endpoint {endpoint}: no URL of a server ({said}); give one such as https://s3.example.org:9000")
+    if argument == "region":
+        raise UserError(f"--region {region}: no name of a region ({said}); give one such as us-east-1")
+    raise UserError(said if uri in said else f"{uri}: {said}; give {schemes} or a path")
 
 
 def locate(location: Location, role: Role, environ: Mapping[str, str]) -> Place:

@@ -15,9 +15,10 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, StorageError, UserError
+from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, StorageError
 from kompressor_worker.storage import WORK, ObjectInfo
 from kompressor_worker.storage.body import fill
+from kompressor_worker.storage.endpoints import endpoint_of, no_address
 from kompressor_worker.storage.locations import Place
 from kompressor_worker.storage.patience import Patience
 from kompressor_worker.storage.s3_errors import ABSENT, PRECONDITION, code_of, is_transient, status_of, translate
@@ -31,29 +32,29 @@ CONNECTIONS = 32
 
 
 class S3Store:
-    """One location: client, bucket, prefix, and the way a request is made, retried and explained."""
+    """One location: client, bucket, prefix, and the way a request is made, retried and explained.
+
+    Raises UserError: an endpoint that is no address."""
 
     def __init__(self, place: Place, environ: Mapping[str, str], patience: Patience) -> None:
         self.place = place
         self.patience = patience
         self.bucket = place.authority
         self.prefix = f"{place.path}/" if place.path else ""
-        self.endpoint = place.endpoint or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or None
+        self.endpoint = endpoint_of(place, environ, "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
         self._client: S3Client | None = None
         self._environ = environ
         self._lock = threading.Lock()
 
     @property
     def client(self) -> S3Client:
-        """Raises UserError: an endpoint that is no address."""
+        """Raises UserError: an endpoint that the SDK refuses."""
         with self._lock:
             if self._client is None:
                 try:
                     self._client = self._connect()
                 except ValueError as error:  # botocore's answer to host names that no host has
-                    raise UserError(
-                        f"{self.place.uri}: endpoint {self.endpoint} is no address ({error}); give one such as https://s3.example.org:9000"
-                    ) from error
+                    raise no_address(self.place, "endpoint", str(self.endpoint), error) from error
             return self._client
 
     def _connect(self) -> S3Client:
