@@ -8,6 +8,8 @@ bytes for log2(n) additions. At 3 TB/s a GPU has time for about twenty operation
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -130,5 +132,5 @@ def hadamard(x: Tensor, base: Tensor | None) -> Tensor:
         return butterflies.hadamard(x, base)
     made = torch.empty_like(x)
     levels = power.bit_length() - 1
-    transform[(len(x) * order,)](x, made, power, levels, float(torch.tensor(power, dtype=torch.float64).sqrt().to(x.dtype)))
+    transform[(len(x) * order,)](x, made, power, levels, float(torch.tensor(math.sqrt(power), dtype=torch.float64).to(x.dtype)))
     return made if base is None else (base.T.to(x.dtype) @ made.view(len(x), order, power)).reshape(x.shape)
