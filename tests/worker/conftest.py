@@ -1,15 +1,26 @@
-"""A real S3 server for the worker's tests."""
+"""What the worker's tests share: a real S3 server, outputs, a tokenizer, compiled kernels."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from ctypes import CDLL
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from fault_server import FaultServer
+from faulty_store import Setting
+from places import Place
 
 from jobs import Bucket
+from kompressor_worker.storage import patience
 from s3 import S3Server
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from kompressor_worker.tokenizer import ModelTokenizer
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +56,55 @@ def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deep")
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="4MB")
     return folder
+
+
+@pytest.fixture(params=["file", "pvc", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "file":
+        return Place(f"file://{tmp_path}/models/small")
+    if request.param == "pvc":
+        (tmp_path / "claims" / "data").mkdir(parents=True)
+        return Place("pvc://data/models/small", {"KOMPRESSOR_CLAIM_DIRECTORY": str(tmp_path / "claims")})
+    bucket: Bucket = request.getfixturevalue("bucket")
+    return Place(bucket.uri("models/small"), bucket.environ, bucket.server.endpoint)
+
+
+@pytest.fixture
+def setting(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting]:
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.02)
+    with FaultServer(bucket.server.endpoint) as proxy:
+        yield Setting(bucket, proxy)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(trained_llama: Path) -> ModelTokenizer:
+    from calibration_data import model_tokenizer
+
+    return model_tokenizer(trained_llama)
+
+
+@pytest.fixture(scope="session")
+def encoding(trained_llama: Path) -> Tokenizer:
+    """The tokenizers library itself."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(trained_llama / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def lib() -> CDLL:
+    from kompressor_worker.kernels import build
+
+    if (found := build.library()) is None:
+        pytest.skip("no C++ compiler on this machine")
+    return found
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """torch's number of threads is as it was again afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from blockwise import layout_of, prepared
-from test_kernels_calibrated import layer, of_range
+from kernel_inputs import layer, of_range
 from test_resume import files_of
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from ctypes import CDLL
 from pathlib import Path
 
@@ -23,20 +22,6 @@ from kompressor_worker.schemes import SCHEMES, Scheme
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++", "zig"))), reason="no C++ compiler on this machine")
-
-
-@pytest.fixture(scope="module")
-def lib() -> CDLL:
-    if (found := build.library()) is None:
-        pytest.skip("no C++ compiler on this machine")
-    return found
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def equal(ours: kernels.Quantized, reference: kernels.Quantized) -> None:

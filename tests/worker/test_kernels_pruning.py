@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels_calibrated import layer, of_range
+from kernel_inputs import layer, of_range
 
 from kompressor_worker import grid, kernels
 from kompressor_worker.block import Site, Stage
@@ -22,13 +22,6 @@ from kompressor_worker.sparsity import Sparsity
 from kompressor_worker.statistics import Statistics
 
 SPARSITIES = [Sparsity(0.5), Sparsity(0.95), *map(Sparsity.of_pattern, ("2:4", "4:8", "1:3", "11:13"))]
-
-
-@pytest.fixture(scope="module")
-def lib() -> CDLL:
-    if (found := build.library()) is None:
-        pytest.skip("no C++ compiler on this machine")
-    return found
 
 
 def textbook(weight: torch.Tensor, factor: torch.Tensor, goes: torch.Tensor) -> torch.Tensor:

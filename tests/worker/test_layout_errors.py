@@ -2,87 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from families import fp8_block_model, mxfp4_model, tiny_model
+from breaks import INDEX, WEIGHTS, Break, Q, config, drop_tensor, edit_header, edit_json, only, put, refused, reshape, without
+from families import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from sources import MemorySource, folder_source, safetensors_bytes, with_header
+from sources import folder_source, safetensors_bytes
 
-from kompressor_api.names import ExitCode, Reason
 from kompressor_worker.errors import CorruptSource, KompressorError, NotFound, UserError
 from kompressor_worker.reading import read_layout
-
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
-Break = Callable[[MemorySource], None]
-
-
-def refused(source: MemorySource, kind: type[KompressorError]) -> str:
-    with pytest.raises(KompressorError) as error:
-        read_layout(source)
-    assert type(error.value) is kind, repr(error.value)
-    if kind is UserError:
-        assert error.value.reason == Reason.UNSUPPORTED_MODEL
-        assert error.value.exit_code == ExitCode.USER_ERROR
-    return str(error.value)
-
-
-def edit_json(source: MemorySource, file: str, change: Callable[[Any], Any]) -> None:
-    content = json.loads(source.files[file])
-    change(content)
-    source.files[file] = json.dumps(content).encode()
-
-
-def edit_header(source: MemorySource, change: Callable[[dict[str, Any]], Any], file: str = WEIGHTS) -> None:
-    data = source.files[file]
-    length = int.from_bytes(data[:8], "little")
-    entries = json.loads(data[8 : 8 + length])
-    change(entries)
-    source.files[file] = with_header(entries, data[8 + length :])
-
-
-def drop_tensor(source: MemorySource, name: str) -> None:
-    """As if the tensor had never been written."""
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-
-    def collect(entries: dict[str, Any]) -> None:
-        del entries["__metadata__"], entries[name]
-        shapes.update({n: (e["dtype"], tuple(e["shape"])) for n, e in entries.items()})
-
-    edit_header(source, collect)
-    source.files[WEIGHTS] = safetensors_bytes(shapes)
-
-
-def reshape(source: MemorySource, name: str, shape: list[int]) -> None:
-    edit_header(source, lambda entries: entries[name].update(shape=shape))
-
-
-def config(**values: Any) -> Break:
-    return lambda source: edit_json(source, "config.json", lambda c: c.update(values))
-
-
-def only(*files: str) -> Break:
-    """config.json beside these files alone."""
-
-    def change(source: MemorySource) -> None:
-        source.files = {"config.json": source.files["config.json"], **dict.fromkeys(files, b"x")}
-
-    return change
-
-
-def put(file: str, content: bytes) -> Break:
-    return lambda source: source.files.update({file: content})
-
-
-def without(file: str) -> Break:
-    return lambda source: source.files.pop(file) and None
-
-
-Q = "model.layers.1.self_attn.q_proj.weight"
 
 UNSUITABLE: list[tuple[str, Break, str]] = [
     ("no config", without("config.json"), "no config.json among generation_config.json, model.safetensors; point"),
@@ -131,7 +61,6 @@ UNSUITABLE: list[tuple[str, Break, str]] = [
         f"{Q}: stored as U16; start from a checkpoint in F32, F16 or BF16",
     ),
 ]
-
 BROKEN: list[tuple[str, Break, str]] = [
     ("config", put("config.json", b"{"), "config.json: not JSON (Expecting property name"),
     ("layers", config(num_hidden_layers="2"), "config.json: num_hidden_layers '2'; upload config.json and all shards"),
@@ -192,95 +121,6 @@ def test_blocks_beyond_the_config_are_kept_and_told() -> None:
     assert layout.warnings == ("model.layers.1.input_layernorm.weight and 8 more are beyond num_hidden_layers 1; kept as they are",)
 
 
-SHARDED: list[tuple[str, Break, str]] = [
-    ("not json", put(INDEX, b"{"), f"{INDEX}: not JSON"),
-    ("no map", put(INDEX, b"{}"), f"{INDEX}: weight_map must map tensor names to file names; upload the index again"),
-    (
-        "shard missing",
-        without("model-00002-of-00005.safetensors"),
-        "is in model-00002-of-00005.safetensors, which s3://bucket/model lacks; upload that file",
-    ),
-    (
-        "tensor missing",
-        lambda s: edit_json(s, INDEX, lambda i: i["weight_map"].update(novel="model-00001-of-00005.safetensors")),
-        f"{INDEX}: 'novel' is not in model-00001-of-00005.safetensors; upload the index and the shards of one version",
-    ),
-    (
-        "other shard",
-        lambda s: edit_json(s, INDEX, lambda i: i["weight_map"].update({"model.norm.weight": "model-00001-of-00005.safetensors"})),
-        f"{INDEX}: 'model.norm.weight' is in model-0000",
-    ),
-    (
-        "twice",
-        lambda s: s.files.update({"model-00002-of-00005.safetensors": s.files["model-00001-of-00005.safetensors"]}),
-        "is both in model-00001-of-00005.safetensors and in model-00002-of-00005.safetensors; remove the stale file",
-    ),
-    (
-        "both kinds",
-        put(WEIGHTS, safetensors_bytes({})),
-        f"{WEIGHTS} and {INDEX} are both there; loaders disagree on which counts: remove the stale one",
-    ),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), [pytest.param(c, m, id=i) for i, c, m in SHARDED])
-def test_broken_shards(change: Break, message: str) -> None:
-    source = folder_source(tiny_model("llama", shard="200KB"))
-    change(source)
-    assert message in refused(source, CorruptSource)
-
-
-def test_shards_without_an_index() -> None:
-    source = folder_source(tiny_model("llama", shard="200KB"))
-    del source.files[INDEX]
-    assert read_layout(source).warnings == (f"{INDEX} is missing; all 5 shards are there and were used",)
-    del source.files["model-00003-of-00005.safetensors"]
-    assert "shard 3 of 5 is missing, and so is" in refused(source, CorruptSource)
-
-
-def test_a_tensor_that_the_index_does_not_list_is_kept() -> None:
-    source = folder_source(tiny_model("llama", shard="200KB"))
-    edit_json(source, INDEX, lambda index: index["weight_map"].pop("model.norm.weight"))
-    layout = read_layout(source)
-    assert layout.warnings == (f"{INDEX} does not list model.norm.weight; kept, as loaders do",)
-    assert any(t.name == "model.norm.weight" for stage in layout.stages() for t in stage.tensors)
-
-
-def test_what_is_carried_over() -> None:
-    source = folder_source(tiny_model("llama"))
-    carried = ["LICENSE", "README.md", "chat_template.jinja", "generation_config.json", "modeling_x.py", "tokenizer.json"]
-    behind = [
-        "consolidated.safetensors", "params.json", "original/params.json", "original/consolidated.00.pth",
-        "pytorch_model.bin", "pytorch_model.bin.index.json", "x-Q4.gguf", "onnx/model.onnx", "onnx/config.json",
-    ]  # fmt: skip
-    silent = [".gitattributes", ".git/HEAD", ".cache/huggingface/x", "kompressor.json", "report.html", ".kompressor/journal.json"]
-    for name in (*carried, *behind, *silent):
-        source.files[name] = b"x"
-    layout = read_layout(source)
-    assert list(layout.other_files) == carried
-    assert layout.warnings == (
-        "not carried over, being other copies of the weights: consolidated.safetensors, onnx/ (2 files), "
-        "original/ (2 files), params.json, pytorch_model.bin, pytorch_model.bin.index.json, x-Q4.gguf",
-    )
-
-
-def test_digest_covers_what_is_read() -> None:
-    def digest(*changes: Break) -> str:
-        source = folder_source(tiny_model("llama"))
-        for change in changes:
-            change(source)
-        return read_layout(source).source_digest
-
-    base = digest()
-    assert base == digest()
-    assert base.startswith("sha256:") and len(base) == 71
-    assert base == digest(put("pytorch_model.bin", b"x")), "not read"
-    assert base != digest(config(rms_norm_eps=1e-3))
-    assert base != digest(put("tokenizer.json", b"x"))
-    flipped = digest(lambda s: s.files.update({WEIGHTS: s.files[WEIGHTS][:-1] + b"\xff"}))
-    assert base != flipped, "another ETag"
-
-
 def test_experts() -> None:
     source = folder_source(tiny_model("qwen3_moe"))
     drop_tensor(source, "model.layers.1.mlp.experts.2.up_proj.weight")
@@ -298,69 +138,6 @@ def test_an_expert_that_no_router_row_leads_to() -> None:
     name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
     edit_header(source, lambda e: e.update({name: {"dtype": "BF16", "shape": [0, 128], "data_offsets": [0, 0]}}))
     assert f"{name}: the router has no row for this expert; upload" in refused(source, CorruptSource)
-
-
-FP8: list[tuple[str, Callable[[dict[str, Any]], Any], type[KompressorError], str]] = [
-    ("scale missing", lambda e: e.pop(f"{Q}_scale_inv"), CorruptSource, "leave a gap"),
-    (
-        "scale renamed",
-        lambda e: e.update({"lonely": e.pop(f"{Q}_scale_inv")}),
-        CorruptSource,
-        f"{Q}: F8_E4M3 without {Q}_scale_inv; upload the checkpoint again",
-    ),
-    (
-        "weight renamed",
-        lambda e: e.update({"lonely": {**e.pop(Q), "dtype": "I8"}}),
-        CorruptSource,
-        f"{Q}_scale_inv: a scale without its weight; upload the checkpoint again",
-    ),
-    (
-        "scale's shape",
-        lambda e: e[f"{Q}_scale_inv"].update(shape=[1, 2]),
-        CorruptSource,
-        f"{Q}_scale_inv: shape [1, 2], but [256, 128] in blocks of [128, 128] needs [2, 1]; correct weight_block_size",
-    ),
-    ("type", lambda e: e[Q].update(dtype="I8"), UserError, f"{Q}: I8 [256, 128] with scales in F32 is not FP8 in blocks"),
-    (
-        "static",
-        lambda e: e.update({"a.input_scale": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}),
-        UserError,
-        "a.input_scale: static activation scales cannot be decoded away; start from the unquantised checkpoint",
-    ),
-]
-
-
-@pytest.mark.parametrize(("change", "kind", "message"), [pytest.param(c, k, m, id=i) for i, c, k, m in FP8])
-def test_broken_fp8(change: Callable[[dict[str, Any]], Any], kind: type[KompressorError], message: str) -> None:
-    source = folder_source(fp8_block_model(tiny_model("qwen3")))
-    edit_header(source, change)
-    assert message in refused(source, kind)
-
-
-def test_broken_fp8_config() -> None:
-    source = folder_source(fp8_block_model(tiny_model("qwen3")))
-    edit_json(source, "config.json", lambda c: c["quantization_config"].update(weight_block_size=[128]))
-    assert "config.json: weight_block_size [128] is not [rows, columns]" in refused(source, CorruptSource)
-
-
-BLOCKS = "model.layers.0.mlp.experts.down_proj_blocks"
-SCALES = "model.layers.0.mlp.experts.down_proj_scales"
-MXFP4: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
-    ("no scales", lambda e: e.update({"x": e.pop(SCALES)}), f"{BLOCKS}: blocks without"),
-    ("no blocks", lambda e: e.update({"x": e.pop(BLOCKS)}), f"{SCALES}: scales without their blocks"),
-    (
-        "shape",
-        lambda e: e[BLOCKS].update(shape=[4, 128, 4, 32]),
-        f"{BLOCKS}: U8 [4, 128, 4, 32] and scales U8 [4, 128, 8] are no MXFP4 ([E, rows, groups, 16] and",
-    ),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), [pytest.param(c, m, id=i) for i, c, m in MXFP4])
-def test_broken_mxfp4(change: Callable[[dict[str, Any]], Any], message: str) -> None:
-    source = folder_source(mxfp4_model())
-    edit_header(source, change)
-    assert message in refused(source, CorruptSource)
 
 
 KEYS = [

@@ -2,152 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from places import PART, Place, publish, upload
 
 from jobs import Bucket
 from kompressor_api.names import Reason
-from kompressor_api.v1alpha1 import OutputSpec, SourceLocation
-from kompressor_worker.errors import ClaimLost, CorruptSource, NotFound, OutputOccupied, StorageError
-from kompressor_worker.storage import JOURNAL, WORK, Output, Part, Source
-from kompressor_worker.storage.locations import open_output, open_source
-
-PART = 5 << 20
-
-
-@dataclass
-class Place:
-    """One output, which several workers open."""
-
-    uri: str
-    environ: dict[str, str] = field(default_factory=dict)
-    endpoint: str | None = None
-
-    def output(self) -> Output:
-        return open_output(OutputSpec(uri=self.uri, endpoint=self.endpoint), self.environ)
-
-    def source(self) -> Source:
-        return open_source(SourceLocation(uri=self.uri, endpoint=self.endpoint), self.environ)
-
-
-@pytest.fixture(params=["file", "pvc", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    if request.param == "file":
-        yield Place(f"file://{tmp_path}/models/small")
-    elif request.param == "pvc":
-        (tmp_path / "claims" / "data").mkdir(parents=True)
-        yield Place("pvc://data/models/small", {"KOMPRESSOR_CLAIM_DIRECTORY": str(tmp_path / "claims")})
-    else:
-        bucket: Bucket = request.getfixturevalue("bucket")
-        yield Place(bucket.uri("models/small"), bucket.environ, bucket.server.endpoint)
-
-
-def upload(output: Output, name: str, data: bytes, id: str | None = None, skip: tuple[Part, ...] = ()) -> tuple[str, list[Part]]:
-    """Everything but the last step, in parts of PART bytes, each given in two chunks."""
-    id = id or output.begin(name, len(data))
-    parts, view = list(skip), memoryview(data)
-    for number, offset in enumerate(range(0, len(data), PART), 1):
-        if number > len(skip):
-            piece = view[offset : offset + PART]
-            parts.append(output.write_part(name, id, number, offset, [piece[:1000], piece[1000:]]))
-    return id, parts
-
-
-def publish(output: Output, files: dict[str, bytes]) -> None:
-    for name, data in files.items():
-        output.complete(name, *upload(output, name, data))
-    output.publish("config.json", b"{}")
-    output.cleanup()
-
-
-def test_probe_finds_conditional_writes_and_leaves_nothing(place: Place) -> None:
-    output = place.output()
-    assert output.conditional is None
-    assert output.probe() is True
-    assert output.conditional is True
-    assert output.existing() == {}
-    output.cleanup()
-    with pytest.raises(NotFound):
-        place.source().list()
-
-
-def test_replace_is_compare_and_swap(place: Place) -> None:
-    output = place.output()
-    assert output.read(JOURNAL) is None
-    first = output.replace(JOURNAL, b"1", None)
-    assert output.read(JOURNAL) == (b"1", first)
-    second = output.replace(JOURNAL, b"2", first)
-    assert second != first
-    for stale in (None, first, second + "x" if place.uri.startswith("s3") else "7-x"):
-        with pytest.raises(ClaimLost):
-            output.replace(JOURNAL, b"3", stale)
-    assert output.read(JOURNAL) == (b"2", second)
-    output.delete([JOURNAL, f"{WORK}never-there"])
-    assert output.read(JOURNAL) is None
-    with pytest.raises(ClaimLost):
-        output.replace(JOURNAL, b"3", second)
-
-
-RACER = """
-import json, os, sys
-from kompressor_api.v1alpha1 import OutputSpec
-from kompressor_worker.errors import ClaimLost
-from kompressor_worker.storage.locations import open_output
-place = json.loads(sys.argv[1])
-won = []
-output = open_output(OutputSpec(uri=place["uri"], endpoint=place["endpoint"]), place["environ"])
-for _ in range(25):
-    found = output.read(".kompressor/counter")
-    value, etag = (int(found[0]), found[1]) if found else (0, None)
-    try:
-        output.replace(".kompressor/counter", str(value + 1).encode(), etag)
-        won.append(value + 1)
-    except ClaimLost:
-        pass
-print(json.dumps(won))
-"""
-
-
-def test_processes_racing_for_one_object_never_both_win(place: Place) -> None:
-    place.output().probe()
-    argument = json.dumps({"uri": place.uri, "endpoint": place.endpoint, "environ": place.environ})
-    racers = [subprocess.Popen([sys.executable, "-c", RACER, argument], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    won = [value for racer in racers for value in json.loads(racer.communicate(timeout=120)[0])]
-    assert all(racer.returncode == 0 for racer in racers)
-    assert won and len(won) == len(set(won)), "two processes wrote on top of the same object"
-    found = place.output().read(f"{WORK}counter")
-    assert found is not None and int(found[0]) >= max(won)
-
-
-def test_threads_racing_for_the_first_claim(place: Place) -> None:
-    outputs = [place.output() for _ in range(6)]
-    outputs[0].probe()
-    start = threading.Barrier(len(outputs))
-
-    def claim(index: int) -> bool:
-        start.wait()
-        try:
-            outputs[index].replace(JOURNAL, str(index).encode(), None)
-        except ClaimLost:
-            return False
-        return True
-
-    with ThreadPoolExecutor(len(outputs)) as pool:
-        won = list(pool.map(claim, range(len(outputs))))
-    assert won.count(True) == 1
-    found = place.output().read(JOURNAL)
-    assert found is not None and found[0] == str(won.index(True)).encode()
+from kompressor_worker.errors import CorruptSource, NotFound, StorageError
+from kompressor_worker.storage import JOURNAL, WORK, Part, Source
 
 
 def test_working_objects(place: Place) -> None:
@@ -260,16 +128,6 @@ def test_an_upload_that_went_away_is_noticed(place: Place) -> None:
     output.complete("model.safetensors", id, parts)
 
 
-def test_an_occupied_output_is_refused(place: Place) -> None:
-    publish(place.output(), {"model.safetensors": b"theirs"})
-    output = place.output()
-    assert set(output.existing()) == {"config.json", "model.safetensors"}
-    with pytest.raises(OutputOccupied, match=re.escape(place.uri)):
-        output.publish("config.json", b'{"mine": 1}')
-    output.cleanup()
-    assert place.source().read("config.json") == b"{}"
-
-
 def test_cleanup_leaves_nothing(place: Place, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     output = place.output()
     output.probe()
@@ -288,37 +146,6 @@ def test_cleanup_leaves_nothing(place: Place, tmp_path: Path, request: pytest.Fi
         assert bucket.uploads("models/small") == []
     else:
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_a_stale_worker_changes_nothing(place: Place) -> None:
-    """A wakes after B took over: nothing that A still does reaches what B publishes."""
-    data = os.urandom(PART + 7)
-    stale = place.output()
-    first = stale.replace(JOURNAL, b"A", None)
-    id = stale.begin("model.safetensors", len(data))
-    part = stale.write_part("model.safetensors", id, 1, 0, [memoryview(data)[:PART]])
-    second = stale.replace(JOURNAL, b"A1", first)
-
-    owner = place.output()
-    third = owner.replace(JOURNAL, b"B", second)
-    with pytest.raises(ClaimLost):
-        stale.replace(JOURNAL, b"A2", second)
-    _, parts = upload(owner, "model.safetensors", data, id, (part,))
-    owner.complete("model.safetensors", id, parts)
-    with pytest.raises(ClaimLost):
-        stale.write_part("model.safetensors", id, 2, PART, [memoryview(b"wrong!!")])
-    owner.replace(JOURNAL, b"B1", third)
-    owner.publish("config.json", b"{}")
-    owner.cleanup()
-    with pytest.raises(ClaimLost):
-        stale.write_part("model.safetensors", id, 1, 0, [memoryview(b"wrong")])
-    with pytest.raises(ClaimLost):
-        stale.replace(JOURNAL, b"A2", second)
-    with pytest.raises(OutputOccupied):
-        stale.publish("config.json", b"A")
-    source = place.source()
-    assert set(source.list()) == {"config.json", "model.safetensors"}
-    assert source.read("model.safetensors") == data
 
 
 @pytest.mark.parametrize(
