@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from fault_server import FaultServer
 from faulty_store import Setting
+from nursery import Nursery
 from places import Place
 
 from jobs import Bucket
@@ -34,6 +35,12 @@ def bucket(s3_server: S3Server) -> Bucket:
     name = f"test-{uuid.uuid4().hex[:12]}"
     s3_server.client().create_bucket(Bucket=name)
     return Bucket(s3_server, name)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as ready:
+        yield ready
 
 
 @pytest.fixture(scope="session")

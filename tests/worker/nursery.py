@@ -11,58 +11,96 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+__all__ = ["Forked", "Nursery"]
+
+PATIENCE = 300.0
+"""Seconds until a worker must have ended."""
+
 PARENT = """
-import gc, json, os, sys
+import ctypes, gc, json, os, signal, sys
 import torch, transformers.models.llama.modeling_llama
 import kompressor_worker.flow, kompressor_worker.stream
 from kompressor_worker.cli import main
+
+def die_with_parent():
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # nobody outlives the tests
+
+def work(order):
+    die_with_parent()
+    os.environ.clear(), os.environ.update(order["environ"])
+    out = os.open(order["fifo"], os.O_WRONLY)
+    os.dup2(out, 1), os.dup2(out, 2)
+    sys.argv = ["kompressor", *order["arguments"]]
+    try:
+        code = main(order["arguments"])
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+def keep(order):
+    "Waits for its one worker and leaves the exit code, so that many workers can be out at a time."
+    die_with_parent()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if pid == 0:
+        work(order)
+    print(pid, flush=True)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with open(order["fifo"] + ".code", "w") as file:
+        file.write(str(code))
+    os._exit(0)
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 gc.freeze()  # or each child would look through all that was imported, and copy its pages
 print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.environ.update(order["environ"])
-        out = os.open(order["fifo"], os.O_WRONLY)
-        os.dup2(out, 1), os.dup2(out, 2)
-        sys.argv = ["kompressor", *order["arguments"]]
-        try:
-            code = main(order["arguments"])
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 1
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    if os.fork() == 0:
+        keep(order)
 """
 
 
 class Forked:
-    """As much of subprocess.Popen as tests use. One at a time."""
+    """As much of subprocess.Popen as tests use."""
 
-    def __init__(self, nursery: Nursery, pid: int, stderr: TextIO) -> None:
-        self.pid, self.stderr, self.returncode = pid, stderr, 0
-        self._nursery, self._ended = nursery, False
+    def __init__(self, pid: int, stderr: TextIO, code: Path) -> None:
+        self.pid, self.stderr = pid, stderr
+        self._code = code
+        self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        return self.returncode if self._ended else None
+        if self.returncode is None and self._code.exists() and (said := self._code.read_text()):
+            self.returncode = int(said)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (PATIENCE if timeout is None else timeout)
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("kompressor", deadline)
+            time.sleep(0.002)
+        return code
 
     def send_signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[None, str]:
-        said = self.stderr.read()
-        if not self._ended:
-            self.returncode, self._ended = int(self._nursery.answer()), True
+        said = "" if self.stderr.closed else self.stderr.read()  # until it has ended
+        self.stderr.close()
+        self.wait(timeout)
         return None, said
 
 
@@ -76,7 +114,7 @@ class Nursery:
         )
 
     def __enter__(self) -> Nursery:
-        assert self.answer() == "ready"
+        assert self._answer() == "ready"
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -84,15 +122,24 @@ class Nursery:
         self._process.communicate()
         self._folder.cleanup()
 
-    def answer(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
     def worker(self, job: Path, environ: Mapping[str, str] | None = None) -> Forked:
+        """`jobs.worker`, at once."""
         self._count += 1
         fifo = Path(self._folder.name) / str(self._count)
         os.mkfifo(fifo)
+        seen = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
+        order = {"arguments": ["run", str(job)], "fifo": str(fifo), "environ": seen}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"arguments": ["run", str(job)], "fifo": str(fifo), "environ": dict(environ or {})}) + "\n")
+        self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        return Forked(self, int(self.answer()), fifo.open())
+        return Forked(int(self._answer()), fifo.open(), fifo.with_name(f"{fifo.name}.code"))
+
+    def run(self, job: Path, environ: Mapping[str, str] | None = None) -> tuple[int, str]:
+        """`jobs.run`, at once: exit code and what it said."""
+        worker = self.worker(job, environ)
+        said = worker.communicate()[1]
+        return worker.wait(), said
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()

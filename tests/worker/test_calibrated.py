@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from nursery import Nursery
 
 import jobs
 from corpus import Corpus
@@ -99,11 +100,11 @@ def test_what_the_job_reports_is_what_transformers_measures(case: str, tmp_path:
     assert all(0 < error < 1 for error in errors), errors
 
 
-def test_a_gate_that_is_not_met_publishes_nothing_and_says_why(tmp_path: Path) -> None:
+def test_a_gate_that_is_not_met_publishes_nothing_and_says_why(nursery: Nursery, tmp_path: Path) -> None:
     gates = [{"metric": "kl", "maxKL": 1e-6}, {"metric": "perplexity", "maxIncrease": "50%"}]
     evaluation = data(tmp_path, "llama")["evaluation"] | {"gates": gates}
     job = job_of(tmp_path, "llama", [{"rtn": W4}], evaluation=evaluation)
-    code, said = jobs.run(job)
+    code, said = nursery.run(job)
     assert code == 67, said
     assert "mean KL divergence" in said and "allowed are 1e-06" in said
     assert "NOT met: KL divergence" in said and "met: perplexity rises by" in said

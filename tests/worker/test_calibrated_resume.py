@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 from nursery import Nursery
-from test_resume import TRIES, files_of, nursery, resumes
+from test_resume import TRIES, files_of, resumes
 
 import jobs
-
-__all__ = ["nursery"]  # a fixture
 
 PASSES = [
     {"smoothQuant": {}},
@@ -57,7 +55,7 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("rows", "leaves"), [(2, "snapshots"), (200, "blocks")])
 def test_killed_ten_times(nursery: Nursery, rows: int, leaves: str, blocks: Path, tmp_path: Path) -> None:
     """Few rows are smaller than a block, so every commit leaves a snapshot; many rows are larger, so it leaves the block."""
-    code, said = jobs.run(job(tmp_path, blocks, "whole", rows))
+    code, said = nursery.run(job(tmp_path, blocks, "whole", rows))
     assert code == 0, said
     whole = files_of(tmp_path / "whole")
     assert json.loads(whole["kompressor.json"])["evaluation"]["kl"] > 0
@@ -71,11 +69,11 @@ def test_killed_ten_times(nursery: Nursery, rows: int, leaves: str, blocks: Path
     pytest.fail("no worker was killed in time")
 
 
-def test_other_data_is_another_job(blocks: Path, tmp_path: Path) -> None:
+def test_other_data_is_another_job(nursery: Nursery, blocks: Path, tmp_path: Path) -> None:
     """The output holds the result of one sample; asked for another one, the field that differs is named."""
     first = job(tmp_path, blocks, "out", 2)
-    assert jobs.run(first)[0] == 0
-    assert "already holds this result" in jobs.run(first)[1]
-    code, said = jobs.run(job(tmp_path, blocks, "out", 3))
+    assert nursery.run(first)[0] == 0
+    assert "already holds this result" in nursery.run(first)[1]
+    code, said = nursery.run(job(tmp_path, blocks, "out", 3))
     assert code == 64
     assert "a result whose calibration is" in said

@@ -19,12 +19,9 @@ from typing import Any, Literal
 import pytest
 from fault_server import Fault, FaultServer
 from nursery import Nursery
-from test_resume import nursery
 
 import jobs
 from jobs import Bucket
-
-__all__ = ["nursery"]  # a fixture
 
 KILLS = 10
 LENGTH = 24

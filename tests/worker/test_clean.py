@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nursery import Nursery
 from test_resume import kill_after
 
 import jobs
@@ -213,7 +214,7 @@ def test_a_worker_that_is_still_alive_loses_its_claim(bucket: Bucket) -> None:
     assert bucket.names("out") == []
 
 
-def test_in_a_cluster(bucket: Bucket, deep_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_cluster(nursery: Nursery, bucket: Bucket, deep_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a real worker: one that was killed, and one that came to its end."""
     (log := tmp_path / "termination-log").touch()
     location = {"uri": bucket.uri("out"), "endpoint": bucket.server.endpoint}
@@ -230,14 +231,14 @@ def test_in_a_cluster(bucket: Bucket, deep_model: Path, tmp_path: Path, monkeypa
 
     bucket.upload(deep_model, "source")
     job = jobs.write(tmp_path / "j.json", jobs.manifest(bucket.uri("source"), bucket.uri("out"), endpoint=bucket.server.endpoint))
-    kill_after(jobs.worker(job, bucket.environ), 3, 0, signal.SIGKILL)
+    kill_after(nursery.worker(job, bucket.environ), 3, 0, signal.SIGKILL)
     held = bucket.files("out")
     assert held and bucket.uploads("out")
     assert "nothing was removed" in cleaned(OTHER)
     assert bucket.files("out") == held
     assert "removed unfinished work" in cleaned(MINE)
     assert bucket.files("out") == {} and bucket.uploads("out") == []
-    assert jobs.run(job, bucket.environ)[0] == 0
+    assert nursery.run(job, bucket.environ)[0] == 0
     files = len(bucket.files("out"))
     assert run_cli(["clean", bucket.uri("out"), "--endpoint", bucket.server.endpoint]) == 0, "unfinished work alone"
     assert "nothing was removed" in cleaned(OTHER)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nursery import Nursery
 from test_resume import kill_after
 
 import jobs
@@ -49,11 +50,11 @@ DAMAGED = {
 }
 
 
-def cut_off(bucket: Bucket, model: Path, folder: Path) -> tuple[Path, dict[str, str]]:
+def cut_off(nursery: Nursery, bucket: Bucket, model: Path, folder: Path) -> tuple[Path, dict[str, str]]:
     """A job that was killed after a few units."""
     bucket.upload(model, "source")
     job = jobs.write(folder / "j.json", jobs.manifest(bucket.uri("source"), bucket.uri("out"), endpoint=bucket.server.endpoint))
-    kill_after(jobs.worker(job, bucket.environ), 3, 0, signal.SIGKILL)
+    kill_after(nursery.worker(job, bucket.environ), 3, 0, signal.SIGKILL)
     return job, bucket.environ
 
 
@@ -147,15 +148,15 @@ def test_what_another_job_has_published_meanwhile_is_found_by_the_next_pod(bucke
 
 
 @pytest.mark.parametrize("victim", ["units/00000.json", "tail-"])
-def test_incomplete(victim: str, bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
+def test_incomplete(nursery: Nursery, victim: str, bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
     """What the journal counts on has gone, cleaned away by somebody."""
-    job, environ = cut_off(bucket, deep_model, tmp_path)
+    job, environ = cut_off(nursery, bucket, deep_model, tmp_path)
     client = bucket.server.client()
     gone = [n for n in bucket.names("out") if n.startswith(f".kompressor/{victim}")]
     assert gone
     for name in gone:
         client.delete_object(Bucket=bucket.name, Key=f"out/{name}")
-    code, said = jobs.run(job, environ)
+    code, said = nursery.run(job, environ)
     assert code == 64, said
     last = said.strip().splitlines()[-1]
     assert "JournalMismatch" in last
@@ -163,10 +164,10 @@ def test_incomplete(victim: str, bucket: Bucket, deep_model: Path, tmp_path: Pat
     assert "config.json" not in bucket.names("out")
 
 
-def test_plan_knows_that_another_job_is_unfinished_there(deep_model: Path, tmp_path: Path, capfd: Any) -> None:
+def test_plan_knows_that_another_job_is_unfinished_there(nursery: Nursery, deep_model: Path, tmp_path: Path, capfd: Any) -> None:
     out = (tmp_path / "out").as_uri()
     job = jobs.write(tmp_path / "a.json", jobs.manifest(deep_model.as_uri(), out))
-    kill_after(jobs.worker(job), 3, 0, signal.SIGKILL)
+    kill_after(nursery.worker(job), 3, 0, signal.SIGKILL)
     assert run_cli(["plan", str(job)]) == 0, "its own journal is fine"
     other = jobs.write(tmp_path / "b.json", jobs.manifest(deep_model.as_uri(), out, [{"rtn": {"scheme": "W8A8"}}]))
     assert run_cli(["plan", str(other)]) == 64

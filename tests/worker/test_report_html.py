@@ -14,6 +14,7 @@ import families
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nursery import Nursery
 
 import jobs
 from kompressor_worker.report_html import render
@@ -150,10 +151,10 @@ def test_any_text_is_text(word: str) -> None:
     assert " ".join(f"a warning of {word}".encode(errors="replace").decode().split()) in " ".join(page.text.split())
 
 
-def test_a_job_that_needs_no_data_publishes_one(tmp_path: Path) -> None:
+def test_a_job_that_needs_no_data_publishes_one(nursery: Nursery, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = jobs.write(tmp_path / "job.json", jobs.manifest(families.tiny_model("llama").as_uri(), out.as_uri()))
-    code, said = jobs.run(job)
+    code, said = nursery.run(job)
     assert code == 0, said
     made = json.loads((out / "kompressor.json").read_text())
     page = (out / "report.html").read_bytes()

@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,12 +46,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as ready:
-        yield ready
-
-
 def resumes(nursery: Nursery, job: Path, environ: dict[str, str], kills: int, seed: int) -> bool:
     """Kills `kills` workers at random moments; no unit but the last finished one may be done twice. The final run goes to the end.
 
@@ -75,7 +68,7 @@ def test_killed_twenty_times_on_s3(nursery: Nursery, bucket: Bucket, deep_model:
     bucket.upload(deep_model, "source")
     endpoint = bucket.server.endpoint
     whole = jobs.write(tmp_path / "whole.json", jobs.manifest(bucket.uri("source"), bucket.uri("whole"), endpoint=endpoint))
-    assert jobs.run(whole, bucket.environ)[0] == 0
+    assert nursery.run(whole, bucket.environ)[0] == 0
     for cut in TRIES:
         job = jobs.write(tmp_path / "cut.json", jobs.manifest(bucket.uri("source"), bucket.uri(cut), endpoint=endpoint))
         resumed = resumes(nursery, job, bucket.environ, kills=20, seed=1)
@@ -90,7 +83,7 @@ def test_killed_on_a_file_system(nursery: Nursery, deep_model: Path, tmp_path: P
     def job(name: str) -> Path:
         return jobs.write(tmp_path / f"{name}.json", jobs.manifest(deep_model.as_uri(), (tmp_path / name).as_uri()))
 
-    assert jobs.run(job("whole"))[0] == 0
+    assert nursery.run(job("whole"))[0] == 0
     for cut in TRIES:
         resumed = resumes(nursery, job(cut), {}, kills=6, seed=2)
         assert files_of(tmp_path / cut) == files_of(tmp_path / "whole")
@@ -128,7 +121,7 @@ def stop_at_start(process: jobs.subprocess.Popen[str]) -> tuple[list[int], str]:
 
 
 @pytest.mark.parametrize("where", ["s3", "file"])
-def test_a_worker_that_wakes_up_late_stops(bucket: Bucket, deep_model: Path, tmp_path: Path, where: str) -> None:
+def test_a_worker_that_wakes_up_late_stops(nursery: Nursery, bucket: Bucket, deep_model: Path, tmp_path: Path, where: str) -> None:
     """SIGSTOP freezes the first worker; a second takes over and publishes; the first wakes up, notices, and changes nothing."""
     bucket.upload(deep_model, "source")
     for out in TRIES:
@@ -137,10 +130,10 @@ def test_a_worker_that_wakes_up_late_stops(bucket: Bucket, deep_model: Path, tmp
         else:
             body = jobs.manifest(deep_model.as_uri(), (tmp_path / out).as_uri())
         job = jobs.write(tmp_path / "j.json", body)
-        first = jobs.worker(job, bucket.environ)
+        first = nursery.worker(job, bucket.environ)
         if not freeze(first, "finished unit 2", open_output(OutputSpec.model_validate(body["spec"]["output"]), bucket.environ)):
             continue
-        code, said = jobs.run(job, bucket.environ)
+        code, said = nursery.run(job, bucket.environ)
         assert code == 0, said
         published = bucket.files(out) if where == "s3" else files_of(tmp_path / out)
         os.kill(first.pid, signal.SIGCONT)
@@ -153,7 +146,7 @@ def test_a_worker_that_wakes_up_late_stops(bucket: Bucket, deep_model: Path, tmp
     pytest.fail("no worker was frozen in time")
 
 
-def freeze(process: jobs.subprocess.Popen[str], word: str, output: Output) -> bool:
+def freeze(process: Worker, word: str, output: Output) -> bool:
     """Stops a worker once it has said `word`. False, and the worker has ended, where it was publishing by then."""
     assert process.stderr is not None
     while (line := process.stderr.readline()) and word not in line:
@@ -168,55 +161,55 @@ def freeze(process: jobs.subprocess.Popen[str], word: str, output: Output) -> bo
     return False
 
 
-def test_two_live_workers_one_result(bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
+def test_two_live_workers_one_result(nursery: Nursery, bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
     """The later one takes the claim, the earlier one stops at its next commit."""
     bucket.upload(deep_model, "source")
     job = jobs.write(tmp_path / "j.json", jobs.manifest(bucket.uri("source"), bucket.uri("out"), endpoint=bucket.server.endpoint))
-    both = [jobs.worker(job, bucket.environ) for _ in range(2)]
+    both = [nursery.worker(job, bucket.environ) for _ in range(2)]
     codes = sorted(p.wait(timeout=120) or 0 for p in both if p.communicate(timeout=120))
     assert codes in ([0, 75], [0, 0]), codes  # 0, 0: the second came when the first was done
     assert "config.json" in bucket.names("out")
     assert not [n for n in bucket.names("out") if n.startswith(".kompressor/")]
-    code, said = jobs.run(job, bucket.environ)
+    code, said = nursery.run(job, bucket.environ)
     assert code == 0
     assert "already holds this result" in said
 
 
-def test_a_journal_of_another_job_is_refused(deep_model: Path, tmp_path: Path) -> None:
+def test_a_journal_of_another_job_is_refused(nursery: Nursery, deep_model: Path, tmp_path: Path) -> None:
     out = (tmp_path / "out").as_uri()
     job = jobs.write(tmp_path / "a.json", jobs.manifest(deep_model.as_uri(), out))
-    kill_after(jobs.worker(job), 3, 0, signal.SIGKILL)
+    kill_after(nursery.worker(job), 3, 0, signal.SIGKILL)
     other = jobs.write(tmp_path / "b.json", jobs.manifest(deep_model.as_uri(), out, [{"rtn": {"scheme": "W8A8"}}]))
-    code, said = jobs.run(other)
+    code, said = nursery.run(other)
     assert code == 64
     assert "JournalMismatch" in said
     assert "passes" in said
 
 
-def test_an_upload_that_the_store_took_away_is_made_again(bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
+def test_an_upload_that_the_store_took_away_is_made_again(nursery: Nursery, bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
     """A lifecycle rule aborts old multipart uploads."""
     bucket.upload(deep_model, "source")
     job = jobs.write(tmp_path / "j.json", jobs.manifest(bucket.uri("source"), bucket.uri("out"), endpoint=bucket.server.endpoint))
     whole = jobs.write(tmp_path / "w.json", jobs.manifest(bucket.uri("source"), bucket.uri("whole"), endpoint=bucket.server.endpoint))
-    assert jobs.run(whole, bucket.environ)[0] == 0
-    kill_after(jobs.worker(job, bucket.environ), 5, 0, signal.SIGKILL)
+    assert nursery.run(whole, bucket.environ)[0] == 0
+    kill_after(nursery.worker(job, bucket.environ), 5, 0, signal.SIGKILL)
     client = bucket.server.client()
     for upload in client.list_multipart_uploads(Bucket=bucket.name)["Uploads"]:
         client.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
-    code, said = jobs.run(job, bucket.environ)
+    code, said = nursery.run(job, bucket.environ)
     assert code == 0, said
     assert "no longer has the upload" in said
     assert bucket.files("out") == bucket.files("whole")
 
 
-def test_an_upload_lost_while_publishing_is_made_again(bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
+def test_an_upload_lost_while_publishing_is_made_again(nursery: Nursery, bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
     """All units are committed, then the store forgets the upload before it is completed: one try fails, the next goes back."""
     bucket.upload(deep_model, "source")
     client = bucket.server.client()
     for number in range(20):  # until a kill hits the moment between the last unit's record and the publish
         out = f"out{number}"
         job = jobs.write(tmp_path / "j.json", jobs.manifest(bucket.uri("source"), bucket.uri(out), endpoint=bucket.server.endpoint))
-        kill_after(jobs.worker(job, bucket.environ), 42, 0.02 * (number % 5), signal.SIGKILL)
+        kill_after(nursery.worker(job, bucket.environ), 42, 0.02 * (number % 5), signal.SIGKILL)
         time.sleep(1)  # the server ends what it was asked for, also when nobody waits for the answer
         names = bucket.names(out)
         if {".kompressor/units/00041.json", ".kompressor/journal.json"} <= set(names) and "model.safetensors" not in names:
@@ -228,9 +221,9 @@ def test_an_upload_lost_while_publishing_is_made_again(bucket: Bucket, deep_mode
     client.put_object(**key, Body=json.dumps(journal | {"publishing": True, "unit": 42}).encode())
     for upload in client.list_multipart_uploads(Bucket=bucket.name).get("Uploads", []):
         client.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
-    code, said = jobs.run(job, bucket.environ)
+    code, said = nursery.run(job, bucket.environ)
     assert code == 74, said
     assert "its upload is gone" in said
-    code, said = jobs.run(job, bucket.environ)
+    code, said = nursery.run(job, bucket.environ)
     assert code == 0, said
     assert "no longer has the upload" in said

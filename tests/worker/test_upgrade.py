@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nursery import Nursery
 from test_resume import kill_after
 
 import jobs
@@ -38,15 +39,15 @@ def job(bucket: Bucket, deep_model: Path, tmp_path: Path) -> Path:
     return jobs.write(tmp_path / "j.json", body)
 
 
-def test_it_goes_on_and_counts_as_done(job: Path, bucket: Bucket) -> None:
-    kill_after(jobs.worker(job, bucket.environ), 5, 0, signal.SIGKILL)
+def test_it_goes_on_and_counts_as_done(nursery: Nursery, job: Path, bucket: Bucket) -> None:
+    kill_after(nursery.worker(job, bucket.environ), 5, 0, signal.SIGKILL)
     unit = edit(bucket, JOURNAL, kompressor=OLD)["unit"]
-    code, said = jobs.run(job, bucket.environ)
+    code, said = nursery.run(job, bucket.environ)
     assert code == 0, said
     assert f"going on at unit {unit} of" in said and unit > 0
     whole = bucket.files("out")
     edit(bucket, "kompressor.json", kompressor=OLD)
-    code, said = jobs.run(job, bucket.environ)
+    code, said = nursery.run(job, bucket.environ)
     assert (code, "already holds this result" in said) == (0, True), said
     assert json.loads(bucket.files("out")["kompressor.json"])["fingerprint"]["kompressor"] == OLD, "who made it stays recorded"
     assert {k: v for k, v in bucket.files("out").items() if k != "kompressor.json"} == {
@@ -54,19 +55,19 @@ def test_it_goes_on_and_counts_as_done(job: Path, bucket: Bucket) -> None:
     }
 
 
-def test_all_else_is_compared_as_before(job: Path, bucket: Bucket) -> None:
-    kill_after(jobs.worker(job, bucket.environ), 3, 0, signal.SIGKILL)
+def test_all_else_is_compared_as_before(nursery: Nursery, job: Path, bucket: Bucket) -> None:
+    kill_after(nursery.worker(job, bucket.environ), 3, 0, signal.SIGKILL)
     edit(bucket, JOURNAL, kompressor=OLD, source="sha256:0")
-    code, said = jobs.run(job, bucket.environ)
+    code, said = nursery.run(job, bucket.environ)
     assert code == 64 and "JournalMismatch" in said and "source" in said, said
 
 
-def test_the_journal_says_whose_work_it_is(job: Path, bucket: Bucket) -> None:
+def test_the_journal_says_whose_work_it_is(nursery: Nursery, job: Path, bucket: Bucket) -> None:
     """The uid of the job that goes on, not of the one that began."""
     uid = json.loads(job.read_text())["metadata"]["uid"]
-    kill_after(jobs.worker(job, bucket.environ), 3, 0, signal.SIGKILL)
+    kill_after(nursery.worker(job, bucket.environ), 3, 0, signal.SIGKILL)
     assert decode(bucket.files("out")[JOURNAL], "").job == uid
     body = json.loads(job.read_text())
     body["metadata"]["uid"] = "another"
-    kill_after(jobs.worker(jobs.write(job, body), bucket.environ), 3, 0, signal.SIGKILL)
+    kill_after(nursery.worker(jobs.write(job, body), bucket.environ), 3, 0, signal.SIGKILL)
     assert decode(bucket.files("out")[JOURNAL], "").job == "another"
