@@ -11,6 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "tools")]  # no packages in tests/
 
+from operator_nursery import Nursery  # noqa: E402
 from stage import Operator, Stage  # noqa: E402
 
 
@@ -26,7 +27,8 @@ def bare_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         pytest.skip(f"no control plane: {error}")
     try:
         stage.install()
-        yield stage
+        with Nursery(stage.root) as stage.nursery:
+            yield stage
     finally:
         stage.cluster.stop()
 
@@ -41,6 +43,6 @@ def stage(bare_stage: Stage) -> Iterator[Stage]:
 
 @pytest.fixture
 def operator(stage: Stage) -> Iterator[Operator]:
-    """The real operator as a process of its own, with the chart's role and no more; in the namespace of the test."""
+    """The real operator as a process of its own, forked ready, with the chart's role and no more; in the namespace of the test."""
     with stage.operator() as running:
         yield running

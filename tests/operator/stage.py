@@ -14,10 +14,10 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from operator_process import Operator
@@ -26,6 +26,9 @@ from plain_api import Api, ApiRefusal
 from kompressor_api import names
 from local_cluster import LocalCluster
 from waiting import PATIENCE, eventually
+
+if TYPE_CHECKING:
+    from operator_nursery import Nursery
 
 __all__ = ["GO_ON", "HELD", "IMAGE", "PATIENCE", "ROOT", "SUCCEED", "ApiRefusal", "Operator", "Stage", "eventually", "gone", "report"]
 
@@ -68,6 +71,7 @@ GO_ON = "trap 'exit 75' TERM; echo acting; while :; do sleep 0.05; done"
 class Stage:
     root: Path
     namespace: str = ""
+    nursery: Nursery | None = None
     cluster: LocalCluster = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,9 +121,16 @@ class Stage:
 
     # ---- the operator
 
+    def operator(self, *, ready: bool = True, **settings: str) -> AbstractContextManager[Operator]:
+        """One that is ready, unless told not to wait for that; ended with SIGTERM. From the nursery, where there is one: then its exit code
+        is known to nobody."""
+        if self.nursery is not None:
+            return self.nursery.operator(self, ready=ready, **settings)
+        return self.operator_process(ready=ready, **settings)
+
     @contextmanager
-    def operator(self, *, ready: bool = True, **settings: str) -> Iterator[Operator]:
-        """Starts one and waits until it is ready, unless told not to; ends it with SIGTERM."""
+    def operator_process(self, *, ready: bool = True, **settings: str) -> Iterator[Operator]:
+        """The same, started as a pod starts it."""
         log = self.root / f"operator-{uuid.uuid4().hex[:6]}.log"
         with log.open("wb") as file:
             process = subprocess.Popen([sys.executable, "-m", "kompressor_operator"], env=self.environ(**settings), stderr=file)

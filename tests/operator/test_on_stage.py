@@ -106,7 +106,7 @@ def test_foreground_deletion_cleans_up(stage: Stage, operator: Operator) -> None
 
 
 def test_deletion_while_the_operator_is_down(stage: Stage) -> None:
-    with stage.operator() as running:
+    with stage.operator_process() as running:
         uid = stage.play(GO_ON)
         stage.until("Compressing")
         assert running.stop() < 30, "the chart's grace period"

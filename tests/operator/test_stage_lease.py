@@ -43,9 +43,9 @@ def started(stage: Stage, name: str, since: float) -> float:
 
 
 def test_the_other_takes_over_whatever_becomes_of_the_first(stage: Stage, replica: dict[str, str]) -> None:
-    with stage.operator(**replica) as one:
+    with stage.operator_process(**replica) as one:
         assert eventually(lambda: one.said("leading as")) and eventually(lambda: one.said("watching"))
-        with stage.operator(**replica) as two:
+        with stage.operator_process(**replica) as two:
             uid = stage.play(SUCCEED, name="first")
             stage.until("Completed", "first")
             assert len(stage.jobs(uid)) == 1 and written(two) == 0 and not two.said("leading as") and two.ready()
@@ -55,7 +55,7 @@ def test_the_other_takes_over_whatever_becomes_of_the_first(stage: Stage, replic
             one.stop(signal.SIGKILL)
             after_kill = started(stage, "killed", killed)
 
-            with stage.operator(**replica) as three:
+            with stage.operator_process(**replica) as three:
                 stopped = time.monotonic()
                 two.process.send_signal(signal.SIGTERM)
                 assert two.process.wait(60) == 0
@@ -63,7 +63,7 @@ def test_the_other_takes_over_whatever_becomes_of_the_first(stage: Stage, replic
                 stage.until("Completed", "stopped")
                 eventually(lambda: stage.events("stopped")[-1] == "Completed")  # the last that it writes
 
-                with stage.operator(**replica) as four:
+                with stage.operator_process(**replica) as four:
                     before = written(three)
                     frozen = time.monotonic()
                     three.process.send_signal(signal.SIGSTOP)

@@ -7,7 +7,8 @@
         clock = Clock(folder / "clock")                                        # the machine's, as this operator sees it; `clock.set(3600)`
         running = nursery.start(stage, proxy, clock)                           # without waiting; ended with `running.stop()`
 
-`proxy` may be None: then it asks the API server itself. How an operator starts by itself is tested elsewhere.
+`proxy` may be None: then it asks the API server itself. How an operator starts by itself, and with which code it exits, is tested with
+`Stage.operator_process` and in tests/e2e.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from proxy import Proxy
 from stage import ROOT, Operator, Stage, eventually
+
+if TYPE_CHECKING:
+    from proxy import Proxy
 
 __all__ = ["Clock", "Nursery"]
 
@@ -151,11 +155,13 @@ class Nursery:
         return Operator(Forked(pid), log)
 
     @contextmanager
-    def operator(self, stage: Stage, proxy: Proxy | None = None, clock: Clock | None = None, **settings: str) -> Iterator[Operator]:
-        """Starts one and waits until it is ready; ends it with SIGTERM, unless it has ended."""
+    def operator(
+        self, stage: Stage, proxy: Proxy | None = None, clock: Clock | None = None, *, ready: bool = True, **settings: str
+    ) -> Iterator[Operator]:
+        """Starts one and waits until it is ready, unless told not to; ends it with SIGTERM, unless it has ended."""
         running = self.start(stage, proxy, clock, **settings)
         try:
-            eventually(running.ready)
+            eventually(running.ready if ready else running.port)
             yield running
         finally:
             if running.process.poll() is None:
