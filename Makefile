@@ -16,9 +16,9 @@ binaries: ## find or build kube-apiserver, etcd, Helm, an S3 server ... (in a ca
 demo: ## the main job on a real control plane on this machine: install, apply, watch, load (KEEP=1 leaves it up)
 	@$(PYTHON) tools/demo.py $(if $(KEEP),--keep)
 
-test: ## all tests that can run here; says what it left out and why (ARGS="-k resume" for some)
+test: ## all tests that can run here (LANES=1: one folder at a time); says what it left out and why (ARGS="-k resume" for some)
 	@$(PYTHON) tools/setup.py --with-binaries
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python tools/run_tests.py $(ARGS)
 	@echo "left out: loading with vLLM (make test-vllm), building the images (make image-check)"
 
 test-vllm: ## load the results with vLLM on the CPU, in an environment of its own

@@ -1,0 +1,91 @@
+"""All tests: each folder of tests/ in a pytest of its own, two at a time, for one often waits for its cluster while the other computes.
+
+    python tools/run_tests.py                   # everything
+    LANES=1 python tools/run_tests.py           # one folder after the other
+    python tools/run_tests.py -k resume -x      # one pytest with these arguments
+
+A control plane ends with its folder, and does not idle beside all that comes later. What a folder's tests say is shown when they end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[1]
+LONGEST = ("worker", "chaos", "e2e", "operator")
+"""Are begun first, so that none is left to run alone at the end."""
+BESIDE = "the rest"
+"""Files that lie in no folder."""
+
+
+def suites(tests: Path) -> dict[str, list[str]]:
+    """Name -> what pytest is given; every test file below `tests` is in exactly one."""
+    folders = sorted(folder.name for folder in tests.iterdir() if folder.is_dir() and any(folder.rglob("test_*.py")))
+    ordered = [*(name for name in LONGEST if name in folders), *(name for name in folders if name not in LONGEST)]
+    loose = sorted(str(file) for file in tests.glob("test_*.py"))
+    return {name: [str(tests / name)] for name in ordered} | ({BESIDE: loose} if loose else {})
+
+
+@dataclass
+class Running:
+    name: str
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    began: float
+
+
+def run_all(wanted: Mapping[str, Sequence[str]], lanes: int) -> dict[str, int]:
+    """Exit codes by name. What each says is printed when it has ended; whatever ends this, nothing goes on."""
+    waiting, running, codes = list(wanted.items()), list[Running](), dict[str, int]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < lanes:
+                running.append(start(*waiting.pop(0)))
+            time.sleep(0.1)
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                codes[one.name] = one.process.returncode
+                one.output.seek(0)
+                sys.stdout.write(one.output.read().decode(errors="replace"))
+                say(f"{one.name}: {'passed' if one.process.returncode == 0 else 'FAILED'} in {time.monotonic() - one.began:.0f} s")
+    finally:
+        for one in running:
+            one.process.send_signal(signal.SIGINT)  # as Ctrl-C does: fixtures are taken down
+        for one in running:
+            one.process.wait()
+    return codes
+
+
+def start(name: str, paths: Sequence[str]) -> Running:
+    output = tempfile.TemporaryFile()  # noqa: SIM115  # read once its process has ended
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *paths]
+    say(f"{name}: begun")
+    return Running(name, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT), output, time.monotonic())
+
+
+def say(line: str) -> None:
+    print(f"-- {line}", flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments:
+        return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT).returncode
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    began = time.monotonic()
+    codes = run_all(suites(ROOT / "tests"), int(os.environ.get("LANES", "2")))
+    bad = sorted(name for name, code in codes.items() if code != 0)
+    say(f"{len(codes)} folders in {time.monotonic() - began:.0f} s: " + (f"FAILED: {', '.join(bad)}" if bad else "all passed"))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
