@@ -149,6 +149,7 @@ def test_a_deployment_sample_of_another_language_drifts(tmp_path: Path) -> None:
         ("gptq", W4, "use a pass and scheme that work without data, such as rtn with W4A16"),
         ("wanda", {"sparsity": 0.5}, "prune by magnitude, which works without data"),
         ("kvCache", {}, "leave it out"),
+        ("pruneHeads", {"ratio": 0.5}, "leave it out"),
     ],
 )
 def test_a_pass_that_measures_needs_data(name: str, params: dict[str, Any], remedy: str, tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def without_data(hungry: Pass) -> str:
     """What can be done in place of a pass where there is no data."""
     if hungry.prunes:
         return "prune by magnitude, which works without data"
-    return "leave it out" if hungry.kv else "use a pass and scheme that work without data, such as rtn with W4A16"
+    if hungry.kv or hungry.reduces or hungry.surveys:
+        return "leave it out"
+    return "use a pass and scheme that work without data, such as rtn with W4A16"
 
 
 def unused_samples(spec: CompressionJobSpec, passes: Sequence[Pass]) -> tuple[str, ...]:
