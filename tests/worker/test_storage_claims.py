@@ -17,6 +17,17 @@ from kompressor_worker.errors import ClaimLost, NotFound, OutputOccupied
 from kompressor_worker.storage import JOURNAL, WORK
 
 
+def test_an_upload_that_was_begun_and_lost_does_not_stand_in_the_way(place: Place) -> None:
+    """Killed before its first commit, a worker leaves an upload that no journal names; the next one begins anew."""
+    killed = place.output()
+    claimed = killed.replace(JOURNAL, b"1", None)
+    upload(killed, "model.safetensors", bytes(PART + 1))
+    output = place.output()
+    output.replace(JOURNAL, b"2", claimed)
+    publish(output, {"model.safetensors": b"weights"})
+    assert place.source().read("model.safetensors") == b"weights"
+
+
 def test_probe_finds_conditional_writes_and_leaves_nothing(place: Place) -> None:
     output = place.output()
     assert output.conditional is None

@@ -127,6 +127,7 @@ class FileOutput:
                 reserve(fd, size)
             finally:
                 os.close(fd)
+            self._staging.forget_uploads(name)  # of a worker that was killed before it could commit; their file is gone now
             self._staging.marker(name, upload).touch()
         return upload
 

@@ -92,6 +92,10 @@ class Staging:
     def marker(self, name: str, upload: str) -> Path:
         return self.uploads / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{upload}"
 
+    def forget_uploads(self, name: str) -> None:
+        for marker in self.uploads.glob(self.marker(name, "*").name):
+            marker.unlink(missing_ok=True)
+
     def enter(self, fd: int, path: Path) -> None:
         """Before a write: from here until `fd` is closed a new owner sees that somebody writes."""
         if not lock(fd, exclusive=False):
