@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kompressor_worker import grid, kernels
-from kompressor_worker.kernels import activations, butterflies, column_loop, eager, gram
+from kompressor_worker.kernels import activations, bitmask, butterflies, column_loop, eager, gram
 from kompressor_worker.schemes import SCHEMES
 
 
@@ -103,6 +103,27 @@ def reading(shapes: Shapes) -> Iterator[Case]:
         partial(eager.decode_mxfp4, *experts),
         pairs.nbytes + exponents.nbytes,
         2 * 8 * pairs.numel(),
+    )
+
+
+def bitmasks(weight: torch.Tensor) -> Iterator[Case]:
+    """Half of a weight and where it stands: packed and taken apart on the CPU, whatever the device."""
+    weight = weight.cpu().masked_fill(torch.rand(weight.shape) < 0.5, 0.0)
+    values, columns = int((weight != 0).sum()), weight.shape[1]
+    left, bits, _ = kernels.pack_bitmask(weight, values)
+    yield Case(
+        "pack a bitmask",
+        partial(kernels.pack_bitmask, weight, values),
+        partial(bitmask.pack_bitmask, weight, values),
+        weight.nbytes,
+        2 * weight.numel(),
+    )
+    yield Case(
+        "unpack a bitmask",
+        partial(kernels.unpack_bitmask, left, bits, columns),
+        partial(bitmask.unpack_bitmask, left, bits, columns),
+        left.nbytes + bits.nbytes,
+        1.0 * weight.numel(),
     )
 
 
@@ -199,7 +220,9 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[
     weight = (torch.randn(shapes.rows, shapes.columns, device=device) * 0.02).to(dtype)
     yield from rounding(weight)
     yield from codes(weight)
-    yield from reading(shapes) if device.type == "cpu" else ()
+    if device.type == "cpu":
+        yield from reading(shapes)
+        yield from bitmasks(weight)
     yield from inputs((torch.randn(shapes.tokens, shapes.columns, device=device)).to(dtype))
     yield from transforms(shapes, device)
     yield from hessians(shapes, device)

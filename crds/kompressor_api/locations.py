@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, field_validator
 
 from kompressor_api.fields import Flag, Model, Name, Short, Uri
 
-__all__ = ["CaBundle", "Location", "SourceLocation", "canonical_endpoint", "canonical_uri"]
+__all__ = ["CaBundle", "Location", "SourceLocation", "canonical_endpoint", "canonical_uri", "refuse_overlap"]
 
 
 class CaBundle(Model):
@@ -72,3 +72,16 @@ def canonical_endpoint(endpoint: str | None) -> str:
     default = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
     path = "/".join(part for part in parts.path.split("/") if part)
     return f"{parts.scheme}://{parts.netloc.removesuffix(default)}/{path}"
+
+
+def refuse_overlap(source: Location, output: Location) -> None:
+    """Raises ValueError where one is the other, or lies in it."""
+    if canonical_endpoint(source.endpoint) != canonical_endpoint(output.endpoint):
+        return
+    read, written = canonical_uri(source.uri) + "/", canonical_uri(output.uri) + "/"
+    if read == written:
+        raise ValueError(f"output.uri {output.uri} is the source itself; choose another prefix")
+    if written.startswith(read):  # it would become part of the source
+        raise ValueError(f"output.uri {output.uri} lies inside the source; choose a prefix beside it")
+    if read.startswith(written):
+        raise ValueError(f"model.source.uri {source.uri} lies inside the output; choose another output.uri")

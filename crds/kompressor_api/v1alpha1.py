@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 
 from kompressor_api.datasets import CalibrationSpec, DriftSpec, EvaluationSpec, Sample
 from kompressor_api.fields import Count, Flag, Message, Model, Name, Short, Text, Time, Uri, Warnings
-from kompressor_api.locations import CaBundle, Location, SourceLocation, canonical_endpoint, canonical_uri
+from kompressor_api.locations import CaBundle, Location, SourceLocation, canonical_endpoint, canonical_uri, refuse_overlap
 from kompressor_api.pod import PlainDict, Resources, Toleration
 from kompressor_api.recipe import PassEntry, RecipeRef, RecipeSpec, RecipeStatus
 
@@ -43,6 +43,7 @@ __all__ = [
     "WorkerSpec",
     "canonical_endpoint",
     "canonical_uri",
+    "refuse_overlap",
 ]
 
 
@@ -58,6 +59,13 @@ class OutputSpec(Location):
     format: Literal["compressed-tensors"] = Field(
         default="compressed-tensors",
         description="File format of the result: compressed-tensors (vLLM, SGLang, transformers).",
+    )
+    sparse_storage: Literal["dense", "bitmask"] = Field(
+        default="dense",
+        description=(
+            "How linears that are pruned and not quantised are stored. dense: with their zeros, as every loader reads them. bitmask: by "
+            "what is left of them, little more than half the size at 50%; no current loader reads it, kompressor expand makes it dense."
+        ),
     )
 
     @field_validator("uri")
@@ -182,15 +190,7 @@ class CompressionJobSpec(Model):
 
     @model_validator(mode="after")
     def _source_and_output_are_apart(self) -> CompressionJobSpec:
-        if canonical_endpoint(self.model.source.endpoint) != canonical_endpoint(self.output.endpoint):
-            return self
-        source, output = canonical_uri(self.model.source.uri) + "/", canonical_uri(self.output.uri) + "/"
-        if source == output:
-            raise ValueError(f"output.uri {self.output.uri} is the source itself; choose another prefix")
-        if output.startswith(source):  # it would become part of the source
-            raise ValueError(f"output.uri {self.output.uri} lies inside the source; choose a prefix beside it")
-        if source.startswith(output):
-            raise ValueError(f"model.source.uri {self.model.source.uri} lies inside the output; choose another output.uri")
+        refuse_overlap(self.model.source, self.output)
         return self
 
 
@@ -260,6 +260,8 @@ class Result(BaseModel):
     sparsity: Text | None = Field(default=None, description="Share of the pruned layers' weights that are zero, such as 50%.")
     parametersBefore: int | None = Field(default=None, description="Parameters of the source; absent where its shape stayed.")
     parametersAfter: int | None = Field(default=None, description="Parameters of the result.")
+    bitmaskTensors: int | None = Field(default=None, description="Pruned linear layers stored by a bitmask; absent if none is.")
+    bitmaskSavedBytes: int | None = Field(default=None, description="Bytes by which these are smaller than with their zeros.")
     perplexityBefore: Text | None = Field(default=None, description="Perplexity of the original on the evaluation data.")
     perplexityAfter: Text | None = Field(default=None, description="Perplexity of the result on the same tokens.")
     kl: Text | None = Field(default=None, description="Mean KL divergence of the result's logits from the original's, in nats a token.")

@@ -29,13 +29,14 @@ def data(path: Path, rows: int, length: int, seed: int) -> str:
     return path.as_uri()
 
 
-def job(tmp_path: Path, model: Path, out: str, rows: int) -> Path:
+def job(tmp_path: Path, model: Path, out: str, rows: int, **output: str) -> Path:
     def sample(name: str, seed: int) -> dict[str, Any]:
         dataset = {"uri": data(tmp_path / f"{name}-{rows}.jsonl", rows, 24, seed), "tokens": "ids"}
         return {"dataset": dataset, "samples": rows, "sequenceLength": 24}
 
     body = jobs.manifest(model.as_uri(), (tmp_path / out).as_uri(), PASSES)
     body["spec"] |= {"calibration": sample("calibration", 1), "evaluation": sample("evaluation", 2)}
+    body["spec"]["output"] |= output
     return jobs.write(tmp_path / f"{out}.json", body)
 
 
@@ -52,15 +53,16 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("rows", "leaves"), [(2, "snapshots"), (200, "blocks")])
-def test_killed_ten_times(nursery: Nursery, rows: int, leaves: str, blocks: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rows", "leaves", "stored"), [(2, "snapshots", "dense"), (200, "blocks", "dense"), (200, "blocks", "bitmask")])
+def test_killed_ten_times(nursery: Nursery, rows: int, leaves: str, stored: str, blocks: Path, tmp_path: Path) -> None:
     """Few rows are smaller than a block, so every commit leaves a snapshot; many rows are larger, so it leaves the block."""
-    code, said = nursery.run(job(tmp_path, blocks, "whole", rows))
+    code, said = nursery.run(job(tmp_path, blocks, "whole", rows, sparseStorage=stored))
     assert code == 0, said
     whole = files_of(tmp_path / "whole")
-    assert json.loads(whole["kompressor.json"])["evaluation"]["kl"] > 0
+    report = json.loads(whole["kompressor.json"])
+    assert report["evaluation"]["kl"] > 0 and report["result"].get("bitmaskLinears", 0) == (20 if stored == "bitmask" else 0)
     for number, out in enumerate(TRIES):
-        resumed = resumes(nursery, job(tmp_path, blocks, out, rows), {}, kills=10, seed=rows + number)
+        resumed = resumes(nursery, job(tmp_path, blocks, out, rows, sparseStorage=stored), {}, kills=10, seed=rows + number)
         cut = files_of(tmp_path / out)
         assert cut.keys() == whole.keys()
         assert [name for name in whole if name != "report.html" and cut[name] != whole[name]] == []

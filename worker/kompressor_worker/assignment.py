@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.architectures import refuse_unknown_forward
-from kompressor_worker.formats.readers import reader_warnings
+from kompressor_worker.formats import bitmask
+from kompressor_worker.formats.readers import reader_warnings, storage_warnings
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.sample_warnings import shape_warnings
@@ -42,11 +43,14 @@ class Assignment:
         for p in passes:
             layout = p.prepare(layout)
             schemes |= p.assign(layout, schemes)
+        if spec.output.sparse_storage == "bitmask":
+            layout = bitmask.marked(layout, schemes)
         if flows(spec, passes):
             refuse_unknown_forward(layout.family, layout.config)
         warnings = (
             *layout.warnings,
             *reader_warnings(layout, schemes),
+            *(storage_warnings(layout, schemes) if spec.output.sparse_storage == "bitmask" else ()),
             *unused_samples(spec, passes),
             *(shape_warnings(spec, layout, passes, schemes) if flows(spec, passes) else ()),
         )

@@ -12,7 +12,7 @@ from kompressor_worker import kernels, tensors
 from kompressor_worker.block import Encoded, Stage
 from kompressor_worker.block_work import Place
 from kompressor_worker.calibrated import Engine
-from kompressor_worker.formats import compressed_tensors
+from kompressor_worker.formats import bitmask, compressed_tensors
 from kompressor_worker.journal import Journal
 from kompressor_worker.last_hidden import LastHidden
 from kompressor_worker.layout import LinearLayout, SourceTensor, StageLayout, UnitLayout
@@ -119,7 +119,9 @@ class Calibrated:
                     self._pass_by(unit, incoming, step)
                     return
                 weights = self.block_weights(layout, incoming)
-                self.engine.replay(self._places[unit], layout, weights, self.snapshots.block(unit), step)
+                published = self.snapshots.block(unit)
+                bitmask.unpack_linears([x for stage in layout.stages for x in stage.linears], published)
+                self.engine.replay(self._places[unit], layout, weights, published, step)
             case _:
                 for _ in self._plain.loads(unit):
                     next(incoming)
@@ -219,6 +221,7 @@ class Calibrated:
                     writer.record_pruned(linear, pruned)
                 if encoded := finished.encoded.get(linear.name):
                     writer.record_linear(linear, finished.schemes[linear.name], encoded)
+            bitmask.pack_linears(stage.linears, made)
             for place in placed:
                 writer.write(place, as_bytes(made[place.name], place))
         published = {place.name: made[place.name] for placed in self.work.plan.stages[unit] for place in placed}

@@ -33,7 +33,9 @@ class Job:
         """Which job made a result, and what it was asked to do; goes into kompressor.json."""
         spec = self.spec.model_dump(by_alias=True, exclude_none=True, include={"passes"})
         who = {"name": self.name, "namespace": self.namespace, "uid": self.uid}
-        return {**who, "passes": spec["passes"], "format": self.spec.output.format}
+        output = self.spec.output
+        stored = {} if output.sparse_storage == "dense" else {"sparseStorage": output.sparse_storage}
+        return {**who, "passes": spec["passes"], "format": output.format, **stored}
 
 
 def load_job(path: Path, environ: Mapping[str, str]) -> Job:

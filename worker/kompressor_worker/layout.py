@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
+from kompressor_worker.schemes import Scheme
 from kompressor_worker.sparsity import Sparsity
 
 DTYPE_BYTES = {
@@ -15,7 +16,7 @@ DTYPE_BYTES = {
 }  # fmt: skip
 """safetensors dtype names and bytes an element."""
 
-Encoding = Literal["plain", "fp8_block", "mxfp4", "made"]
+Encoding = Literal["plain", "fp8_block", "mxfp4", "quantized", "bitmask", "made"]
 Kind = Literal["linear", "router", "embedding", "head"]
 KvStrategy = Literal["tensor", "head"]
 """Keys, and values, of a layer that share a scale in the cache: all of them, or those of a KV head."""
@@ -45,6 +46,8 @@ class SourceTensor:
     fp8_block: stored = (weight F8_E4M3 [out, in], weight_scale_inv [ceil(out/r), ceil(in/c)]), decoded to `dtype`.
     mxfp4 (gpt-oss): stored = (blocks U8 [E, rows, groups, 16], scales U8 [E, rows, groups]), decoded and transposed
     to [E, cols, rows].
+    quantized, bitmask: one of our own results, in which a linear is stored as `scheme` (`formats.compressed_tensors`), or by the values
+    that are left of it (`formats.bitmask`).
     made: stored = (); a pass puts it into the output, the source has none.
     """
 
@@ -55,6 +58,8 @@ class SourceTensor:
     encoding: Encoding = "plain"
     block: tuple[int, int] = (128, 128)
     """Rows and columns that share a scale, for fp8_block."""
+    scheme: Scheme | None = None
+    """For quantized."""
     reduced: tuple[int, ...] | None = None
     """The shape that passes which take rows or columns away leave; None: `shape`."""
 
@@ -86,6 +91,8 @@ class LinearLayout:
     """Linears with the same key share their NVFP4 global scale: q/k/v; gate/up, per expert."""
     pruned: Sparsity | None = None
     """What a pass sets to zero in it; a pass that quantises it afterwards keeps these zeros."""
+    bitmask: int | None = None
+    """Values that are stored of it, beside a bitmask that says where they stand (`formats.bitmask`); None: all."""
 
     @property
     def weight(self) -> str:

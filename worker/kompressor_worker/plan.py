@@ -17,7 +17,7 @@ from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_unusable_journal
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.pipeline import Limits
-from kompressor_worker.publish import already_published, refuse_without_room
+from kompressor_worker.publish import already_published, bitmask_result, refuse_without_room
 from kompressor_worker.reading import read_layout
 from kompressor_worker.report_sections import duration, size
 from kompressor_worker.run import Summary, judge_published, make_fingerprint
@@ -98,6 +98,7 @@ class Plan:
             "schemes": dict(Counter(s.name for s in self.schemes.values())),
             **structure(self.layout),
             **({"pruned": dict(pruned)} if (pruned := Counter(str(x.pruned) for x in self.layout.linears() if x.pruned)) else {}),
+            **bitmask_result(self.layout),
             "exact": sum(1 for x in self.layout.linears() if x.name not in self.schemes and x.pruned is None),
             "peakMemoryBytes": self.memory.host,
             **({} if self.memory.gpu is None else {"gpuMemoryBytes": self.memory.gpu}),

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from kompressor_worker.errors import NoSpaceLeft, OutputOccupied, UploadLost
+from kompressor_worker.formats import bitmask
 from kompressor_worker.formats.compressed_tensors import other_modules, quantization_config
 from kompressor_worker.journal import Journal, differing
+from kompressor_worker.layout import ModelLayout
 from kompressor_worker.report_html import UnitTime, render
 from kompressor_worker.shards import OutputPlan
 from kompressor_worker.storage import JOURNAL, Output, Source
@@ -84,10 +86,10 @@ def published_config(work: Work) -> dict[str, Any]:
     config = {k: v for k, v in work.layout.config.items() if k not in QUANTIZATION}
     if isinstance(text := config.get("text_config"), dict):
         config["text_config"] = {k: v for k, v in text.items() if k not in QUANTIZATION}
-    layout = work.layout
-    if work.schemes or layout.kv_cache is not None:
-        linears = list(layout.linears())
-        config["quantization_config"] = quantization_config(linears, work.schemes, other_modules(layout), layout.kv_cache)
+    layout, linears = work.layout, list(work.layout.linears())
+    if work.schemes or layout.kv_cache is not None or any(x.bitmask is not None for x in linears):
+        described = quantization_config(linears, work.schemes, other_modules(layout), layout.kv_cache)
+        config["quantization_config"] = bitmask.described(described, linears)
     return config
 
 
@@ -125,6 +127,7 @@ def build_report(
             "relativeError": relative(sum(errors), sum(norms)),
             "quantizedLinears": len(linears),
             **pruned_result(pruned),
+            **bitmask_result(work.layout),
         },
         "warnings": list(work.layout.warnings),
         **measured,
@@ -146,9 +149,16 @@ def pruned_result(pruned: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"prunedLinears": len(pruned), "sparsity": float(f"{zeros / weights:.6g}")} if weights else {}
 
 
+def bitmask_result(layout: ModelLayout) -> dict[str, Any]:
+    """How many linears are stored by a bitmask, and what that saves; empty where none is."""
+    stored = [x for x in layout.linears() if x.bitmask is not None]
+    return {"bitmaskLinears": len(stored), "bitmaskSavedBytes": bitmask.saved_bytes(stored)} if stored else {}
+
+
 def pruned_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """As kompressor.json has it: what was asked, the zeros that there are, and the error of what is left."""
-    kept = {name: entry[name] for name in ("asked", "shape", "zeros")}
+    """As kompressor.json has it: what was asked, the zeros that there are, how it is stored if not as it is, and the error of what is
+    left."""
+    kept = {name: entry[name] for name in ("asked", "shape", "zeros", "bitmask") if name in entry}
     return {**kept, "relativeError": relative(entry["squaredError"], entry["squaredNorm"])}
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from kompressor_worker.architectures import FAMILIES, Dimensions, Experts, Family, Group, family_of, text_config
 from kompressor_worker.by_shape import arrange_by_shape
-from kompressor_worker.checkpoint import read_checkpoint
+from kompressor_worker.checkpoint import Checkpoint, read_checkpoint
 from kompressor_worker.encodings import decoded_dtype, source_tensors
 from kompressor_worker.errors import CorruptSource
 from kompressor_worker.layout import Kind, LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.stages import linear_layout, other_units, plain_stages
 from kompressor_worker.storage import Source
 
-__all__ = ["Arrangement", "read_layout"]
+__all__ = ["Arrangement", "arranged", "read_layout"]
 
 PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 """Where the decoder is in a file: alone; in a model that also sees, by old and new names; saved without a head."""
@@ -28,8 +28,12 @@ def read_layout(source: Source) -> ModelLayout:
     truncated, missing or overlapping tensors, shapes that contradict config.json), and what storage raises.
     """
     checkpoint = read_checkpoint(source)
+    return arranged(checkpoint, source_tensors(checkpoint.config, checkpoint.tensors))
+
+
+def arranged(checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor]) -> ModelLayout:
+    """The layout of a checkpoint whose tensors are known as the model sees them. Raises UserError, CorruptSource."""
     config = checkpoint.config
-    tensors = source_tensors(config, checkpoint.tensors)
     name = family_of(config)
     warnings = list(checkpoint.warnings)
     if name is not None:

@@ -62,6 +62,8 @@ class Summary:
             result |= {"prunedTensors": made["prunedLinears"], "sparsity": f"{100 * made['sparsity']:.4g}%"}
         if parameters := self.report.get("structure", {}).get("parameters"):
             result |= {"parametersBefore": parameters[0], "parametersAfter": parameters[1]}
+        if "bitmaskLinears" in made:
+            result |= {"bitmaskTensors": made["bitmaskLinears"], "bitmaskSavedBytes": made["bitmaskSavedBytes"]}
         result |= measured_result(self.report)
         if self.resumed_from is not None:
             result["resumedFromUnit"] = self.resumed_from
@@ -166,6 +168,7 @@ def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout, data: Mappin
         "source": layout.source_digest,
         "passes": digest(spec.passes),
         "format": spec.output.format,
+        **({} if spec.output.sparse_storage == "dense" else {"sparseStorage": spec.output.sparse_storage}),
         RELEASE: version("kompressor"),
         **{section: found.fingerprint for section, found in data.items()},
     }

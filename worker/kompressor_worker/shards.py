@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from kompressor_worker.formats import bitmask
 from kompressor_worker.formats.compressed_tensors import PlannedTensor, planned_tensors
 from kompressor_worker.layout import DTYPE_BYTES, ModelLayout, StageLayout
 from kompressor_worker.schemes import Scheme
@@ -99,10 +100,12 @@ def plan_output(layout: ModelLayout, schemes: Mapping[str, Scheme], max_shard: i
 
 def stage_tensors(stage: StageLayout, schemes: Mapping[str, Scheme]) -> list[PlannedTensor]:
     """What a stage becomes, widest dtype first so that each tensor is aligned when the stage is."""
-    linears = {linear.weight: linear for linear in stage.linears if linear.name in schemes}
+    linears = {linear.weight: linear for linear in stage.linears if linear.name in schemes or linear.bitmask is not None}
     tensors: list[PlannedTensor] = []
     for t in stage.tensors:
-        if linear := linears.get(t.name):
+        if (linear := linears.get(t.name)) and linear.bitmask is not None:
+            tensors += bitmask.planned_tensors(linear.name, linear.shape, linear.dtype, linear.bitmask)
+        elif linear:
             tensors += planned_tensors(linear.name, linear.shape, linear.dtype, schemes[linear.name])
         else:
             tensors.append(PlannedTensor(t.name, t.dtype, t.result_shape))

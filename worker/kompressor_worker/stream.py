@@ -17,6 +17,7 @@ import xxhash
 from kompressor_worker import kernels
 from kompressor_worker.block import Stage
 from kompressor_worker.errors import BadNumerics, Terminated
+from kompressor_worker.formats import bitmask
 from kompressor_worker.journal import Journal
 from kompressor_worker.layout import ModelLayout, StageLayout, StoredTensor
 from kompressor_worker.memory import keep_freed_memory
@@ -133,6 +134,7 @@ def compress(layout: StageLayout, placed: Sequence[PlacedTensor], loaded: Loaded
     for name, tensor in weights.items():
         refuse_nonfinite(name, kernels.nonfinite(tensor))
         made[name] = tensor.contiguous()
+    bitmask.pack_linears(layout.linears, made)
     for t in placed:
         writer.write(t, as_bytes(made[t.name], t))
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from kompressor_worker import kernels
+from kompressor_worker.errors import CorruptSource
+from kompressor_worker.formats import bitmask, compressed_tensors
 from kompressor_worker.layout import SourceTensor
 from kompressor_worker.shards import PlacedTensor
 
@@ -41,7 +43,21 @@ def decode(source: SourceTensor, views: Mapping[str, memoryview]) -> torch.Tenso
         return kernels.decode_fp8_block(stored[0], stored[1], source.block, DTYPES[source.dtype])
     if source.encoding == "mxfp4":
         return kernels.decode_mxfp4(stored[0], stored[1], DTYPES[source.dtype])
+    if source.encoding in ("quantized", "bitmask"):
+        parts = {s.name: value for s, value in zip(source.stored, stored, strict=True)}
+        return _decode_ours(source, parts)
     return stored[0]
+
+
+def _decode_ours(source: SourceTensor, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A linear's weight from the tensors by full name in which one of our results has it. Raises CorruptSource."""
+    name = source.name.removesuffix(".weight")
+    if source.scheme is not None:
+        return compressed_tensors.decode(name, stored, source.scheme, DTYPES[source.dtype])
+    try:
+        return bitmask.decode(name, stored)
+    except ValueError as error:
+        raise CorruptSource(f"{source.name}: {error}; upload the result again") from error
 
 
 def as_bytes(value: torch.Tensor, placed: PlacedTensor) -> memoryview:

@@ -96,6 +96,12 @@ def flow_rows(plan: Mapping[str, Any]) -> dict[str, str]:
     return rows | {"  computing": f"{total / 1e12:,.3g} T multiply-adds at {rate}: {shares}"}
 
 
+def bitmask_rows(found: Mapping[str, Any]) -> dict[str, str]:
+    """What a plan or a result says of linears that are stored by a bitmask; nothing where none is."""
+    count = found.get("bitmaskLinears", found.get("bitmaskTensors"))
+    return {"by bitmask": f"{count} linears, {human(found['bitmaskSavedBytes'])} smaller than with their zeros"} if count else {}
+
+
 def measured_rows(result: Mapping[str, Any]) -> dict[str, str]:
     """What evaluation, gates and drift say in `status.result`, line by line; nothing of what was not asked for."""
     rows: dict[str, str] = {}

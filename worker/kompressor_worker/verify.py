@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -13,12 +14,13 @@ from kompressor_api.v1alpha1 import SourceLocation
 from kompressor_worker import kernels
 from kompressor_worker.checkpoint import Checkpoint, read_checkpoint
 from kompressor_worker.errors import BadNumerics, CorruptSource, UserError
-from kompressor_worker.formats.compressed_tensors import planned_tensors
+from kompressor_worker.formats import bitmask
+from kompressor_worker.formats.compressed_tensors import PlannedTensor, planned_tensors
 from kompressor_worker.headers import load_json
 from kompressor_worker.layout import StoredTensor
 from kompressor_worker.pipeline import Limits, Load, Prefetcher
 from kompressor_worker.publish import CHUNK, CONFIG, REPORT
-from kompressor_worker.schemes import SCHEMES
+from kompressor_worker.schemes import SCHEMES, Scheme
 from kompressor_worker.storage import Source
 from kompressor_worker.storage.locations import named, open_source
 from kompressor_worker.tensors import float_view
@@ -29,8 +31,8 @@ E8M0_NAN = 255
 
 def verify(uri: str, endpoint: str | None, region: str | None, environ: Mapping[str, str]) -> dict[str, Any]:
     """Counts of what was checked. Raises CorruptSource (missing or damaged tensor), BadNumerics (a scale is NaN or Inf), UserError."""
-    location = named(SourceLocation, uri, endpoint, region, "s3://, hf://, pvc://, file://")
-    uri, source = location.uri, open_source(location, environ, threading.Event())
+    source = open_source(wanted_source(uri, endpoint, region), environ, threading.Event())
+    uri = source.uri
     checkpoint = read_checkpoint(source)
     report = read_report(source, checkpoint)
     try:
@@ -53,6 +55,13 @@ def verify(uri: str, endpoint: str | None, region: str | None, environ: Mapping[
             if recorded != f"xxh3-128:{digest}":
                 raise CorruptSource(f"{uri}: {tensor.name} in {tensor.file} is not what was written ({recorded}); upload it again")
     return {"uri": uri, **seen, "quantizedLinears": len(report.get("linears", {}))}
+
+
+def wanted_source(uri: str, endpoint: str | None, region: str | None) -> SourceLocation:
+    """The result that a person names. Raises UserError."""
+    if "://" not in uri:
+        uri = Path(uri).absolute().as_uri()
+    return named(SourceLocation, uri, endpoint, region, "s3://, hf://, pvc://, file:// or a path")
 
 
 def read_report(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -83,7 +92,7 @@ def digest_of(source: Source, name: str, size: int) -> str:
 
 
 def check_names(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
-    """Every tensor that the report names is there, no other, and quantised linears have their scheme's tensors."""
+    """Every tensor that the report names is there, no other, and linears have the tensors of what they are stored as."""
     if not report:
         return
     missing = sorted(set(report["tensors"]) - set(checkpoint.tensors))
@@ -92,14 +101,25 @@ def check_names(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
         what = f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} is not in {REPORT}"
         raise CorruptSource(f"{what}: the files are not of one run; upload the result again")
     for name, linear in report["linears"].items():
-        scheme = SCHEMES[linear["scheme"]]
-        if linear.get("groupSize") is not None:
-            scheme = scheme.with_group_size(linear["groupSize"])
-        for planned in planned_tensors(name, tuple(linear["shape"]), linear["dtype"], scheme):
-            stored = checkpoint.tensors.get(planned.name)
-            if stored is None or (stored.dtype, stored.shape) != (planned.dtype, planned.shape):
-                found = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
-                raise CorruptSource(f"{planned.name}: {found}; {linear['scheme']} has {planned.dtype} {list(planned.shape)} there")
+        check_stored(checkpoint, planned_tensors(name, tuple(linear["shape"]), linear["dtype"], scheme_of(linear)), linear["scheme"])
+    for name, linear in report.get("pruned", {}).items():
+        if stored := linear.get("bitmask"):
+            planned = bitmask.planned_tensors(name, tuple(linear["shape"]), stored["dtype"], stored["values"])
+            check_stored(checkpoint, planned, bitmask.FORMAT)
+
+
+def scheme_of(linear: Mapping[str, Any]) -> Scheme:
+    """Of a quantised linear, from its entry in the report."""
+    scheme = SCHEMES[linear["scheme"]]
+    return scheme if linear.get("groupSize") is None else scheme.with_group_size(linear["groupSize"])
+
+
+def check_stored(checkpoint: Checkpoint, tensors: Iterable[PlannedTensor], what: str) -> None:
+    for planned in tensors:
+        stored = checkpoint.tensors.get(planned.name)
+        if stored is None or (stored.dtype, stored.shape) != (planned.dtype, planned.shape):
+            found = f"is {stored.dtype} {list(stored.shape)}" if stored else "is missing"
+            raise CorruptSource(f"{planned.name}: {found}; {what} has {planned.dtype} {list(planned.shape)} there")
 
 
 def read_all(source: Source, checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, str, int]]:

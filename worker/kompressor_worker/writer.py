@@ -114,6 +114,7 @@ class Writer:
             "zeros": pruned.zeros,
             "squaredError": pruned.squared_error,
             "squaredNorm": pruned.squared_norm,
+            **({"bitmask": {"dtype": linear.dtype, "values": linear.bitmask}} if linear.bitmask is not None else {}),
         }
 
     def finish(self, unit: int, carry: Carry = NOTHING) -> None:

@@ -44,3 +44,22 @@ def reader_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list[
             "load it with dtype=torch.bfloat16"
         )
     return lines
+
+
+def storage_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Of a job that asks for pruned linears to be stored by a bitmask."""
+    pruned = [x for x in layout.linears() if x.pruned is not None]
+    stored = [x for x in pruned if x.bitmask is not None]
+    if stored:
+        return [
+            f"{len(stored)} linears are stored by a bitmask, which no current vLLM, SGLang or transformers loads: "
+            "make the dense checkpoint with kompressor expand URI OUT before serving"
+        ]
+    why = (
+        "nothing is pruned"
+        if not pruned
+        else "what is pruned is quantised too, and stored so"
+        if all(x.name in schemes for x in pruned)
+        else "it would save nothing"
+    )
+    return [f"output.sparseStorage: bitmask changes nothing here: {why}"]

@@ -27,8 +27,8 @@ from kompressor_worker.sparsity import Sparsity
 
 __all__ = [
     "Quantized", "add_gram", "amax", "code_errors", "decode_fp8_block", "decode_mxfp4", "dequantize", "fake_quantize_input",
-    "fake_quantize_kv", "fast_bf16", "gptq", "gptq_groups", "hadamard", "inverse_factor", "nonfinite", "ops", "prune", "quantize",
-    "stored", "tile_errors",
+    "fake_quantize_kv", "fast_bf16", "gptq", "gptq_groups", "hadamard", "inverse_factor", "nonfinite", "ops", "pack_bitmask", "prune",
+    "quantize", "stored", "tile_errors", "unpack_bitmask",
 ]  # fmt: skip
 
 FLOATS = tuple(compiled.DTYPES)
@@ -207,6 +207,23 @@ def prune(weight: Tensor, inverse_factor: Tensor, sparsity: Sparsity, heard: Hea
         left[:, stop:].addmm_(errors, inverse_factor[start:stop, stop:], alpha=-1)
         loss += float(errors.double().square().sum())
     return kept, loss
+
+
+def pack_bitmask(weight: Tensor, values: int) -> tuple[Tensor, Tensor, Tensor]:
+    """So many values of weight [rows, columns] (bf16, fp16 or fp32) that zeros may be left out of, uint8 [rows, ceil(columns / 8)] with a
+    bit for each place, first column lowest, and int64 [rows]: where each row begins among the values.
+
+    What is left out are zeros (not -0.0), the first in memory. Raises ValueError where there are not enough of them."""
+    assert weight.dtype in FLOATS and 0 <= values <= weight.numel(), (weight.dtype, values)
+    left, bitmask, offsets = torch.ops.kompressor.pack_bitmask(weight.contiguous(), values)
+    return left, bitmask, offsets
+
+
+def unpack_bitmask(values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
+    """The weight [rows, columns]. Raises ValueError where the bitmask [rows, ceil(columns / 8)] does not mark a place for each value."""
+    assert values.dtype in FLOATS and bitmask.shape[1] == -(-columns // 8), (values.dtype, bitmask.shape, columns)
+    made: Tensor = torch.ops.kompressor.unpack_bitmask(values.contiguous(), bitmask.contiguous(), columns)
+    return made
 
 
 def fake_quantize_input(

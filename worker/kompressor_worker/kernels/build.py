@@ -39,6 +39,7 @@ SOURCES = (
     "gram.cpp",
     "encode.cpp",
     "clip_search.cpp",
+    "bitmask.cpp",
 )
 # No fast-math and no contraction to FMA: results are to equal the eager reference bit for bit.
 FLAGS = [

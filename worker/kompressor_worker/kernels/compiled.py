@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kompressor_worker.formats import packing
 from kompressor_worker.grid import integer_range
+from kompressor_worker.kernels import bitmask as bitmask_eager
 from kompressor_worker.kernels import eager
 from kompressor_worker.kernels.activations import KINDS
 from kompressor_worker.kernels.eager import Quantized
@@ -253,3 +254,27 @@ def tile_errors(lib: ctypes.CDLL, weight: Tensor, step: Tensor, zero_point: Tens
         None if zero_point is None else _pointer(zero_point), bottom, top, _threads(weight), _pointer(errors),
     )  # fmt: skip
     return errors
+
+
+def pack_bitmask(lib: ctypes.CDLL, weight: Tensor, values: int) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, columns), leave = weight.shape, weight.numel() - values
+    made, bitmask = weight.new_empty(values), torch.empty((rows, -(-columns // 8)), dtype=torch.uint8)
+    offsets, pack = torch.empty(rows, dtype=torch.int64), lib.kompressor_pack_bitmask
+    pack.restype = ctypes.c_int64
+    there = pack(
+        _pointer(weight), weight.element_size(), _i64(rows), _i64(columns), _i64(leave), _threads(weight), _pointer(made),
+        _pointer(bitmask), _pointer(offsets),
+    )  # fmt: skip
+    if there < leave:
+        raise ValueError(f"{there} zeros, {leave} are to be left out")
+    return made, bitmask, offsets
+
+
+def unpack_bitmask(lib: ctypes.CDLL, values: Tensor, bitmask: Tensor, columns: int) -> Tensor:
+    rows, unpack = len(bitmask), lib.kompressor_unpack_bitmask
+    weight, unpack.restype = values.new_empty((rows, columns)), ctypes.c_int64
+    done = unpack(
+        _pointer(values), values.element_size(), _i64(len(values)), _pointer(bitmask), _i64(rows), _i64(columns), _threads(weight),
+        _pointer(weight),
+    )  # fmt: skip
+    return weight if done == len(values) else bitmask_eager.unpack_bitmask(values, bitmask, columns)  # raises, and says why

@@ -9,3 +9,4 @@
 #include "gram.cpp"
 #include "encode.cpp"
 #include "clip_search.cpp"
+#include "bitmask.cpp"

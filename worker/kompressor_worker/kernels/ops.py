@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kompressor_worker.kernels import activations, build, butterflies, clip_search, column_loop, compiled, eager, gram, pruning
+from kompressor_worker.kernels import activations, bitmask, build, butterflies, clip_search, column_loop, compiled, eager, gram, pruning
 
 LIBRARY = torch.library.Library("kompressor", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _register(schema: str, reference: Callable[..., Any], fast: Callable[..., Any], on_gpu: str | None = None) -> None:
     """On the CPU compiled where it could be built, on CUDA by the module `on_gpu` where there is Triton; else eager. Without a
-    kernel for CUDA are the decoders of what is read, which work before anything is moved there, and the search for a grid."""
+    kernel for CUDA are the decoders of what is read, which work before anything is moved there, bitmasks, which are of what is written,
+    and the search for a grid."""
     name = schema.partition("(")[0]
 
     def on_cpu(*args: Any) -> Any:
@@ -117,3 +118,5 @@ _register(
     clip_search.tile_errors,
     compiled.tile_errors,
 )
+_register("pack_bitmask(Tensor weight, int values) -> (Tensor, Tensor, Tensor)", bitmask.pack_bitmask, compiled.pack_bitmask)
+_register("unpack_bitmask(Tensor values, Tensor bitmask, int columns) -> Tensor", bitmask.unpack_bitmask, compiled.unpack_bitmask)

@@ -32,4 +32,4 @@ class Magnitude(SparsityPass):
                 stage.heard()
                 weight = stage.weights[linear.weight]
                 refuse_nonfinite(linear, weight)
-                put(stage, linear, weight.masked_fill(least(weight.abs().float(), sparsity, by_row=False), 0.0))
+                put(stage, linear, weight.masked_fill(least(weight.abs().float(), sparsity), 0.0))

@@ -84,5 +84,5 @@ class SparseGpt(SparsityPass):
 
         weight = stage.weights[linear.weight]
         refuse_nonfinite(linear, weight)
-        put(stage, linear, weight.masked_fill(least(weight.abs().float(), self.params.wanted(), by_row=False), 0.0))
+        put(stage, linear, weight.masked_fill(least(weight.abs().float(), self.params.wanted()), 0.0))
         notes.setdefault("byMagnitude", []).append(linear.name)

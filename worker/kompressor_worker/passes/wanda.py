@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.passes.sparsity_params import SparsityParams, SparsityPass
+from kompressor_worker.sparsity import Sparsity
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 class WandaParams(SparsityParams):
     """Wanda: sets those weights to zero that matter least to what the calibration data makes of each row. Goes before the pass that
     quantises."""
+
+    def wanted(self) -> Sparsity:
+        return replace(super().wanted(), by_row=True)
 
 
 class Wanda(SparsityPass):
@@ -42,7 +47,7 @@ class Wanda(SparsityPass):
             if linear.name not in squares:
                 unreached.append(linear.name)
             scores = self._scores(weight, squares.get(linear.name))
-            put(stage, linear, weight.masked_fill(least(scores, sparsity, by_row=True), 0.0))
+            put(stage, linear, weight.masked_fill(least(scores, sparsity), 0.0))
         if unreached:
             stage.notes["wanda"] = {"byMagnitude": unreached}
 

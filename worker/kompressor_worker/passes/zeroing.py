@@ -19,11 +19,11 @@ def smallest_in_rows(scores: Tensor, count: int) -> Tensor:
     return chosen.scatter_(1, scores.topk(count, dim=1, largest=False, sorted=False).indices, True) if count else chosen
 
 
-def least(scores: Tensor, sparsity: Sparsity, by_row: bool) -> Tensor:
+def least(scores: Tensor, sparsity: Sparsity) -> Tensor:
     """bool [out, in]: those of least score fp32 [out, in], over the whole weight or in each row, or as the pattern says."""
     if sparsity.of:
         return smallest_in_groups(scores, sparsity.keep, sparsity.of)
-    if by_row:
+    if sparsity.by_row:
         return smallest_in_rows(scores, sparsity.zeros((1, scores.shape[1])))
     return smallest_in_all(scores, sparsity.zeros(tuple(scores.shape)))
 
