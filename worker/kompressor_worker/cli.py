@@ -1,4 +1,4 @@
-"""`kompressor run | plan | verify | clean`: spec in, exit code out."""
+"""`kompressor run | plan | verify | expand | clean`: spec in, exit code out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kompressor_worker import logs
-from kompressor_worker.commands import clean_command, plan_command, run_command, verify_command
+from kompressor_worker.commands import clean_command, expand_command, plan_command, run_command, verify_command
 from kompressor_worker.errors import GateFailed, KompressorError, OutOfMemory, Terminated
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,24 @@ Credentials come from OUTPUT_AWS_*, else SOURCE_AWS_*, else from the usual AWS c
   kompressor verify s3://models/llama-3-8b-w4a16 --endpoint http://127.0.0.1:7070
   kompressor verify ./out
 """
+EXPAND = """\
+Turns one of our results back into a plain checkpoint in the model's own dtype: quantised linears decoded, linears stored by a bitmask with
+their zeros, scales of inputs and of a KV cache left out, config.json without quantization_config, tokenizer and other files as they are.
+
+  kompressor expand s3://models/llama-3-8b-sparse s3://models/llama-3-8b-sparse-dense
+  kompressor expand pvc://models/llama-w4a16 ./plain
+  kompressor expand ./out ./plain && vllm serve ./plain
+
+What output.sparseStorage: bitmask has stored small in the bucket is so made ready for vLLM, byte for byte as output.sparseStorage: dense
+would have written it. A result in W4A16 or FP8 expands to what its readers compute with: for tools that read plain checkpoints alone.
+
+Memory holds some tensors of one block, whatever the size of the model. Nothing can be seen at OUT until all of it is there; cut off, the
+same command goes on where it was. Every tensor is held to the digest that was written with it.
+
+Credentials come from SOURCE_AWS_* (and SOURCE_HF_TOKEN) for URI and from OUTPUT_AWS_* for OUT, else from the usual AWS chain.
+
+exit codes: 0 done, 64 not one of our results or not finished, 65 damaged, 74 storage trouble (try again), 75 told to stop (start again)
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -140,6 +158,11 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--in-cluster", action="store_true", help="report to the pod's termination log")
     verify = command("verify", verify_command, "check a published result", VERIFY)
     place(verify, "s3://bucket/prefix, pvc://claim/path, file:///path, or a path")
+    expand = command("expand", expand_command, "turn a result back into a plain checkpoint", EXPAND)
+    place(expand, "the result: s3://bucket/prefix, hf://owner/name, pvc://claim/path, file:///path, or a path")
+    expand.add_argument("out", metavar="OUT", help="where the plain checkpoint goes: s3://, pvc://, file://, or a path")
+    expand.add_argument("--output-endpoint", metavar="URL", help="of OUT's S3-compatible server. Default: --endpoint")
+    expand.add_argument("--output-region", metavar="REGION", help="of OUT's bucket. Default: --region")
     clean = command("clean", clean_command, "remove what a job has left at its output", CLEAN)
     place(clean, "s3://bucket/prefix, pvc://claim/path, file:///path, or a path", nargs="?")
     clean.add_argument("--job", metavar="UID", help="remove what the job of this uid has published too")

@@ -1,4 +1,4 @@
-"""What `kompressor run`, `plan`, `verify` and `clean` do; each raises what kompressor_worker.errors names."""
+"""What `kompressor run`, `plan`, `verify`, `expand` and `clean` do; each raises what kompressor_worker.errors names."""
 
 from __future__ import annotations
 
@@ -71,12 +71,13 @@ def plan_command(args: argparse.Namespace) -> int:
     if args.in_cluster or args.json:
         return int(ExitCode.DONE)
 
-    from kompressor_worker.terminal import flow_rows, human, out, table
+    from kompressor_worker.terminal import bitmask_rows, flow_rows, human, out, table
 
     rows = {
         "model": f"{plan['family'] or 'unknown family'}, {plan['units']} units",
         "schemes": ", ".join([*(f"{k}: {n} linears" for k, n in plan["schemes"].items()), f"exact: {plan['exact']}"]),
         **({"pruned": ", ".join(f"{k}: {n} linears" for k, n in plan["pruned"].items())} if "pruned" in plan else {}),
+        **bitmask_rows(plan),
         "size": f"{human(plan['sourceBytes'])} -> {human(plan['outputBytes'])} ({plan['ratio']}x smaller), {plan['shards']} shard(s)",
         "peak memory": human(plan["peakMemoryBytes"]) + (f", {human(gpu)} on the GPU" if (gpu := plan.get("gpuMemoryBytes")) else ""),
         "time": "none" if plan["alreadyCompressed"] else f"about {plan['estimatedSeconds']:,} s: a few to start, then 300 MB/s of source",
@@ -105,6 +106,37 @@ def verify_command(args: argparse.Namespace) -> int:
         }
         out.print(table(f"{args.uri} is whole", rows))
     return 0
+
+
+def expand_command(args: argparse.Namespace) -> int:
+    stop = told_to_stop()
+    from kompressor_api.v1alpha1 import refuse_overlap
+    from kompressor_worker.clean import wanted_output
+    from kompressor_worker.expand import expand
+    from kompressor_worker.progress import Listener, Progress
+    from kompressor_worker.terminal import Bar, Lines, human, is_interactive, out, table
+    from kompressor_worker.verify import wanted_source
+
+    source = wanted_source(args.uri, args.endpoint, args.region)
+    output = wanted_output(args.out, args.output_endpoint or args.endpoint, args.output_region or args.region)
+    try:
+        refuse_overlap(source, output)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with ExitStack() as stack:
+        listeners: list[Listener] = [stack.enter_context(Bar()) if is_interactive() else Lines()]
+        done = expand(source, output, os.environ, Progress(listeners), stop, memory_plan())
+    if args.json:
+        print(json.dumps(asdict(done), indent=2))
+        return int(ExitCode.DONE)
+    rows = {
+        "size": f"{human(done.bytes_read)} -> {human(done.bytes_written)}",
+        "decoded": f"{done.linears} linears",
+        "time": "none: the output already held this checkpoint" if done.already else f"{done.seconds:.0f} s",
+        "where": done.uri,
+    }
+    out.print(table("expanded", rows))
+    return int(ExitCode.DONE)
 
 
 def clean_command(args: argparse.Namespace) -> int:
@@ -148,7 +180,7 @@ def as_source(environ: Mapping[str, str]) -> dict[str, str]:
 
 def show_result(result: dict[str, Any], already: bool, as_json: bool) -> None:
     from kompressor_worker.publish import PAGE
-    from kompressor_worker.terminal import human, measured_rows, out, table
+    from kompressor_worker.terminal import bitmask_rows, human, measured_rows, out, table
 
     if as_json:
         print(json.dumps(result, indent=2))
@@ -159,6 +191,7 @@ def show_result(result: dict[str, Any], already: bool, as_json: bool) -> None:
         **(
             {"pruned": f"{result['prunedTensors']} linears, {result['sparsity']} of their weights are zero"} if "sparsity" in result else {}
         ),
+        **bitmask_rows(result),
         **measured_rows(result),
         "time": "none: the output already held this result" if already else f"{result['seconds']} s",
         "where": result["uri"],
