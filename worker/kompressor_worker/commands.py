@@ -127,10 +127,10 @@ def expand_command(args: argparse.Namespace) -> int:
         listeners: list[Listener] = [stack.enter_context(Bar()) if is_interactive() else Lines()]
         done = expand(source, output, os.environ, Progress(listeners), stop, memory_plan())
     if args.json:
-        print(json.dumps(asdict(done), indent=2))
+        print(json.dumps(done.as_json(), indent=2))
         return int(ExitCode.DONE)
     rows = {
-        "size": f"{human(done.bytes_read)} -> {human(done.bytes_written)}",
+        "size": f"{human(done.source_bytes)} -> {human(done.output_bytes)}",
         "decoded": f"{done.linears} linears",
         "time": "none: the output already held this checkpoint" if done.already else f"{done.seconds:.0f} s",
         "where": done.uri,

@@ -20,7 +20,7 @@ import xxhash
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import OutputSpec, SourceLocation
 from kompressor_worker.checkpoint import Checkpoint, read_checkpoint
-from kompressor_worker.errors import CorruptSource, UserError
+from kompressor_worker.errors import ClaimLost, CorruptSource, UserError
 from kompressor_worker.formats import bitmask
 from kompressor_worker.formats.compressed_tensors import planned_tensors
 from kompressor_worker.headers import load_json
@@ -51,12 +51,22 @@ class Expanded:
     """What there is to say of it."""
 
     uri: str
-    bytes_read: int
-    bytes_written: int
+    source_bytes: int
+    output_bytes: int
     linears: int
     """That were stored otherwise than as they are."""
     seconds: float
     already: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "uri": self.uri,
+            "sourceBytes": self.source_bytes,
+            "outputBytes": self.output_bytes,
+            "decodedLinears": self.linears,
+            "seconds": round(self.seconds),
+            "alreadyExpanded": self.already,
+        }
 
 
 def expand(
@@ -90,11 +100,16 @@ def expand(
     work = Work(layout, [], {}, plan, limits or Limits())
     journal = open_journal(output, fingerprint, f"expand of {source.uri}", plan)
     progress.start(layout, journal.state.unit)
-    stream(work, Checked(DataFree(work), result["tensors"]), source, output, journal, progress.done, stop)
-    progress.publishing()
     name = result.get("job", {}).get("name") or "result"
-    report = build_report(work, fingerprint, {"name": f"{name}, expanded"}, journal, source.uri, {"expanded": expanded})
-    publish(work, source, output, journal, report)
+    try:
+        stream(work, Checked(DataFree(work), result["tensors"]), source, output, journal, progress.done, stop)
+        progress.publishing()
+        report = build_report(work, fingerprint, {"name": f"{name}, expanded"}, journal, source.uri, {"expanded": expanded})
+        publish(work, source, output, journal, report)
+    except ClaimLost:
+        if output.read(JOURNAL) is None:  # the other one is done and gone: what we wrote since then is nobody's
+            output.cleanup()
+        raise
     return Expanded(output.uri, layout.source_bytes, plan.tensor_bytes, linears, time.monotonic() - began)
 
 
@@ -114,7 +129,7 @@ def read_result(source: Source) -> tuple[Checkpoint, dict[str, Any]]:
         if missing := sorted(set(result["files"]) - set(checkpoint.file_sizes)):
             raise CorruptSource(f"{source.uri}: {missing[0]} is missing; upload the result again")
         result["result"]["digest"]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptSource(
             f"{source.uri}: {REPORT} lacks what Kompressor writes ({type(error).__name__}: {error}); upload the result again"
         ) from error

@@ -50,7 +50,7 @@ class Report(TypedDict, total=False):
     source: Mapping[str, Any]
     """uri, digest, tensorBytes."""
     result: Mapping[str, Any]
-    """tensorBytes, digest, relativeError, quantizedLinears."""
+    """tensorBytes, digest, relativeError, quantizedLinears; of pruned ones prunedLinears, sparsity, bitmaskLinears, bitmaskSavedBytes."""
     warnings: Sequence[str]
     linears: Mapping[str, Mapping[str, Any]]
     """Full module name to scheme, shape, groupSize, relativeError."""
@@ -69,6 +69,8 @@ class Report(TypedDict, total=False):
     devices: Sequence[Mapping[str, Any]]
     """devices.facts(), where more than one kind made it."""
     blocks: Sequence[BlockFacts]
+    expanded: Mapping[str, Any]
+    """In a plain checkpoint that was a result of ours: uri and digest of that, and how many linears were decoded."""
     units: Sequence[UnitTime]
 
 
@@ -133,7 +135,7 @@ def _header(report: Mapping[str, Any]) -> str:
 def _tiles(report: Mapping[str, Any]) -> str:
     tiles: list[tuple[str, str, str]] = []
     before, after = (report.get(k, {}).get("tensorBytes") for k in ("source", "result"))
-    if before and after:
+    if before and after and "expanded" not in report:
         tiles.append(("Smaller by", f"{before / after:.2f}×", f"{size(before)} → {size(after)}"))
     if parameters := report.get("structure", {}).get("parameters"):
         tiles.append(("Parameters", f"-{percent(1 - parameters[1] / parameters[0])}", f"{parameters[0]:,} → {parameters[1]:,}"))
@@ -143,7 +145,9 @@ def _tiles(report: Mapping[str, Any]) -> str:
     if "relativeError" in result:
         tiles.append(("Weight error", percent(result["relativeError"]), f"{result.get('quantizedLinears', 0):,} linear layers"))
     if "sparsity" in result:
-        tiles.append(("Zeros", percent(result["sparsity"]), f"of the weights of {result['prunedLinears']:,} pruned linear layers"))
+        by_bitmask = f", {result['bitmaskLinears']:,} of them stored by a bitmask" if "bitmaskLinears" in result else ""
+        note = f"of the weights of {result['prunedLinears']:,} pruned linear layers{by_bitmask}"
+        tiles.append(("Zeros", percent(result["sparsity"]), note))
     return f'<div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>' if tiles else ""
 
 

@@ -74,7 +74,7 @@ def gates(verdicts: Sequence[Mapping[str, Any]]) -> str:
 
 def sizes(report: Mapping[str, Any]) -> str:
     before, after = (report.get(k, {}).get("tensorBytes") for k in ("source", "result"))
-    if not before or not after:
+    if not before or not after or "expanded" in report:
         return ""
     whole = max(before, after)
     bars = "".join(

@@ -52,8 +52,8 @@ def storage_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list
     stored = [x for x in pruned if x.bitmask is not None]
     if stored:
         return [
-            f"{len(stored)} linears are stored by a bitmask, which no current vLLM, SGLang or transformers loads: "
-            "make the dense checkpoint with kompressor expand URI OUT before serving"
+            f"{len(stored)} linears are stored by a bitmask, which vLLM and transformers do not load: make the dense checkpoint with "
+            "kompressor expand URI OUT before serving"
         ]
     why = (
         "nothing is pruned"
