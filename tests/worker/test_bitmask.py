@@ -123,7 +123,6 @@ def decompressed(folder: Path) -> dict[str, torch.Tensor]:
 
 
 PASSES: dict[str, list[dict[str, Any]]] = {
-    "magnitude 30%": [{"magnitude": {"sparsity": 0.3}}],
     "wanda 0.7 of every row": [{"wanda": {"sparsity": 0.7}}],  # 256 columns: 179 and not 179.2
     "sparseGPT 2:4, folded": [{"smoothQuant": {}}, {"sparseGPT": {"pattern": "2:4"}}],
     "pruned, then folded": [{"wanda": {"pattern": "1:4"}}, {"smoothQuant": {}}],
