@@ -98,7 +98,7 @@ def expand(
     from kompressor_worker.stream import DataFree, Work, stream  # torch, only now that the request is known to make sense
 
     work = Work(layout, [], {}, plan, limits or Limits())
-    journal = open_journal(output, fingerprint, f"expand of {source.uri}", plan)
+    journal = open_journal(output, fingerprint, f"expand of {source.uri}", lambda surveys: plan)
     progress.start(layout, journal.state.unit)
     name = result.get("job", {}).get("name") or "result"
     try:
