@@ -53,6 +53,7 @@ lock: venv ## compile the lock files from pyproject.toml
 bench: venv ## throughput, memory and quality beside cp, boto3 and llm-compressor; kernels; latency from apply to Job (an hour)
 	$(BIN)/python benchmarks/data_free.py
 	$(BIN)/python benchmarks/calibrated.py
+	$(BIN)/python benchmarks/pruning.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/apply_latency.py
 

@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import calibrated
 import gptq_blocks
 import kernels as benchmark
+import peer
+import pruning
 from kernel_cases import Case, Shapes, cases
 from limits import Machine, operations
+from models import held_out_tokens, token_rows
 
 CPU = torch.device("cpu")
 TINY = Shapes(rows=128, columns=256, tokens=64, square=128, wide=384)
@@ -79,4 +83,35 @@ def test_gptq_on_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(report["blocks"]) == 2
     config = json.loads((tmp_path / "1-blocks" / "config.json").read_text())
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 1)
-    assert sum(operations(config, 32, 16).values()) == calibrated.floor_flops(config, 32, 16)
+
+
+def test_operations_are_those_that_transformers_make(trained_llama: Path) -> None:
+    config = json.loads((trained_llama / "config.json").read_text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(trained_llama, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(2, 16, dtype=torch.int64), use_cache=False)
+    head = 2 * 32 * config["vocab_size"] * config["hidden_size"]
+    made = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert config["num_hidden_layers"] * operations(config, 32, 16)["linears"] == made - head
+
+
+def test_pruning_beside_a_stand_in(trained_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Of magnitude: SparseGPT leaves less than it does, in more time. One that prunes less than it is asked to is refused."""
+    rows = peer.write_rows(tmp_path / "rows.jsonl", token_rows(trained_llama, 0, seed=41, rows=32, length=64))
+    bench, held = peer.Bench(tmp_path, trained_llama, rows, 32, 64), held_out_tokens("llama", 32, 64)
+
+    def stand_in(sparsity: float) -> None:
+        monkeypatch.setattr(bench, "peer", lambda *_: bench.ours([{"magnitude": {"sparsity": sparsity}}], "peer"))
+
+    stand_in(0.5)
+    found = pruning.run(bench, held, Path("python"), ["sparseGPT50"], "float32", 1)
+    rates = {"float32": 1e9, "bfloat16": 2e9}
+    found[0]["floor"], found[0]["floor bf16"] = pruning.floors(bench, "sparseGPT50", rates)
+    assert found[0]["floor"] / 2 < found[0]["floor bf16"] < found[0]["floor"]
+    assert found[0]["ours zeros"] == found[0]["peer zeros"] == 0.5
+    assert found[0]["KL ratio"][2] < 1 and pruning.missed(found) == ["sparseGPT50 (time)"]
+    pruning.show(found, "float32", rates, 1)
+    assert "sparseGPT50" in capsys.readouterr().out
+    stand_in(0.4)
+    with pytest.raises(SystemExit, match=r"peer has set 40[.]0% of the weights to zero, not half"):
+        pruning.run(bench, held, Path("python"), ["sparseGPT50"], "float32", 1)
