@@ -106,15 +106,21 @@ def test_compiled_equals_eager(rows: int, groups: int, pattern: str, seed: int, 
     pattern=st.sampled_from([(1, 2), (2, 4), (5, 8)]),
 )
 def test_so_many_go_whatever_is_equal(scores: list[int], count: int, pattern: tuple[int, int]) -> None:
+    def smallest(values: torch.Tensor, count: int) -> list[int]:
+        ranked = sorted(range(len(values)), key=lambda i: (float(values[i]), i))
+        return sorted(ranked[:count])
+
+    def chosen(mask: torch.Tensor) -> list[int]:
+        return mask.nonzero().flatten().tolist()
+
     of_scores = torch.tensor(scores, dtype=torch.float32).view(3, 8)
-    chosen = pruning.smallest_in_all(of_scores, count)
-    assert int(chosen.sum()) == count
-    ranked = sorted(range(24), key=lambda i: (scores[i], i))[:count]
-    assert sorted(chosen.flatten().nonzero().flatten().tolist()) == sorted(ranked)
+    assert chosen(pruning.smallest_in_all(of_scores, count).flatten()) == smallest(of_scores.flatten(), count)
+    for row, values in zip(pruning.smallest_in_rows(of_scores, count // 3), of_scores, strict=True):
+        assert chosen(row) == smallest(values, count // 3)
     keep, of = pattern
     groups = pruning.smallest_in_groups(of_scores, keep, of).view(-1, of)
     for group, values in zip(groups, of_scores.view(-1, of), strict=True):
-        assert sorted(group.nonzero().flatten().tolist()) == sorted(sorted(range(of), key=lambda i: (float(values[i]), i))[: of - keep])
+        assert chosen(group) == smallest(values, of - keep)
 
 
 @pytest.mark.parametrize("scheme", [SCHEMES["W4A16"], SCHEMES["W4A16_ASYM"], SCHEMES["W8A8"], SCHEMES["FP8_DYNAMIC"]], ids=lambda s: s.name)

@@ -22,11 +22,25 @@ def smallest_in_all(scores: Tensor, count: int) -> Tensor:
     """bool, of the shape of fp32 `scores`: the `count` smallest, of equals those first in memory."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    flat = scores.flatten()
-    last = flat.kthvalue(count).values
-    chosen, equal = flat < last, flat == last
-    chosen |= equal & (equal.cumsum(0) <= count - int(chosen.sum()))
-    return chosen.view(scores.shape)
+    flat = scores.reshape(1, -1)
+    return _up_to(flat, flat.kthvalue(count, dim=1, keepdim=True).values, count).view(scores.shape)
+
+
+def smallest_in_rows(scores: Tensor, count: int) -> Tensor:
+    """bool: the `count` smallest in each row of fp32 [out, in], of equals the first."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    smallest = scores.topk(count, dim=1, largest=False, sorted=False).values  # on a CPU twice as fast as kthvalue, row by row
+    return _up_to(scores, smallest.amax(1, keepdim=True), count)
+
+
+def _up_to(scores: Tensor, last: Tensor, count: int) -> Tensor:
+    """bool [rows, n]: the `count` smallest of each row, where last [rows, 1] is the largest of them."""
+    chosen, equal = scores < last, scores == last
+    room = count - chosen.sum(1, keepdim=True)
+    crowded = (equal.sum(1, keepdim=True) > room).flatten().nonzero().flatten()
+    equal[crowded] &= equal[crowded].cumsum(1) <= room[crowded]
+    return chosen.logical_or_(equal)
 
 
 def smallest_in_groups(scores: Tensor, keep: int, of: int) -> Tensor:

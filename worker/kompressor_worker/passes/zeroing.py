@@ -6,17 +6,11 @@ import torch
 from torch import Tensor
 
 from kompressor_worker.block import Pruned, Stage
-from kompressor_worker.kernels.pruning import smallest_in_all, smallest_in_groups
+from kompressor_worker.kernels.pruning import smallest_in_all, smallest_in_groups, smallest_in_rows
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.sparsity import Sparsity
 
 ROWS = 1024
-
-
-def smallest_in_rows(scores: Tensor, count: int) -> Tensor:
-    """bool: the `count` smallest in each row of fp32 [out, in]."""
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    return chosen.scatter_(1, scores.topk(count, dim=1, largest=False, sorted=False).indices, True) if count else chosen
 
 
 def least(scores: Tensor, sparsity: Sparsity) -> Tensor:
