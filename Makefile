@@ -50,7 +50,7 @@ docs: venv ## generate docs/failures.md from the table of failures
 lock: venv ## compile the lock files from pyproject.toml
 	$(PYTHON) tools/lock.py
 
-bench: venv ## throughput, memory and quality beside cp, boto3 and llm-compressor; kernels; latency from apply to Job (an hour)
+bench: venv ## throughput, memory and quality beside cp, boto3 and llm-compressor; kernels; latency from apply to Job (an hour and a quarter)
 	$(BIN)/python benchmarks/data_free.py
 	$(BIN)/python benchmarks/calibrated.py
 	$(BIN)/python benchmarks/pruning.py
