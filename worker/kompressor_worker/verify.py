@@ -61,7 +61,7 @@ def wanted_source(uri: str, endpoint: str | None, region: str | None) -> SourceL
     """The result that a person names. Raises UserError."""
     if "://" not in uri:
         uri = Path(uri).absolute().as_uri()
-    return named(SourceLocation, uri, endpoint, region, "s3://, hf://, pvc://, file:// or a path")
+    return named(SourceLocation, uri, endpoint, region, "s3://, hf://, pvc://, file://")
 
 
 def read_report(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
