@@ -54,7 +54,7 @@ HELD_UP = {
     "key": Held(Reason.SECRET_MISSING, r"couldn't find key AWS_ACCESS_KEY_ID in Secret \S+/results"),
     "gpu": Held(Reason.UNSCHEDULABLE, r"0/\d+ nodes are available: .*\d Insufficient nvidia\.com/gpu.*"),
     "claim": Held(Reason.VOLUME_NOT_MOUNTED, r'0/\d+ nodes are available: .*persistentvolumeclaim "models" not found.*', Step.PREFLIGHT),
-    "far-first": Held(Reason.UNSCHEDULABLE, r"0/\d+ nodes are available: .*had volume node affinity conflict.*", Step.PREFLIGHT),
+    "far-first": Held(Reason.UNSCHEDULABLE, r"0/\d+ nodes are available: .*match PersistentVolume's node affinity.*", Step.PREFLIGHT),
     "bundle": Held(Reason.VOLUME_NOT_MOUNTED, r'MountVolume\.SetUp failed for volume "ca-output" : configmap "private-ca" not found'),
     "account": Held(
         Reason.POD_REFUSED,
