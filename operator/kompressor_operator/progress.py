@@ -92,7 +92,7 @@ def _starting(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
 def _of_none(view: View, job: ChildJob) -> Told | Involved:
     """No pod is there: not yet, not again, or not allowed."""
     last = _last_ended(view, job)
-    since = (moment(last.finished_at) if last.finished_at else last.created) if last else job.created
+    since = max(job.created, moment(last.finished_at), last.created) if last else job.created
     age = (view.now - since).total_seconds()
     if job.suspended:
         return Phase.PENDING, Reason.PENDING, f"Job {job.name} goes on", None
