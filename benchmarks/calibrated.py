@@ -33,7 +33,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import checkpoint  # noqa: E402
-from peer import Bench, compared, floor_seconds, gemm_rate, small_bench, write_rows  # noqa: E402
+from peer import Bench, divergence, floor_seconds, gemm_rate, ratio, small_bench, write_rows  # noqa: E402
 from setup import cache_directory, other_python  # noqa: E402
 
 GROUP = {"scheme": "W4A16", "groupSize": 128}
@@ -74,7 +74,10 @@ def run_small(work: Path, python: Path | None, recipes: list[str], dtype: str, r
             theirs = peer(recipe)
             folders["peer"] = theirs["files"]
             line |= {"peer": theirs["seconds"], "peer peak": theirs["peak"]}
-        compared(line, bench.source, folders, held)
+        kl = divergence(bench.source, folders, held)
+        line |= {f"{name} KL": float(rows.mean()) for name, rows in kl.items()}
+        if peer:
+            line["KL ratio"] = ratio(kl, "ours", "peer")
         found.append(line)
         print(line, file=sys.stderr, flush=True)
     return found

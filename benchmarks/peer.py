@@ -1,7 +1,8 @@
 """One calibrated job of ours and one of llm-compressor's, on the same rows: time, peak memory, what is left of the model.
 
 Both are timed from an imported library to files on the disk: loading, calibrating, compressing, saving; each in a process of its own, the
-peer's from an environment of its own. `python benchmarks/peer.py JOB` is ours.
+peer's from an environment of its own. Beside the clock's seconds stand those of the CPU, over all threads, which say more where other work
+takes turns on the cores. `python benchmarks/peer.py JOB` is ours.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ def status(field):
     return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(field))
 idle = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
-began = time.monotonic()
+began, cpu = time.monotonic(), time.process_time()
 model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), device_map="cpu")
 data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
 oneshot(model=model, dataset=data, recipe=eval(recipe), num_calibration_samples=len(ids), max_seq_length=len(ids[0]))
 model.save_pretrained(out, save_compressed=True)
-seconds = time.monotonic() - began
-print(json.dumps({"seconds": seconds, "peak": status("VmHWM") - idle}))
+seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": status("VmHWM") - idle}))
 """
 
 
@@ -73,15 +74,17 @@ def child(job_file: str) -> None:
     job = load_job(Path(job_file), os.environ)
     idle = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
+    cpu = time.process_time()
     summary = run(job, os.environ, Progress(), threading.Event())
-    print(json.dumps({"seconds": summary.seconds, "peak": memory("VmHWM") - idle}))
+    cpu = time.process_time() - cpu
+    print(json.dumps({"seconds": summary.seconds, "cpu": cpu, "peak": memory("VmHWM") - idle}))
 
 
 def gemm_rate(dtype: str) -> float:
-    """FLOP/s of a square matrix product, fp32 or bf16, on this machine now."""
+    """FLOP/s of a square matrix product, fp32 or bf16, on this machine's cores if no other work took turns on them."""
     code = (
-        f"import torch, time; a = torch.randn(2048, 2048).to(torch.{dtype}); a @ a; b = time.monotonic(); "
-        "n = 6; [a @ a for _ in range(n)]; print(n * 2 * 2048**3 / (time.monotonic() - b))"
+        f"import torch, time; a = torch.randn(2048, 2048).to(torch.{dtype}); a @ a; b = time.process_time(); "
+        "n = 6; [a @ a for _ in range(n)]; print(n * 2 * 2048**3 * torch.get_num_threads() / (time.process_time() - b))"
     )
     return max(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
 
@@ -178,14 +181,11 @@ def divergence(original: Path, results: dict[str, Path], tokens: Any) -> dict[st
     }
 
 
-def compared(line: dict[str, Any], original: Path, results: dict[str, Path], tokens: Any) -> None:
-    """Adds the KL of "ours" and, where there is one, of "peer", with their ratio and its 95 % interval by paired bootstrap over rows."""
+def ratio(kl: Mapping[str, Any], ours: str, peer: str) -> tuple[float, float, float]:
+    """Of two results in `divergence`'s answer: of their means, and its 95 % interval by paired bootstrap over rows."""
     from kompressor_worker.evaluate import bootstrap_ratio
 
-    kl = divergence(original, results, tokens)
-    line |= {f"{name} KL": float(rows.mean()) for name, rows in kl.items()}
-    if "peer" in kl:
-        line["KL ratio"] = bootstrap_ratio(kl["ours"], kl["peer"], 2000, 0)
+    return bootstrap_ratio(kl[ours], kl[peer], 2000, 0)
 
 
 if __name__ == "__main__":

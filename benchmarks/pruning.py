@@ -3,8 +3,9 @@
     python benchmarks/pruning.py                           # a quarter of an hour on 2 cores
     python benchmarks/pruning.py --recipes wanda50 --rounds 1
 
-A trained Llama (6 layers, hidden 384), 128 rows of 512 tokens, timed as `peer.py` says. Times are medians of the rounds; beside them stands
-how many cores were busy with something else. The peer computes in the dtype in which it was faster in a run of Wanda beforehand. What both
+A trained Llama (6 layers, hidden 384), 128 rows of 512 tokens, timed as `peer.py` says. Times are medians of the rounds; beside them stand
+those of the CPU, and how many cores were busy with something else. The peer computes in the dtype in which it took less of the CPU in a run
+of Wanda beforehand. What both
 have published is loaded by transformers: the share of zeros in the decoder's matrices, and the mean KL divergence from the original on
 held-out rows.
 
@@ -33,9 +34,10 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests"), str(ROOT / "benchmarks
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from peer import Bench, compared, floor_seconds, gemm_rate, small_bench  # noqa: E402
+from peer import Bench, divergence, floor_seconds, gemm_rate, ratio, small_bench  # noqa: E402
 from setup import cache_directory, other_python  # noqa: E402
 
+SIDES = ("ours", "peer")
 HALF, TWO_OF_FOUR = "sparsity=0.5", "sparsity=0.5, mask_structure='2:4'"
 ALL_LINEARS = "targets=['Linear'], ignore=['re:.*lm_head']"
 FORWARD, SOLVE = ("linears", "attention"), ("gram", "factors", "loops")
@@ -55,7 +57,7 @@ class Recipe:
 RECIPES = {
     "wanda50": Recipe([{"wanda": {"sparsity": 0.5}}], f"WandaPruningModifier({HALF}, {ALL_LINEARS})", FORWARD),
     "sparseGPT50": Recipe([{"sparseGPT": {"sparsity": 0.5}}], f"SparseGPTModifier({HALF}, {ALL_LINEARS})", FORWARD + SOLVE),
-    "sparseGPT2:4": Recipe([{"sparseGPT": {"pattern": "2:4"}}], f"SparseGPTModifier({TWO_OF_FOUR}, {ALL_LINEARS})", FORWARD + SOLVE),
+    "sparseGPT2of4": Recipe([{"sparseGPT": {"pattern": "2:4"}}], f"SparseGPTModifier({TWO_OF_FOUR}, {ALL_LINEARS})", FORWARD + SOLVE),
 }
 """Ours, and the peer's. All ask for half of the weights."""
 TIME, KL = 0.6, 1.05
@@ -72,29 +74,38 @@ def zeros(folder: Path) -> float:
 
 
 def faster_dtype(bench: Bench, python: Path) -> str:
-    seconds = {dtype: bench.peer(python, RECIPES["wanda50"].peer, dtype)["seconds"] for dtype in ("float32", "bfloat16")}
-    print(f"llm-compressor, {seconds} s", file=sys.stderr, flush=True)
-    return min(seconds, key=lambda dtype: seconds[dtype])
+    cpu = {dtype: bench.peer(python, RECIPES["wanda50"].peer, dtype)["cpu"] for dtype in ("float32", "bfloat16")}
+    print(f"llm-compressor, seconds of CPU: {cpu}", file=sys.stderr, flush=True)
+    return min(cpu, key=lambda dtype: cpu[dtype])
 
 
-def run(bench: Bench, held: Any, python: Path | None, names: list[str], dtype: str, rounds: int) -> list[dict[str, Any]]:
-    """A line for each recipe: all figures of all rounds by side, and what is left of the model after the last one."""
-    found: dict[str, dict[str, Any]] = {name: {"recipe": name, "ours": [], "peer": []} for name in names}
+def run(bench: Bench, python: Path | None, names: list[str], dtype: str, rounds: int) -> list[dict[str, Any]]:
+    """A line for each recipe: all figures of all rounds by side. Results lie in `bench.work`, as "<recipe>-ours" and "<recipe>-peer"."""
+    found: list[dict[str, Any]] = [{"recipe": name, "ours": [], "peer": []} for name in names]
     for number in range(rounds):
-        for name, line in found.items():
-            line["ours"].append(bench.ours(RECIPES[name].passes))
+        for line in found:
+            recipe = RECIPES[name := line["recipe"]]
+            line["ours"].append(bench.ours(recipe.passes, f"{name}-ours"))
             if python:
-                line["peer"].append(bench.peer(python, RECIPES[name].peer, dtype))
+                line["peer"].append(bench.peer(python, recipe.peer, dtype, f"{name}-peer"))
             print(f"{name}, round {number + 1}: {line['ours'][-1]} {line['peer'][-1:]}", file=sys.stderr, flush=True)
-            if number + 1 < rounds:
-                continue
-            folders = {side: bench.work / side for side in ("ours", "peer") if line[side]}
-            for side, folder in folders.items():
-                line[f"{side} zeros"] = zeros(folder)
-                if line[f"{side} zeros"] < 0.5:
-                    sys.exit(f"{name}: {side} has set {line[f'{side} zeros']:.1%} of the weights to zero, not half: nothing to compare")
-            compared(line, bench.source, folders, held)
-    return list(found.values())
+    return found
+
+
+def judge(found: list[dict[str, Any]], bench: Bench, held: Any) -> None:
+    """Adds what is left of the model, by side."""
+    folders = {f"{line['recipe']}-{side}": bench.work / f"{line['recipe']}-{side}" for line in found for side in SIDES if line[side]}
+    for name, folder in folders.items():
+        if (share := zeros(folder)) < 0.5:
+            sys.exit(f"{name}: {share:.1%} of the weights are zero, not half: nothing to compare")
+    kl = divergence(bench.source, folders, held)
+    for line in found:
+        for side in SIDES:
+            if line[side]:
+                name = f"{line['recipe']}-{side}"
+                line |= {f"{side} zeros": zeros(folders[name]), f"{side} KL": float(kl[name].mean())}
+        if line["peer"]:
+            line["KL ratio"] = ratio(kl, *(f"{line['recipe']}-{side}" for side in SIDES))
 
 
 def floors(bench: Bench, name: str, rates: dict[str, float]) -> tuple[float, float]:
@@ -105,24 +116,36 @@ def floors(bench: Bench, name: str, rates: dict[str, float]) -> tuple[float, flo
 
 
 COLUMNS = (
-    "recipe", "ours s", "peer s", "of peer", "floor s", "of floor", "floor s, bf16", "ours MB", "peer MB", "others", "zeros",
-    "KL", "peer's KL", "ratio (95 %)",
+    "recipe", "ours s", "peer s", "of peer", "CPU s", "of peer's", "floor s", "of floor", "by CPU", "floor s, bf16", "MB", "others",
+    "zeros", "KL", "peer's KL", "ratio (95 %)",
 )  # fmt: skip
 
 
+def middle(line: dict[str, Any], side: str, figure: str) -> float:
+    """NaN where there is no peer."""
+    return median(one[figure] for one in line[side]) if line[side] else math.nan
+
+
 def cells(line: dict[str, Any]) -> list[str]:
-    ours, peer = line["ours"], line["peer"]
-    seconds = median(one["seconds"] for one in ours)
-    theirs = median(one["seconds"] for one in peer) if peer else None
+    sides = [side for side in SIDES if line[side]]
+    (seconds, theirs), (cpu, their_cpu) = ((middle(line, side, figure) for side in SIDES) for figure in ("seconds", "cpu"))
     return [
-        line["recipe"], f"{seconds:.1f}", f"{theirs:.1f}" if theirs else "-", f"{seconds / theirs:.2f}" if theirs else "-",
-        f"{line['floor']:.1f}", f"{seconds / line['floor']:.2f}", f"{line['floor bf16']:.1f}",
-        f"{max(one['peak'] for one in ours) / 1e6:.0f}", f"{max(one['peak'] for one in peer) / 1e6:.0f}" if peer else "-",
-        " / ".join(f"{median(one['others'] for one in side):.1f}" for side in (ours, peer) if side),
-        " / ".join(f"{line[f'{side} zeros']:.4f}" for side in ("ours", "peer") if line[side]),
-        f"{line['ours KL']:.5f}", f"{line['peer KL']:.5f}" if peer else "-",
-        "{:.2f} ({:.2f}-{:.2f})".format(*line["KL ratio"]) if peer else "-",
+        line["recipe"], f"{seconds:.1f}", f"{theirs:.1f}", f"{seconds / theirs:.2f}",
+        f"{cpu:.1f} / {their_cpu:.1f}", f"{cpu / their_cpu:.2f}",
+        f"{line['floor']:.1f}", f"{seconds / line['floor']:.2f}", f"{cpu / (os.cpu_count() or 1) / line['floor']:.2f}",
+        f"{line['floor bf16']:.1f}",
+        " / ".join(f"{max(one['peak'] for one in line[side]) / 1e6:.0f}" for side in sides),
+        " / ".join(f"{middle(line, side, 'others'):.1f}" for side in sides),
+        " / ".join(f"{line[f'{side} zeros']:.4f}" for side in sides),
+        *(f"{line[f'{side} KL']:.5f}" if side in sides else "-" for side in SIDES),
+        "{:.2f} ({:.2f}-{:.2f})".format(*line["KL ratio"]) if line["peer"] else "-",
     ]  # fmt: skip
+
+
+def missed(found: list[dict[str, Any]]) -> list[str]:
+    """What asks more than TIME or KL of its peer's, by name."""
+    late = [f"{line['recipe']} (time)" for line in found if middle(line, "ours", "seconds") > TIME * middle(line, "peer", "seconds")]
+    return late + [f"{line['recipe']} (KL)" for line in found if line["peer"] and line["KL ratio"][0] > KL]
 
 
 def show(found: list[dict[str, Any]], dtype: str, rates: dict[str, float], rounds: int) -> None:
@@ -138,20 +161,11 @@ def show(found: list[dict[str, Any]], dtype: str, rates: dict[str, float], round
     print(f"asked: at most {TIME} of the peer's time and {KL} of its KL; missed by: {', '.join(missed(found)) or 'none'}")
 
 
-def missed(found: list[dict[str, Any]]) -> list[str]:
-    """What asks more than TIME or KL of its peer's, by name."""
-    names = []
-    for line in found:
-        ours, peer = (median(one["seconds"] for one in line[side] or [{"seconds": math.inf}]) for side in ("ours", "peer"))
-        names += [f"{line['recipe']} (time)"] if ours > TIME * peer else []
-        names += [f"{line['recipe']} (KL)"] if line["peer"] and line["KL ratio"][0] > KL else []
-    return names
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default=",".join(RECIPES), help="some of %(default)s")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="the peer's (default: the faster one)")
     parser.add_argument("--no-peer", action="store_true", help="without llm-compressor (its environment takes 5 GB)")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
@@ -162,8 +176,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=base) as folder:
         bench, held = small_bench(Path(folder))
         rates = {dtype: gemm_rate(dtype) for dtype in ("float32", "bfloat16")}
-        dtype = faster_dtype(bench, python) if python else "-"
-        found = run(bench, held, python, options.recipes.split(","), dtype, options.rounds)
+        dtype = options.dtype or (faster_dtype(bench, python) if python else "-")
+        found = run(bench, python, options.recipes.split(","), dtype, options.rounds)
+        judge(found, bench, held)
         for line in found:
             line["floor"], line["floor bf16"] = floors(bench, line["recipe"], rates)
     show(found, dtype, rates, options.rounds)

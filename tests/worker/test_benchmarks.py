@@ -101,10 +101,11 @@ def test_pruning_beside_a_stand_in(trained_llama: Path, tmp_path: Path, monkeypa
     bench, held = peer.Bench(tmp_path, trained_llama, rows, 32, 64), held_out_tokens("llama", 32, 64)
 
     def stand_in(sparsity: float) -> None:
-        monkeypatch.setattr(bench, "peer", lambda *_: bench.ours([{"magnitude": {"sparsity": sparsity}}], "peer"))
+        monkeypatch.setattr(bench, "peer", lambda *given: bench.ours([{"magnitude": {"sparsity": sparsity}}], given[-1]))
 
     stand_in(0.5)
-    found = pruning.run(bench, held, Path("python"), ["sparseGPT50"], "float32", 1)
+    found = pruning.run(bench, Path("python"), ["sparseGPT50"], "float32", 1)
+    pruning.judge(found, bench, held)
     rates = {"float32": 1e9, "bfloat16": 2e9}
     found[0]["floor"], found[0]["floor bf16"] = pruning.floors(bench, "sparseGPT50", rates)
     assert found[0]["floor"] / 2 < found[0]["floor bf16"] < found[0]["floor"]
@@ -113,5 +114,6 @@ def test_pruning_beside_a_stand_in(trained_llama: Path, tmp_path: Path, monkeypa
     pruning.show(found, "float32", rates, 1)
     assert "sparseGPT50" in capsys.readouterr().out
     stand_in(0.4)
-    with pytest.raises(SystemExit, match=r"peer has set 40[.]0% of the weights to zero, not half"):
-        pruning.run(bench, held, Path("python"), ["sparseGPT50"], "float32", 1)
+    short = pruning.run(bench, Path("python"), ["sparseGPT50"], "float32", 1)
+    with pytest.raises(SystemExit, match=r"sparseGPT50-peer: 40[.]0% of the weights are zero, not half"):
+        pruning.judge(short, bench, held)
