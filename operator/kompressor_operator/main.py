@@ -21,6 +21,7 @@ from datetime import datetime
 from typing import Any
 
 import kopf
+from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from kompressor_api import names
 from kompressor_operator import logs
@@ -113,6 +114,13 @@ class NoProgress(kopf.ProgressStorage):
 
     def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
         return essence
+
+
+class NoMemories(ResourceMemories):
+    """Kopf remembers a kilobyte for each object that it has ever seen, for handlers that go on where they stopped; ours do not."""
+
+    async def recall(self, raw_body: Any, **options: Any) -> ResourceMemory:
+        return await super().recall(raw_body, **{**options, "ephemeral": True})
 
 
 def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
@@ -232,7 +240,9 @@ async def watch_until(stop: asyncio.Event, settings: Settings, registry: Callabl
     while not stop.is_set():
         ours = asyncio.all_tasks()
         try:
-            tasks = await kopf.spawn_tasks(registry=registry(), settings=kopf_settings(settings), stop_flag=stop, **where)
+            tasks = await kopf.spawn_tasks(
+                registry=registry(), settings=kopf_settings(settings), memories=NoMemories(), stop_flag=stop, **where
+            )
             listen(stop)  # Kopf has just taken the signals for itself
             await kopf.run_tasks(tasks, ignored=ours)
         except Exception:
