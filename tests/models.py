@@ -76,6 +76,8 @@ RECIPES: dict[str, Recipe] = {
     "llama_learned": Recipe(  # what is learned outweighs what the weights began as, so a few directions of its stream are loud
         "LlamaConfig", {**SHAPE, "intermediate_size": 512, "initializer_range": 0.02}, steps=120
     ),
+    "qwen2": Recipe("Qwen2Config", {**{k: v for k, v in SHAPE.items() if k != "head_dim"}, "intermediate_size": 512}, steps=80),
+    "qwen3": Recipe("Qwen3Config", {**SHAPE, "intermediate_size": 512, "tie_word_embeddings": True}, steps=80),
     "qwen3_moe": Recipe(
         "Qwen3MoeConfig",
         {

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from vllm_perplexity import PROMPT, TOKENS
 
 import jobs
 from calibrated_jobs import evaluation_rows, samples, write_data
 from kompressor_worker.cli import run_cli
+from models import held_out_tokens, perplexity, trained_model
 from setup import other_python
 
 pytestmark = pytest.mark.vllm
@@ -34,11 +37,17 @@ class Case:
     tolerance: float = TOLERANCE
     runs: Callable[[], bool] = field(default=lambda: True)
     """Whether vLLM's CPU build has kernels for it here; W8A16, MXFP4 and NVFP4A16 need a GPU there."""
+    kind: str = "llama"
+    """Of model, a key of models.RECIPES."""
 
 
 def rtn(scheme: str) -> list[dict[str, Any]]:
     return [{"rtn": {"scheme": scheme}}]
 
+
+HEADS, WIDTH = {"pruneHeads": {"kvHeads": 3}}, {"pruneWidth": {"intermediateSize": 384}}
+HIDDEN, LAYERS = {"pruneHidden": {"hiddenSize": 192}}, {"pruneLayers": {"layers": 3}}
+W4 = {"gptq": {"scheme": "W4A16", "groupSize": 64}}
 
 CASES = {
     "smoothQuant, gptq W8A8": Case([{"smoothQuant": {}}, {"gptq": {"scheme": "W8A8"}}]),
@@ -52,6 +61,13 @@ CASES = {
     "gptq W8A8, kvCache": Case([{"gptq": {"scheme": "W8A8"}}, {"kvCache": {}}], tolerance=TRUNCATED, runs=avx512),
     # vLLM's CPU kernel takes the largest of a layer's scales: what this shows is that its loader reads one a head.
     "kvCache by head": Case([{"kvCache": {"strategy": "head"}}], tolerance=TRUNCATED, runs=avx512),
+    "pruneHeads": Case([HEADS]),  # 6 heads on 256 channels: not published as a llama
+    "pruneHidden, pruneLayers": Case([LAYERS, HIDDEN]),
+    "all four, gptq W4A16": Case([LAYERS, HEADS, WIDTH, HIDDEN, W4], runs=avx512),
+    "qwen2 pruneHeads": Case([{"pruneHeads": {"kvHeads": 2}}], kind="qwen2"),  # 4 heads of 32 channels on 256
+    "qwen3 all four": Case([LAYERS, HEADS, WIDTH, HIDDEN], kind="qwen3"),
+    "qwen3_moe all four": Case([LAYERS, HEADS, {"pruneWidth": {"intermediateSize": 64}}, HIDDEN], kind="qwen3_moe"),
+    "mixtral pruneHeads, pruneWidth": Case([HEADS, {"pruneWidth": {"intermediateSize": 192}}], kind="mixtral"),
     "data-free W8A8": Case(rtn("W8A8"), measures=False),
     "data-free FP8_DYNAMIC": Case(rtn("FP8_DYNAMIC"), measures=False),
     "data-free W4A16": Case(rtn("W4A16"), measures=False, runs=avx512),
@@ -62,13 +78,16 @@ CASES = {
 
 @dataclass(frozen=True)
 class Seen:
+    folder: Path
     ours: float
-    theirs: float | str
-    """Perplexity, or why there is none."""
+    """Perplexity."""
+    rows: list[list[int]]
+    theirs: dict[str, Any] | str
+    """Perplexity and generated tokens, or why there are none."""
 
 
 @pytest.fixture(scope="module")
-def seen(request: pytest.FixtureRequest, trained_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
     """Every case that was asked for and can run, all loaded by one vLLM process."""
     here = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
     chosen = {item.callspec.params["case"] for item in here}
@@ -77,22 +96,23 @@ def seen(request: pytest.FixtureRequest, trained_llama: Path, tmp_path_factory: 
     ours, rows = {}, {}
     for number, case in enumerate(name for name in CASES if name in chosen and CASES[name].runs()):
         (folder / str(number)).mkdir()
-        ours[case], rows[case] = compress(folder / str(number), trained_llama, CASES[case], data)
-    theirs = dict(zip(ours, measure(folder, [rows[case] for case in ours]), strict=True))
-    return {case: Seen(ours[case], theirs[case]) for case in ours}
+        ours[case], rows[case] = compress(folder / str(number), CASES[case], data)
+    theirs = measure(folder, [rows[case] for case in ours])
+    return {
+        case: Seen(folder / str(number) / "out", ours[case], rows[case], found)
+        for number, (case, found) in enumerate(zip(ours, theirs, strict=True))
+    }
 
 
-def compress(folder: Path, source: Path, case: Case, data: dict[str, Any]) -> tuple[float, list[list[int]]]:
+def compress(folder: Path, case: Case, data: dict[str, Any]) -> tuple[float, list[list[int]]]:
     """The perplexity that is to be found, and on which rows."""
-    body = jobs.manifest(source.as_uri(), (folder / "out").as_uri(), case.passes)
+    body = jobs.manifest(trained_model(case.kind).as_uri(), (folder / "out").as_uri(), case.passes)
     job = jobs.write(folder / "job.json", body | {"spec": {**body["spec"], **(data if case.measures else {})}})
     assert run_cli(["run", str(job)]) == 0
     if case.measures:
         said = json.loads((folder / "out" / "kompressor.json").read_text())["evaluation"]["perplexityAfter"]
         return said, evaluation_rows(job).tolist()
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-
-    from models import held_out_tokens, perplexity
+    from transformers import CompressedTensorsConfig
 
     tokens = held_out_tokens("llama", rows=32)
     # With asymmetric packed weights this version of transformers only loads when told to dequantise.
@@ -100,8 +120,8 @@ def compress(folder: Path, source: Path, case: Case, data: dict[str, Any]) -> tu
     return perplexity(AutoModelForCausalLM.from_pretrained(folder / "out", **how), tokens), tokens.tolist()
 
 
-def measure(folder: Path, rows: list[list[list[int]]]) -> list[float | str]:
-    """vLLM's perplexities of folder/0/out, folder/1/out ..."""
+def measure(folder: Path, rows: list[list[list[int]]]) -> list[dict[str, Any] | str]:
+    """What vLLM sees of folder/0/out, folder/1/out ..."""
     models = [str(folder / str(number) / "out") for number in range(len(rows))]
     wanted, found = folder / "rows.json", folder / "found.json"
     wanted.write_text(json.dumps(dict(zip(models, rows, strict=True))))
@@ -116,7 +136,24 @@ def measure(folder: Path, rows: list[list[list[int]]]) -> list[float | str]:
 def test_vllm_sees_the_model_that_the_job_reports(case: str, seen: dict[str, Seen]) -> None:
     if not CASES[case].runs():
         pytest.skip(f"vLLM has no kernel for {case} on this CPU")
-    ours, theirs = seen[case].ours, seen[case].theirs
-    assert not isinstance(theirs, str), theirs
+    ours, found = seen[case].ours, seen[case].theirs
+    assert not isinstance(found, str), found
+    theirs = found["perplexity"]
     print(f"{case}: {'reported' if CASES[case].measures else 'transformers'} {ours:.4f}, vLLM {theirs:.4f}")
     assert theirs == pytest.approx(ours, rel=CASES[case].tolerance)
+
+
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if any("prune" in str(one) for one in case.passes)])
+def test_vllm_generates_what_transformers_would(case: str, seen: dict[str, Seen]) -> None:
+    """Token by token from its cache, each the likeliest by transformers too, or as good as that: vLLM computes in bf16."""
+    if not CASES[case].runs():
+        pytest.skip(f"vLLM has no kernel for {case} on this CPU")
+    found = seen[case].theirs
+    assert not isinstance(found, str), found
+    model = AutoModelForCausalLM.from_pretrained(seen[case].folder, dtype=torch.float32)
+    for row, generated in zip(seen[case].rows, found["generated"], strict=False):
+        assert len(generated) == TOKENS
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([row[:PROMPT] + generated]), use_cache=False).logits[0, PROMPT - 1 : -1]
+        missed = logits.amax(-1) - logits.gather(-1, torch.tensor(generated)[:, None])[:, 0]
+        assert float(missed.max()) < 0.25, missed

@@ -1,6 +1,7 @@
-"""Run by vLLM's own Python: perplexity of token rows under checkpoints, one after the other in one process, which starts slowly.
+"""Run by vLLM's own Python: perplexity of token rows under checkpoints, one after the other in one process, which starts slowly; and how
+the first of them go on.
 
-python vllm_perplexity.py ROWS.json OUT.json     (ROWS: {folder: [[token id]]}; OUT: {folder: perplexity, or an error's text})
+python vllm_perplexity.py ROWS.json OUT.json     (ROWS: {folder: [[token id]]}; OUT: {folder: {perplexity, generated}, or an error's text})
 """
 
 from __future__ import annotations
@@ -12,16 +13,30 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1"
 )  # before the import: vLLM reads them then
 
 
-def perplexity(model: str, rows: list[list[int]]) -> float:
+PROMPTS, PROMPT, TOKENS = 4, 32, 24
+"""So many rows' first PROMPT tokens are continued, greedily, by so many."""
+
+
+def seen(model: str, rows: list[list[int]]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(model=model, enforce_eager=True, max_model_len=512)
+    prompts: list[Any] = [{"prompt_token_ids": row[:PROMPT]} for row in rows[:PROMPTS]]
+    greedily = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, detokenize=False)
+    generated = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedily, use_tqdm=False)]
+    return {"perplexity": perplexity(llm, rows), "generated": generated}
+
+
+def perplexity(llm: Any, rows: list[list[int]]) -> float:
+    from vllm import SamplingParams
+
     outputs = llm.generate(
         [{"prompt_token_ids": row} for row in rows],
         SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0, detokenize=False),
@@ -63,10 +78,10 @@ def main() -> None:
 
     make_static_fp8_run()
     wanted, out = map(Path, sys.argv[1:])
-    found: dict[str, float | str] = {}
+    found: dict[str, dict[str, Any] | str] = {}
     for model, rows in json.loads(wanted.read_text()).items():
         try:
-            found[model] = perplexity(model, rows)
+            found[model] = seen(model, rows)
         except Exception:  # the others are measured all the same
             found[model] = traceback.format_exc()
         gc.collect()

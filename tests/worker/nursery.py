@@ -63,6 +63,7 @@ def keep(order):
     os._exit(0)
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+exec(os.environ.get("NURSERY_PRELUDE", ""))
 gc.freeze()  # or each child would look through all that was imported, and copy its pages
 print("ready", flush=True)
 for line in sys.stdin:
@@ -105,10 +106,11 @@ class Forked:
 
 
 class Nursery:
-    def __init__(self) -> None:
+    def __init__(self, prelude: str = "") -> None:
+        """`prelude`: what the parent runs once it has imported everything, such as another default."""
         self._folder = tempfile.TemporaryDirectory(prefix="nursery-")
         self._count = 0
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "NURSERY_PRELUDE": prelude}
         self._process = subprocess.Popen(
             [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
         )

@@ -30,6 +30,17 @@ Meet = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass
+class FinalNorm:
+    """The norm before the head, by full name."""
+
+    stored: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    """As it is published."""
+    met: list[Tensor] = field(default_factory=list)
+    """Its weight as each pass finds it, which the earlier ones have changed."""
+
+
+@dataclass
 class Calibrated:
     """Units for `stream`."""
 
@@ -158,7 +169,7 @@ class Calibrated:
             matrix = matrix_of(stage)
             assert matrix is not None, f"{stage.name}: no embeddings"
             pace = Pace(stage.source_bytes, matrix.shape[0], step)
-            self._matrix(stage, matrix, placed, incoming, writer, None, meet)
+            self._matrix(stage, matrix, placed, incoming, writer, [None for _ in self.work.passes], meet)
             pace.finish()
 
     def _matrix(
@@ -168,10 +179,10 @@ class Calibrated:
         placed: Sequence[PlacedTensor],
         incoming: Iterator[Loaded],
         writer: Writer | None,
-        norm: Tensor | None,
+        norms: Sequence[Tensor | None],
         meet: Meet,
     ) -> None:
-        """Embeddings or head from reads to writes, row by row."""
+        """Embeddings or head from reads to writes, row by row. `norms`: before the head, by pass."""
         places = {place.name: place for place in placed}
         for source in in_file_order(stage, placed):
             if source.name != matrix.weight:
@@ -182,7 +193,7 @@ class Calibrated:
             hasher = xxhash.xxh3_128()
             for first, rows in self.rows(source, incoming):
                 changed = rows
-                for p in self.work.passes:
+                for p, norm in zip(self.work.passes, norms, strict=True):
                     changed = p.transform_rows(source.name, changed, norm)
                 meet(first, rows, changed)
                 if writer is not None:
@@ -231,24 +242,21 @@ class Calibrated:
 
     def _head(self, unit: int, incoming: Iterator[Loaded], writer: Writer, step: Step) -> Carry:
         layout = self.work.layout.units[unit]
-        norms: dict[str, Tensor] = {}
-        changed: dict[str, Tensor] = {}
-        hidden: LastHidden | None = None
+        norm, hidden = FinalNorm(), None
         for stage, placed in zip(layout.stages, self.work.plan.stages[unit], strict=True):
             matrix = matrix_of(stage)
             if matrix is None:
-                self._final_norm(layout, stage, placed, norms, changed, next(incoming), writer)
+                self._final_norm(layout, stage, placed, norm, next(incoming), writer)
                 step(stage.source_bytes)
             else:
-                norm = final_norm(norms)
-                hidden = LastHidden(self.engine, norm, final_norm(changed), stage.source_bytes, step)
+                hidden = LastHidden(self.engine, final_norm(norm.stored), final_norm(norm.changed), stage.source_bytes, step)
                 if matrix.name in self.work.schemes:
-                    self._encoded_head(stage, matrix, placed, norm, next(incoming), writer, hidden.add, step)
+                    self._encoded_head(stage, matrix, placed, norm.met, next(incoming), writer, hidden.add, step)
                 else:
-                    self._matrix(stage, matrix, placed, incoming, writer, norm, hidden.add)
+                    self._matrix(stage, matrix, placed, incoming, writer, norm.met, hidden.add)
                 hidden.pace.finish()
         if tied := self._tied_matrix(layout):
-            hidden = LastHidden(self.engine, final_norm(norms), final_norm(changed), 0, step)
+            hidden = LastHidden(self.engine, final_norm(norm.stored), final_norm(norm.changed), 0, step)
             for first, rows in self.rows(tied, incoming):
                 changed_rows = rows
                 for p in self.work.passes:
@@ -261,26 +269,26 @@ class Calibrated:
         layout: UnitLayout,
         stage: StageLayout,
         placed: Sequence[PlacedTensor],
-        norms: dict[str, Tensor],
-        changed: dict[str, Tensor],
+        norm: FinalNorm,
         loaded: Loaded,
         writer: Writer,
     ) -> None:
         found = {t.name: decode(t, loaded.views) for t in stage.tensors}
-        norms |= found
-        changed |= found
+        norm.stored |= found
+        norm.changed |= found
         for p in self.work.passes:
-            p.transform(layout, changed)
+            norm.met.append(final_norm(norm.changed))
+            p.transform(layout, norm.changed)
         for place in placed:
-            refuse_nonfinite(place.name, kernels.nonfinite(changed[place.name]))
-            writer.write(place, as_bytes(changed[place.name].contiguous(), place))
+            refuse_nonfinite(place.name, kernels.nonfinite(norm.changed[place.name]))
+            writer.write(place, as_bytes(norm.changed[place.name].contiguous(), place))
 
     def _encoded_head(
         self,
         stage: StageLayout,
         matrix: LinearLayout,
         placed: Sequence[PlacedTensor],
-        norm: Tensor,
+        norms: Sequence[Tensor],
         loaded: Loaded,
         writer: Writer,
         meet: Meet,
@@ -289,7 +297,7 @@ class Calibrated:
         """A head that is quantised because it was asked for by name: whole, and without statistics."""
         weights = {t.name: decode(t, loaded.views) for t in stage.tensors}
         original, scheme = weights[matrix.weight], self.work.schemes[matrix.name]
-        for p in self.work.passes:
+        for p, norm in zip(self.work.passes, norms, strict=True):
             weights[matrix.weight] = p.transform_rows(matrix.weight, weights[matrix.weight], norm)
         worked = Stage(stage, weights, {matrix.name: scheme}, heard=lambda: step(0))
         for p in self.work.passes:

@@ -83,7 +83,8 @@ class Reshaper:
             for name, x in inputs.items():
                 sites[name].statistics.add(x)
             if p.corrects and self.reference is not None:
-                theirs = block.inputs(step, self.reference.batches[number], source)
+                same = Batch(batch.lengths, self.reference.batches[number].state, batch.excluded)  # the positions that count here
+                theirs = block.inputs(step, same, source)
                 for name, x in inputs.items():
                     targets[name].add(self._wanted(stored, project, theirs[name]), x)
             self.heard(sum(site.statistics.columns**2 / 2 for site in sites.values()) * sum(batch.lengths))

@@ -104,7 +104,7 @@ class Pass:
         """Changes a block's weights in place (full names), before anything is measured."""
 
     def transform_rows(self, name: str, rows: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
-        """The same for a slice of rows of the embeddings or the head. `norm`: the final norm's weight as stored, for the head."""
+        """The same for a slice of rows of the embeddings or the head. `norm`: for the head, the final norm as this pass finds it."""
         return rows
 
     def turn(self, hidden: torch.Tensor) -> torch.Tensor:

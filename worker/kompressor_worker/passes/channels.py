@@ -12,6 +12,7 @@ from torch import Tensor
 from kompressor_worker.architectures import FAMILIES, Family
 from kompressor_worker.block import Reduction
 from kompressor_worker.layout import ModelLayout, UnitLayout
+from kompressor_worker.passes.encoding import finite
 from kompressor_worker.passes.reduction import dampened, digits
 from kompressor_worker.passes.surveyor import SeenBlock, Surveyor
 from kompressor_worker.resizing import axes
@@ -136,6 +137,8 @@ def fit(reduction: Reduction, by: str) -> None:
     hessian, cross = reduction.site.statistics.hessian, reduction.cross
     if hessian is None or cross is None or not bool(hessian.any()):
         return
+    for statistic in (hessian, cross):
+        finite(statistic, reduction.site.name)
     weight = reduction.weights[linear.weight].float()
     work = dampened(hessian, linear.name)
     change = torch.cholesky_solve((cross - weight @ hessian).T, torch.linalg.cholesky(work)).T

@@ -38,6 +38,7 @@ class PruneHeads(StructuredPass):
     Params: ClassVar[type[Model]] = PruneHeadsParams
     reduces = frozenset({"o"})
     name = "pruneHeads"
+    sizes = ("num_attention_heads",)
 
     def __init__(self, params: PruneHeadsParams) -> None:
         self.params = params

@@ -60,6 +60,7 @@ class PruneHidden(StructuredPass):
 
     Params: ClassVar[type[Model]] = PruneHiddenParams
     name = "pruneHidden"
+    sizes = ("hidden_size",)
     transforms = True
     surveys = 1
 

@@ -61,6 +61,7 @@ class PruneLayers(StructuredPass):
 
     Params: ClassVar[type[Model]] = PruneLayersParams
     name = "pruneLayers"
+    sizes = ("num_hidden_layers",)
 
     def __init__(self, params: PruneLayersParams) -> None:
         self.params = params
@@ -126,10 +127,10 @@ class PruneLayers(StructuredPass):
         self._maps = {int(name): value for name, value in found.items()}
 
     def transform(self, layout: UnitLayout, weights: dict[str, torch.Tensor]) -> None:
-        """The map goes into the down projections (of all experts) of the block before a run: W' = T^T W."""
+        """The map goes into the down projections (of all experts) of the block before a run: W' = T^T W, b' = T^T b."""
         if (matrix := self._map(layout)) is None:
             return
-        for name in [n for n in weights if self._maps_into(n.removesuffix(".weight"))]:
+        for name in [n for n in weights if self._maps_into(n.rpartition(".")[0])]:
             weight = weights[name]
             weights[name] = (matrix.to(weight.device).T @ weight.float()).to(weight.dtype)
 

@@ -48,6 +48,7 @@ class PruneWidth(StructuredPass):
     Params: ClassVar[type[Model]] = PruneWidthParams
     reduces = frozenset({"down", "experts_out"})
     name = "pruneWidth"
+    sizes = tuple(KEYS.values())
 
     def __init__(self, params: PruneWidthParams) -> None:
         self.params = params

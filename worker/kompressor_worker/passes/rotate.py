@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -19,7 +20,7 @@ from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.architectures import FAMILIES, Dimensions, Family, text_config
 from kompressor_worker.errors import UserError
-from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
+from kompressor_worker.layout import DTYPE_BYTES, LinearLayout, ModelLayout, StageLayout, UnitLayout
 from kompressor_worker.passes import Pass
 from kompressor_worker.schemes import Scheme
 
@@ -58,14 +59,14 @@ class Rotate(Pass):
                 )
             layout = untied(layout, kinds["embedding"])
         sizes = Dimensions(family, layout.config)
-        heads, queries, values = text_config(layout.config).get("num_attention_heads"), sizes["q"], sizes["kv"]
+        heads, queries = text_config(layout.config).get("num_attention_heads"), sizes["q"]
         hidden = kinds["embedding"].shape[1]
-        if not heads or not queries or not values:
+        if not heads or not queries or not sizes["kv"]:
             raise UserError("rotate: config.json does not say num_attention_heads; add it", Reason.UNSUPPORTED_MODEL)
         for linear in layout.linears():
             if linear.pruned is not None:
                 raise UserError(f"rotate: {linear.name} is pruned by an earlier pass, and a rotation fills its zeros; put rotate first")
-        self._merged = Merged(family, hidden, queries // heads, values, self.params.seed)
+        self._merged = Merged(family, hidden, queries // heads, self.params.seed)
         return replace(layout, rotated=True)
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
@@ -96,9 +97,9 @@ class Rotate(Pass):
 class Merged:
     """The two rotations of one model, and how weights take them in."""
 
-    def __init__(self, family: Family, hidden: int, head: int, values: int, seed: int) -> None:
-        """`head`: channels of a head; `values`: those of all KV heads together."""
-        self.family, self.hidden, self.head, self.values, self.seed = family, hidden, head, values, seed
+    def __init__(self, family: Family, hidden: int, head: int, seed: int) -> None:
+        """`head`: channels of a head."""
+        self.family, self.hidden, self.head, self.seed = family, hidden, head, seed
         self._rotations: tuple[Rotation, Rotation] | None = None
 
     @property
@@ -161,14 +162,15 @@ class Merged:
     def _values(self, producer: str, reader: str, weights: dict[str, torch.Tensor]) -> None:
         """Rows and bias of v, in fused weights the last ones, and columns of o: head by head. Leaves both weights in fp64, since R1 has yet
         to come and they are to be rounded once."""
-        weight = weights[f"{producer}.weight"].double()
-        by_head = weight[-self.values :].T.reshape(-1, self.head)
-        weight[-self.values :] = self.value.rows(by_head).view(-1, self.values).T
+        weight, out = weights[f"{producer}.weight"].double(), weights[f"{reader}.weight"].double()
+        fused = len(self.family.attention[0].linears) == 1  # q, k and v: q has as many rows as o columns, k as many as v
+        values = (len(weight) - out.shape[1]) // 2 if fused else len(weight)
+        by_head = weight[-values:].T.reshape(-1, self.head)
+        weight[-values:] = self.value.rows(by_head).view(-1, values).T
         weights[f"{producer}.weight"] = weight
         if (bias := weights.get(f"{producer}.bias")) is not None:
-            turned = self.value.rows(bias[-self.values :].view(-1, self.head)).view(-1)
+            turned = self.value.rows(bias[-values:].view(-1, self.head)).view(-1)
             weights[f"{producer}.bias"] = self._with_last(bias, turned)
-        out = weights[f"{reader}.weight"].double()
         weights[f"{reader}.weight"] = self.value.rows(out.view(-1, self.head)).view(out.shape)
 
     def _with_last(self, whole: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -202,10 +204,11 @@ def _rotates(family: Family) -> bool:
 def untied(layout: ModelLayout, embedding: LinearLayout) -> ModelLayout:
     """The layout with a head of its own, made of the embeddings' stored tensors."""
     source = next(t for stage in layout.stages() for t in stage.tensors if t.name == embedding.weight)
-    head = SourceTensor("lm_head.weight", source.dtype, source.shape, source.stored, source.encoding, source.block)
+    head = replace(source, name="lm_head.weight")
     stage = StageLayout("lm_head", (head,), (LinearLayout("lm_head", embedding.shape, embedding.dtype, "head"),))
     units = tuple(replace(u, stages=(*u.stages, stage)) if u.name == "head" else u for u in layout.units)
-    warning = f"rotate: the head was tied to the embeddings and is now a tensor of its own, {head.nbytes} bytes more"
+    size = prod(head.result_shape) * DTYPE_BYTES[head.dtype]
+    warning = f"rotate: the head was tied to the embeddings and is now a tensor of its own, {size} bytes more"
     return replace(
         layout,
         units=units,

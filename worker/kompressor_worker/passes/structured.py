@@ -33,6 +33,8 @@ class StructuredPass(Pass):
     """Base of a pass that takes heads, neurons, channels or blocks away: it comes before whatever is said of single weights."""
 
     name: ClassVar[str]
+    sizes: ClassVar[tuple[str, ...]]
+    """In config.json: what becomes smaller."""
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Nothing. Raises UserError after a pass that quantises."""
@@ -42,7 +44,11 @@ class StructuredPass(Pass):
         return {}
 
     def refuse_late(self, layout: ModelLayout) -> None:
-        """Raises UserError after a pass that sets weights to zero, or that measures the cache."""
+        """Raises UserError after a pass that sets weights to zero, or that measures the cache, and after another of the same name."""
+        for size in self.sizes:
+            was, now = (text_config(config).get(size) for config in (layout.source_config, layout.config))
+            if was != now:
+                raise UserError(f"{self.name}: an earlier {self.name} has left {size} {now} of {was}; ask once, for all that shall go")
         if pruned := next((x.name for x in layout.linears() if x.pruned is not None), None):
             raise UserError(
                 f"{self.name}: {pruned} is to have zeros by an earlier pass, and loses some with its shape; put {self.name} first"

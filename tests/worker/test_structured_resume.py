@@ -1,0 +1,119 @@
+"""A job with surveys that is cut off in them, or behind them, goes on with the same activations and decisions: the same bytes come out."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nursery import Nursery
+from test_calibrated_resume import data
+from test_resume import TRIES, files_of
+
+import jobs
+from kompressor_worker.job import load_job
+from kompressor_worker.journal import decode
+from kompressor_worker.storage import JOURNAL
+from kompressor_worker.storage.locations import open_output
+
+PASSES = [
+    {"pruneLayers": {"layers": 9, "measure": "divergence", "samples": 4}},
+    {"pruneHidden": {"hiddenSize": 48}},
+    {"pruneHeads": {"kvHeads": 1}},
+    {"pruneWidth": {"ratio": 0.25, "multiple": 32}},
+    {"gptq": {"scheme": "W4A16", "groupSize": 32, "ignore": ["re:.*(q|k|v|gate|up)_proj"]}},
+]
+ALWAYS_SAVES = """
+import functools, kompressor_worker.run
+kompressor_worker.run.Limits = functools.partial(kompressor_worker.run.Limits, snapshot_seconds=0)
+"""
+GOES_ON = re.compile(r"survey (\d) goes on at unit (\d+)|going on at unit (\d+) of")
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery(ALWAYS_SAVES) as ready:
+        yield ready
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve thin blocks, the embeddings tied to the head."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = tmp_path_factory.mktemp("blocks")
+    config = Qwen3Config(**sizes, head_dim=32, vocab_size=512, tie_word_embeddings=True, initializer_range=0.1)
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def job(tmp_path: Path, model: Path, out: str, passes: list[dict[str, Any]] = PASSES) -> Path:
+    body = jobs.manifest(model.as_uri(), (tmp_path / out).as_uri(), passes)
+    for seed, name in enumerate(("calibration", "evaluation")):
+        dataset = {"uri": data(tmp_path / f"{name}.jsonl", 16, 24, seed), "tokens": "ids"}
+        body["spec"][name] = {"dataset": dataset, "samples": 16, "sequenceLength": 24}
+    return jobs.write(tmp_path / f"{out}.json", body)
+
+
+def cut_off(nursery: Nursery, job: Path, seconds: float) -> str:
+    """A worker that is killed after so long; all that it said."""
+    worker = nursery.worker(job)
+    time.sleep(seconds)
+    if worker.poll() is None:
+        worker.send_signal(signal.SIGKILL)
+    return worker.communicate()[1]
+
+
+def test_killed_anywhere_the_same_bytes_come_out(nursery: Nursery, blocks: Path, tmp_path: Path) -> None:
+    """Until a worker has gone on inside of both surveys and inside of the stream."""
+    began = time.monotonic()
+    whole = nursery.worker(job(tmp_path, blocks, "whole"))
+    said = whole.communicate()[1]
+    took = time.monotonic() - began
+    assert whole.returncode == 0, said
+    wanted = files_of(tmp_path / "whole")
+    report = json.loads(wanted["kompressor.json"])
+    assert report["evaluation"]["kl"] > 0
+    seen: set[str] = set()
+    for number, out in enumerate(TRIES):
+        chance = random.Random(number)
+        cut = job(tmp_path, blocks, out)
+        heard = "".join(cut_off(nursery, cut, took * chance.uniform(0.1, 0.6)) for _ in range(8))
+        last = nursery.worker(cut)
+        heard += last.communicate()[1]
+        assert last.returncode == 0, heard
+        made = files_of(tmp_path / out)
+        assert made.keys() == wanted.keys()
+        assert [name for name in wanted if name != "report.html" and made[name] != wanted[name]] == []
+        assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == [], "working objects were left behind"
+        seen |= {f"survey {survey}" if survey else "stream" for survey, _, _ in GOES_ON.findall(heard)}
+        if {"survey 1", "survey 2", "stream"} <= seen:
+            return
+    pytest.fail(f"workers were only ever killed in {sorted(seen)}")
+
+
+def test_what_a_survey_saved_is_of_one_job_only(nursery: Nursery, blocks: Path, tmp_path: Path) -> None:
+    """Cut off before the first unit is done, another job is told so; the first one then goes on as if nothing had been."""
+    cut = job(tmp_path, blocks, "out")
+    output = open_output(load_job(cut, {}).spec.output, {})
+    for tenths in range(1, 40):
+        cut_off(nursery, cut, tenths / 10)
+        found = output.read(JOURNAL)
+        if found is not None and (state := decode(found[0], "")).begun:
+            break
+    assert state.unit == 0, state
+    other = nursery.worker(job(tmp_path, blocks, "out", [{"pruneLayers": {"layers": 8}}, *PASSES[1:]]))
+    said = other.communicate()[1]
+    assert other.returncode == 64 and "JournalMismatch" in said and "passes" in said, said
+    again = nursery.worker(job(tmp_path, blocks, "out"))
+    said = again.communicate()[1]
+    assert again.returncode == 0 and "survey" in said, said
