@@ -133,12 +133,6 @@ def forget_the_report(folder: Path) -> None:
     (folder / "kompressor.json").unlink()
 
 
-def begin_only(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    (folder / ".kompressor").mkdir()
-    (folder / ".kompressor/journal.json").write_text("{}")
-
-
 def lose_a_scale(folder: Path) -> None:
     report = json.loads((folder / "kompressor.json").read_text())
     del report["tensors"]["model.layers.0.mlp.up_proj.weight_scale"]
@@ -147,7 +141,11 @@ def lose_a_scale(folder: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "foreign": (forget_the_report, 64, "so this is no result of Kompressor; name the output.uri of a job that is Complete"),
-    "unfinished": (begin_only, 64, "not finished: its job still runs, or was cut off"),
+    "unfinished": (
+        lambda folder: (folder / "config.json").unlink(),
+        64,
+        "no config.json, so this is no result, or its job has not finished; let it finish first",
+    ),
     "of two runs": (lose_a_scale, 65, "'model.layers.0.mlp.up_proj.weight_scale' is not in kompressor.json"),
     "a flipped bit": (lambda folder: flip_in(folder / "model.safetensors"), 65, "is not what was written"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), 65, "tokenizer.json is missing; upload the result again"),

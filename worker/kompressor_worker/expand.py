@@ -31,7 +31,7 @@ from kompressor_worker.progress import Progress
 from kompressor_worker.publish import CONFIG, REPORT, already_published, build_report, publish, refuse_without_room
 from kompressor_worker.reading import arranged
 from kompressor_worker.shards import plan_output
-from kompressor_worker.storage import JOURNAL, WORK, Source
+from kompressor_worker.storage import JOURNAL, Source
 from kompressor_worker.storage.locations import open_output, open_source
 from kompressor_worker.verify import check_names, scheme_of
 
@@ -116,8 +116,11 @@ def expand(
 def read_result(source: Source) -> tuple[Checkpoint, dict[str, Any]]:
     """Its headers and its kompressor.json. Raises UserError, CorruptSource."""
     files = source.list()
-    if CONFIG not in files and any(name.startswith(WORK) for name in files):
-        raise UserError(f"{source.uri}: not finished: its job still runs, or was cut off; let it finish first", Reason.SOURCE_NOT_FOUND)
+    if CONFIG not in files:  # the last one that is written
+        raise UserError(
+            f"{source.uri}: no {CONFIG}, so this is no result, or its job has not finished; let it finish first",
+            Reason.SOURCE_NOT_FOUND,
+        )
     if REPORT not in files:
         raise UserError(
             f"{source.uri}: no {REPORT}, so this is no result of Kompressor; name the output.uri of a job that is Complete",
