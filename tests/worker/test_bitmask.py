@@ -189,7 +189,7 @@ def test_more_zeros_than_asked_for(tmp_path: Path) -> None:
     plan = make_plan(load_job(tmp_path / "job.json", {}), {}).as_json()
     report = compress(tmp_path / "job.json")
     entry = report["pruned"]["model.layers.1.mlp.up_proj"]
-    assert entry["zeros"] > weight.numel() // 2 and report["result"]["tensorBytes"] == plan["outputBytes"]
+    assert entry["zeros"] >= weight.numel() // 2 > round(0.3 * weight.numel()) and report["result"]["tensorBytes"] == plan["outputBytes"]
     assert torch.equal(decompressed(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"], weight), "its own zeros were enough"
 
 
