@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from math import prod
@@ -134,6 +134,7 @@ def build_report(
         **({"units": units} if units else {}),
         "linears": linears,
         **({"pruned": {name: pruned_entry(entry) for name, entry in pruned.items()}} if pruned else {}),
+        **allocation(pruned, [unit.name for unit in work.layout.units]),
         "tensors": {k: f"xxh3-128:{v}" for k, v in sorted(digests.items())},
         "files": sorted(
             [s.name for s in work.plan.shards] + list(work.layout.other_files) + [REPORT, PAGE, CONFIG]
@@ -146,7 +147,29 @@ def pruned_result(pruned: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """How many linears were pruned, and what share of their weights is zero; empty where none was."""
     weights = sum(prod(entry["shape"]) for entry in pruned.values())
     zeros = sum(entry["zeros"] for entry in pruned.values())
-    return {"prunedLinears": len(pruned), "sparsity": float(f"{zeros / weights:.6g}")} if weights else {}
+    return {"prunedLinears": len(pruned), "sparsity": digits(zeros / weights)} if weights else {}
+
+
+def allocation(pruned: Mapping[str, Mapping[str, Any]], blocks: Sequence[str]) -> dict[str, Any]:
+    """Where the zeros are, if not everywhere alike: the linears with the smallest and the largest share of them, and each block's share."""
+    shares = {name: entry["zeros"] / prod(entry["shape"]) for name, entry in pruned.items()}
+    if len({entry["asked"] for entry in pruned.values()}) < 2:
+        return {}
+    ends = {"smallest": min(shares, key=lambda name: shares[name]), "largest": max(shares, key=lambda name: shares[name])}
+    by_block = {}
+    for block in blocks:
+        if inside := [entry for name, entry in pruned.items() if name.startswith(f"{block}.")]:
+            by_block[block] = digits(sum(entry["zeros"] for entry in inside) / sum(prod(entry["shape"]) for entry in inside))
+    return {
+        "allocation": {
+            **{end: {"linear": name, "sparsity": digits(shares[name])} for end, name in ends.items()},
+            "blocks": by_block,
+        }
+    }
+
+
+def digits(share: float) -> float:
+    return float(f"{share:.6g}")
 
 
 def bitmask_result(layout: ModelLayout) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class Report(TypedDict, total=False):
     """Full module name to scheme, shape, groupSize, relativeError."""
     pruned: Mapping[str, Mapping[str, Any]]
     """The same to asked, shape, zeros, relativeError."""
+    allocation: Mapping[str, Any]
+    """publish.allocation(): where the zeros are, if not everywhere alike."""
     structure: Mapping[str, Any]
     """structure.section()."""
     evaluation: Mapping[str, Any]
@@ -88,6 +90,7 @@ def render(report: Report | Mapping[str, Any]) -> bytes:
             sections.output_error(report.get("blocks", ())),
             sections.weight_error(report.get("linears", {})),
             sections.pruned(report.get("pruned", {})),
+            sections.allocation(report.get("allocation", {}), report.get("pruned", {})),
             shape(report.get("structure", {})),
             sections.drift(report.get("drift")),
             sections.experts(report.get("blocks", ())),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -101,23 +101,43 @@ def pruned(linears: Mapping[str, Mapping[str, Any]]) -> str:
     return _error_map("Pruned", sub, linears, ("Asked", "asked"))
 
 
-def _error_map(title: str, sub: str, linears: Mapping[str, Mapping[str, Any]], column: tuple[str, str]) -> str:
-    """A map of blocks by kinds of linear; experts are one kind. What is in no block is listed below. `column`: what else the table of the
-    largest shows, its head and where it stands in `linears`."""
-    errors = {name: float(x["relativeError"]) for name, x in linears.items() if math.isfinite(x.get("relativeError", math.nan))}
+def allocation(found: Mapping[str, Any], linears: Mapping[str, Mapping[str, Any]]) -> str:
+    """Where the zeros are: blocks, and a map of blocks by kinds of linear. `found`: publish.allocation's, nothing where all have as many;
+    `linears`: those that are pruned."""
+    if not found:
+        return ""
+    shares = {name: x["zeros"] / max(1, math.prod(x["shape"])) for name, x in linears.items() if "zeros" in x}
+    least, most = found["smallest"], found["largest"]
+    sub = (
+        f"Zeros as a share of the weights, by block, and by kind of linear layer and block: from {percent(least['sparsity'])} in "
+        f"{least['linear']} to {percent(most['sparsity'])} in {most['linear']}."
+    )
+    plot, rest = _map(shares, lambda values: sum(values) / len(values))
+    return card("Zeros by layer", sub, columns(list(found.get("blocks", {}).items()), percent, height=130) + plot + rest)
+
+
+def _map(found: Mapping[str, float], pool: Callable[[Sequence[float]], float]) -> tuple[str, str]:
+    """Of linears: blocks by kinds, where experts are one kind and have one value; and what is in no block."""
     pooled: dict[tuple[str, str], list[float]] = {}
     outside: dict[str, float] = {}
-    for name, error in errors.items():
-        if found := NUMBERED.fullmatch(name):
-            pooled.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", found["kind"]), found["block"]), []).append(error)
+    for name, value in found.items():
+        if match := NUMBERED.fullmatch(name):
+            pooled.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", match["kind"]), match["block"]), []).append(value)
         else:
-            outside[name] = error
+            outside[name] = value
     cells = {}
     for (kind, block), values in pooled.items():
         of = f" ({len(values)} experts)" if len(values) > 1 else ""
-        cells[kind, block] = (math.sqrt(sum(v * v for v in values) / len(values)), f"{block}.{kind}{of}")
+        cells[kind, block] = (pool(values), f"{block}.{kind}{of}")
     plot = heat(cells, _unique(kind for kind, _ in cells), _unique(block for _, block in cells), percent)
-    rest = chips([(name, percent(error)) for name, error in outside.items()])
+    return plot, chips([(name, percent(value)) for name, value in outside.items()])
+
+
+def _error_map(title: str, sub: str, linears: Mapping[str, Mapping[str, Any]], column: tuple[str, str]) -> str:
+    """A map of blocks by kinds of linear, and the largest as a table. `column`: what else that shows, its head and where it stands in
+    `linears`."""
+    errors = {name: float(x["relativeError"]) for name, x in linears.items() if math.isfinite(x.get("relativeError", math.nan))}
+    plot, rest = _map(errors, lambda values: math.sqrt(sum(v * v for v in values) / len(values)))
     worst = sorted(errors, key=lambda name: -errors[name])[:LISTED]
     rows = [
         (name, str(linears[name].get(column[1], "")), " × ".join(map(str, linears[name].get("shape", ()))), percent(errors[name]))

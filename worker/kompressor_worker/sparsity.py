@@ -14,8 +14,6 @@ class Sparsity:
     keep: int = 0
     of: int = 0
     """0: unstructured."""
-    by_row: bool = False
-    """Whether an unstructured share is one of every row, and not of the weight as a whole."""
 
     @classmethod
     def of_pattern(cls, pattern: str) -> Sparsity:
@@ -25,11 +23,7 @@ class Sparsity:
 
     def zeros(self, shape: tuple[int, ...]) -> int:
         """At least so many of a weight of this shape."""
-        if self.of:
-            return prod(shape) // self.of * (self.of - self.keep)
-        if self.by_row:
-            return prod(shape[:-1]) * round(shape[-1] * self.share)
-        return round(prod(shape) * self.share)
+        return prod(shape) // self.of * (self.of - self.keep) if self.of else round(prod(shape) * self.share)
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}" if self.of else f"{100 * self.share:.3g}%"

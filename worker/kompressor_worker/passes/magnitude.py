@@ -1,4 +1,5 @@
-"""Magnitude pruning (Han et al. 2015, arXiv 1506.02626): the smallest weights of each linear become zero. Needs no data."""
+"""Magnitude pruning (Han et al. 2015, arXiv 1506.02626): the smallest weights of each linear become zero. Needs no data,
+unless it is to allocate."""
 
 from __future__ import annotations
 
@@ -20,16 +21,16 @@ class Magnitude(SparsityPass):
 
     Params: ClassVar[type[Model]] = MagnitudeParams
     name = "magnitude"
+    scored = False
 
     def apply(self, stage: Stage) -> None:
         """Raises BadNumerics."""
         from kompressor_worker.passes.encoding import refuse_nonfinite
         from kompressor_worker.passes.zeroing import least, put
 
-        names, sparsity = {linear.name for linear in self._chosen}, self.params.wanted()
         for linear in stage.layout.linears:
-            if linear.name in names:
+            if linear.name in self._asked:
                 stage.heard()
                 weight = stage.weights[linear.weight]
                 refuse_nonfinite(linear, weight)
-                put(stage, linear, weight.masked_fill(least(weight.abs().float(), sparsity), 0.0))
+                put(stage, linear, weight.masked_fill(least(weight.abs().float(), self._asked[linear.name], by_row=False), 0.0))

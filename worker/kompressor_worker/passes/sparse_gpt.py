@@ -47,8 +47,7 @@ class SparseGpt(SparsityPass):
         """Raises BadNumerics. `stage.notes["sparseGPT"]`, unless all went as usual: the `dampening` that a factorisation needed, and
         `byMagnitude`, linears that no row of data reached."""
         notes: dict[str, Any] = {}
-        names = {linear.name for linear in self._chosen}
-        left = {linear.name: linear for linear in stage.layout.linears if linear.name in names}
+        left = {linear.name: linear for linear in stage.layout.linears if linear.name in self._asked}
         for site in stage.sites:
             if linears := [left.pop(linear.name) for linear in site.linears if linear.name in left]:
                 self._site(stage, site, linears, notes)
@@ -63,7 +62,7 @@ class SparseGpt(SparsityPass):
         from kompressor_worker.passes.hessian import Factor
         from kompressor_worker.passes.zeroing import put
 
-        hessian, sparsity, factor = site.statistics.hessian, self.params.wanted(), None
+        hessian, factor = site.statistics.hessian, None
         if hessian is not None and bool(hessian.any()):
             factor = Factor.of(finite(hessian, site.name), self.params.dampening, False, site.name, stage.heard)
             diagonal = factor.inverse.diagonal()
@@ -76,7 +75,7 @@ class SparseGpt(SparsityPass):
                 continue
             weight = stage.weights[linear.weight]
             refuse_nonfinite(linear, weight)
-            put(stage, linear, kernels.prune(weight.float(), factor.inverse, sparsity, stage.heard)[0])
+            put(stage, linear, kernels.prune(weight.float(), factor.inverse, self._asked[linear.name], stage.heard)[0])
 
     def _by_magnitude(self, stage: Stage, linear: LinearLayout, notes: dict[str, Any]) -> None:
         from kompressor_worker.passes.encoding import refuse_nonfinite
@@ -84,5 +83,5 @@ class SparseGpt(SparsityPass):
 
         weight = stage.weights[linear.weight]
         refuse_nonfinite(linear, weight)
-        put(stage, linear, weight.masked_fill(least(weight.abs().float(), self.params.wanted()), 0.0))
+        put(stage, linear, weight.masked_fill(least(weight.abs().float(), self._asked[linear.name], by_row=False), 0.0))
         notes.setdefault("byMagnitude", []).append(linear.name)

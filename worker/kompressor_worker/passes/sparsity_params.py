@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, ClassVar, Self
+from math import prod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -12,10 +13,16 @@ from kompressor_api.fields import Number
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout, StageLayout
 from kompressor_worker.passes import Pass
+from kompressor_worker.passes.allocation import KINDS, LARGEST, TRIED, allocate
 from kompressor_worker.passes.linear_params import TargetParams
 from kompressor_worker.passes.selection import choose
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    import torch
+
+    from kompressor_worker.passes.surveyor import Surveyor
 
 MOST = 32
 """Neighbours of a pattern at most."""
@@ -27,18 +34,28 @@ class SparsityParams(TargetParams):
     sparsity: Number | None = Field(
         default=None,
         gt=0.0,
-        le=0.95,
-        description="Share of the weights of every targeted linear that become zero. Either this or pattern.",
+        le=LARGEST,
+        description="Share of the targeted linears' weights that become zero. Either this or pattern.",
     )
     pattern: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,2}:[0-9]{1,2}$", max_length=5)] | None = Field(
         default=None,
         description="N:M, such as 2:4: of every M neighbouring weights of a row N are kept. M must divide the columns of every target.",
     )
 
+    allocation: Literal["uniform", "error"] = Field(
+        default="uniform",
+        description=(
+            "uniform: every targeted linear gets this sparsity. error: together they get as many zeros, more where zeros cost less and "
+            "fewer where they cost more, 0 to 95% each, by what a survey of the source measures on calibration data. Only with sparsity."
+        ),
+    )
+
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.sparsity is None) == (self.pattern is None):
             raise ValueError("give either sparsity, such as 0.5, or pattern, such as 2:4")
+        if self.pattern is not None and self.allocation != "uniform":
+            raise ValueError(f"pattern {self.pattern} is the same everywhere: leave allocation out, or give sparsity in its place")
         if self.pattern is not None:
             keep, of = map(int, self.pattern.split(":"))
             if not 1 <= keep < of <= MOST:
@@ -49,8 +66,11 @@ class SparsityParams(TargetParams):
         return Sparsity(self.sparsity) if self.sparsity is not None else Sparsity.of_pattern(self.pattern or "")
 
 
-def marked(layout: ModelLayout, params: SparsityParams, by: str) -> tuple[ModelLayout, list[LinearLayout]]:
+def marked(
+    layout: ModelLayout, params: SparsityParams, by: str, zeros: Mapping[str, int] | None = None
+) -> tuple[ModelLayout, list[LinearLayout]]:
     """The layout with what the pass `by` prunes marked in it, and those linears. What an earlier pass prunes is left out.
+    `zeros`: of those linears that get another number than `params` says, by name.
 
     Raises UserError: targets that match nothing, a linear whose columns a pattern does not divide, a head."""
     sparsity = params.wanted()
@@ -64,13 +84,14 @@ def marked(layout: ModelLayout, params: SparsityParams, by: str) -> tuple[ModelL
                 f"{by}: {linear.name}: {linear.shape[1]} columns not divisible by the {sparsity.of} of pattern {sparsity}; "
                 "choose another pattern, or list it under ignore"
             )
-    names = {linear.name for linear in chosen}
+    own = {x.name: Sparsity(zeros[x.name] / prod(x.shape)) for x in chosen if zeros and x.name in zeros}
+    asked = {linear.name: replace(linear, pruned=own.get(linear.name, sparsity)) for linear in chosen}
 
     def stage(old: StageLayout) -> StageLayout:
-        return replace(old, linears=tuple(replace(x, pruned=sparsity) if x.name in names else x for x in old.linears))
+        return replace(old, linears=tuple(asked.get(x.name, x) for x in old.linears))
 
     units = tuple(replace(unit, stages=tuple(map(stage, unit.stages))) for unit in layout.units)
-    return replace(layout, units=units), chosen
+    return replace(layout, units=units), list(asked.values())
 
 
 class SparsityPass(Pass):
@@ -78,14 +99,40 @@ class SparsityPass(Pass):
 
     name: ClassVar[str]
     prunes = True
+    scored: ClassVar[bool] = True
+    """Whether it looks at the norms of inputs, and goes row by row."""
 
     def __init__(self, params: SparsityParams) -> None:
         self.params = params
+        self.surveys = 1 if params.allocation == "error" else 0
+        self._asked: dict[str, Sparsity] = {}
+        """By linear."""
         self._chosen: list[LinearLayout] = []
+        self._zeros: dict[str, int] = {}
 
     def prepare(self, layout: ModelLayout) -> ModelLayout:
-        layout, self._chosen = marked(layout, self.params, self.name)
+        """The share of each linear marked in it, before a survey the one that was asked for. Raises UserError."""
+        if self.surveys:
+            refuse_changed(layout, self.name)
+        layout, self._chosen = marked(layout, self.params, self.name, self._zeros)
+        self._asked = {linear.name: linear.pruned for linear in self._chosen if linear.pruned is not None}
         return layout
+
+    def surveyor(self, source: ModelLayout) -> Surveyor:
+        from kompressor_worker.passes.error_curves import ErrorCurves
+
+        return ErrorCurves(self._asked, self.params.wanted(), self.scored)
+
+    def survey_rows(self, layers: int) -> float:
+        return float(KINDS * TRIED * self.surveys)
+
+    def decide(self, found: Mapping[str, torch.Tensor]) -> None:
+        """As many zeros as before. A linear that no row has reached keeps its share."""
+        measured = [linear for linear in self._chosen if linear.name in found]
+        sparsity = self.params.wanted()
+        curves = {linear.name: found[linear.name].tolist() for linear in measured}
+        weights = {linear.name: prod(linear.shape) for linear in measured}
+        self._zeros = allocate(curves, weights, sum(sparsity.zeros(linear.shape) for linear in measured))
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Nothing. Raises UserError where an earlier pass has quantised what this one prunes."""
@@ -96,3 +143,20 @@ class SparsityPass(Pass):
                     "quantise, or list it under ignore"
                 )
         return {}
+
+
+def refuse_changed(layout: ModelLayout, by: str) -> None:
+    """Raises UserError where what a survey of the source says of linears is not true of them any more."""
+    shapes = {t.name: t.shape for stage in layout.stages() for t in stage.tensors}
+    if layout.rotated:
+        what = "an earlier rotate has turned the weights"
+    elif any(unit.dropped for unit in layout.units):
+        what = "an earlier pass has taken blocks out"
+    elif smaller := next((x.name for x in layout.linears() if x.kind == "linear" and shapes.get(x.weight, x.shape) != x.shape), None):
+        what = f"an earlier pass has made {smaller} smaller"
+    else:
+        return
+    raise UserError(
+        f"{by}: allocation error goes by a survey of the source, and {what} since; use allocation: uniform, or publish what the earlier "
+        "passes make and prune that in a job of its own"
+    )

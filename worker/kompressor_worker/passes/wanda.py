@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.passes.sparsity_params import SparsityParams, SparsityPass
-from kompressor_worker.sparsity import Sparsity
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +17,6 @@ if TYPE_CHECKING:
 class WandaParams(SparsityParams):
     """Wanda: sets those weights to zero that matter least to what the calibration data makes of each row. Goes before the pass that
     quantises."""
-
-    def wanted(self) -> Sparsity:
-        return replace(super().wanted(), by_row=True)
 
 
 class Wanda(SparsityPass):
@@ -36,10 +31,10 @@ class Wanda(SparsityPass):
         from kompressor_worker.passes.encoding import finite, refuse_nonfinite
         from kompressor_worker.passes.zeroing import least, put
 
-        names, sparsity, unreached = {linear.name for linear in self._chosen}, self.params.wanted(), []
+        unreached = []
         squares = {x.name: finite(s, site.name) for site in stage.sites for x in site.linears if (s := site.statistics.squares) is not None}
         for linear in stage.layout.linears:
-            if linear.name not in names:
+            if linear.name not in self._asked:
                 continue
             stage.heard()
             weight = stage.weights[linear.weight]
@@ -47,7 +42,7 @@ class Wanda(SparsityPass):
             if linear.name not in squares:
                 unreached.append(linear.name)
             scores = self._scores(weight, squares.get(linear.name))
-            put(stage, linear, weight.masked_fill(least(scores, sparsity), 0.0))
+            put(stage, linear, weight.masked_fill(least(scores, self._asked[linear.name], by_row=True), 0.0))
         if unreached:
             stage.notes["wanda"] = {"byMagnitude": unreached}
 

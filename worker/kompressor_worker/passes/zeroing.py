@@ -13,12 +13,24 @@ from kompressor_worker.sparsity import Sparsity
 ROWS = 1024
 
 
-def least(scores: Tensor, sparsity: Sparsity) -> Tensor:
+def in_rows(scores: Tensor, count: int) -> Tensor:
+    """bool: `count` of fp32 [out, in], equally many of the smallest in each row; what does not go up in that, one more in those rows where
+    that one is smallest. Of equals the first."""
+    each, more = divmod(count, len(scores))
+    chosen = smallest_in_rows(scores, each)
+    if more:
+        following = scores.masked_fill(chosen, float("inf")).min(dim=1)
+        rows = smallest_in_all(following.values, more)
+        chosen[rows, following.indices[rows]] = True
+    return chosen
+
+
+def least(scores: Tensor, sparsity: Sparsity, by_row: bool) -> Tensor:
     """bool [out, in]: those of least score fp32 [out, in], over the whole weight or in each row, or as the pattern says."""
     if sparsity.of:
         return smallest_in_groups(scores, sparsity.keep, sparsity.of)
-    if sparsity.by_row:
-        return smallest_in_rows(scores, sparsity.zeros((1, scores.shape[1])))
+    if by_row:
+        return in_rows(scores, sparsity.zeros(tuple(scores.shape)))
     return smallest_in_all(scores, sparsity.zeros(tuple(scores.shape)))
 
 
