@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kompressor_worker.decoder import Batch
+from kompressor_worker.batch import Batch
 from kompressor_worker.errors import BadNumerics
 from kompressor_worker.passes.allocation import LARGEST, SHARES, STEPS, TRIED
 from kompressor_worker.passes.encoding import finite
