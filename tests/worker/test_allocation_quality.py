@@ -11,7 +11,6 @@ import pytest
 from quality import Laboratory, require_ratio
 
 from calibrated_jobs import write_data
-from kompressor_worker.passes import sparsity_params
 from kompressor_worker.passes.error_curves import ErrorCurves
 from models import held_out_tokens, trained_model
 
