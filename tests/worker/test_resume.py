@@ -94,7 +94,7 @@ def test_killed_on_a_file_system(nursery: Nursery, deep_model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("units", [0, 3])
-def test_sigterm_commits_and_exits_75(bucket: Bucket, deep_model: Path, tmp_path: Path, units: int) -> None:
+def test_sigterm_commits_and_exits_75(nursery: Nursery, bucket: Bucket, deep_model: Path, tmp_path: Path, units: int) -> None:
     bucket.upload(deep_model, "source")
     for out in TRIES:
         job = jobs.write(tmp_path / "j.json", jobs.manifest(bucket.uri("source"), bucket.uri(out), endpoint=bucket.server.endpoint))
@@ -104,7 +104,7 @@ def test_sigterm_commits_and_exits_75(bucket: Bucket, deep_model: Path, tmp_path
             continue  # it was publishing already
         assert process.returncode == 75, said
         assert not [n for n in bucket.names(out) if not n.startswith(".kompressor/")], "readers see something"
-        code, said = jobs.run(job, bucket.environ)
+        code, said = nursery.run(job, bucket.environ)
         assert code == 0
         if finished:
             assert f"going on at unit {finished[-1] + 1} " in said, "what was finished before SIGTERM was not committed"
@@ -209,7 +209,7 @@ def test_an_upload_lost_while_publishing_is_made_again(nursery: Nursery, bucket:
     for number in range(20):  # until a kill hits the moment between the last unit's record and the publish
         out = f"out{number}"
         job = jobs.write(tmp_path / "j.json", jobs.manifest(bucket.uri("source"), bucket.uri(out), endpoint=bucket.server.endpoint))
-        kill_after(nursery.worker(job, bucket.environ), 42, 0.02 * (number % 5), signal.SIGKILL)
+        kill_after(jobs.worker(job, bucket.environ), 42, 0.02 * (number % 5), signal.SIGKILL)  # a forked one is too fast
         time.sleep(1)  # the server ends what it was asked for, also when nobody waits for the answer
         names = bucket.names(out)
         if {".kompressor/units/00041.json", ".kompressor/journal.json"} <= set(names) and "model.safetensors" not in names:
