@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from kompressor_api.fields import Count
+from kompressor_api.fields import Count, Number
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.architectures import text_config
 from kompressor_worker.errors import UserError
@@ -22,7 +22,7 @@ class PruneHeadsParams(CorrectedParams):
     """Takes attention heads away, those that the calibration data misses least: each KV head with all query heads that share it, so that as
     many share one as before."""
 
-    ratio: float | None = RATIO
+    ratio: Number | None = RATIO
     kv_heads: Count | None = Field(default=None, ge=1, description="KV heads that stay in every block. Either this or ratio.")
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kompressor_api.fields import Count
+from kompressor_api.fields import Count, Number
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.architectures import Dimensions, text_config
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class PruneHiddenParams(Model):
     """Takes channels out of the residual stream, the same ones in the whole model."""
 
-    ratio: float | None = RATIO
+    ratio: Number | None = RATIO
     hidden_size: Count | None = Field(default=None, ge=1, description="Channels that stay. Either this or ratio.")
     multiple: Count = Field(
         default=128,

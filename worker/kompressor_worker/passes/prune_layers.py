@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kompressor_api.fields import Count
+from kompressor_api.fields import Count, Number
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.architectures import Family
 from kompressor_worker.dropping import block_numbers, depth_config, without
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class PruneLayersParams(Model):
     """Takes whole blocks out of the model, those that the calibration data misses least."""
 
-    ratio: float | None = RATIO
+    ratio: Number | None = RATIO
     layers: Count | None = Field(default=None, ge=1, description="Blocks that stay. Either this or ratio.")
     measure: Literal["influence", "divergence"] = Field(
         default="influence",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from kompressor_api.fields import Count
+from kompressor_api.fields import Count, Number
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.architectures import Dimensions, text_config
 from kompressor_worker.errors import UserError
@@ -24,7 +24,7 @@ KEYS = {"ffn": "intermediate_size", "moe_ffn": "moe_intermediate_size"}
 class PruneWidthParams(CorrectedParams):
     """Takes neurons out of every feed-forward, those that the calibration data misses least."""
 
-    ratio: float | None = RATIO
+    ratio: Number | None = RATIO
     intermediate_size: Count | None = Field(
         default=None, ge=1, description="Neurons that stay in every feed-forward (in a mixture: in every expert). Either this or ratio."
     )
