@@ -18,6 +18,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import kopf
@@ -164,7 +165,9 @@ async def serve(settings: Settings, stop: asyncio.Event, clock: Callable[[], dat
             waited=metrics.waited,
             looked=metrics.looked,
         )
-        relister = Relister(cluster, store, queue.add, settings.namespaces, settings.relist_seconds, settings.stale_seconds / 4)
+        relister = Relister(
+            cluster, store, partial(queue.add, sweep=True), settings.namespaces, settings.relist_seconds, settings.stale_seconds / 4
+        )
 
         def problem() -> str:
             """Asked by the liveness probe."""

@@ -32,6 +32,7 @@ class Relister:
     cluster: Cluster
     store: Store
     enqueue: Callable[[Key], None]
+    """Behind what there is news of."""
     namespaces: Sequence[str]
     interval: float
     impatient: float

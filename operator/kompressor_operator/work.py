@@ -1,6 +1,7 @@
 """A work queue like client-go's: each key at most once, never twice at the same time, failures with a growing delay.
 
-Level-based: a key says "look again", never what happened, so nothing is lost if many events become one.
+Level-based: a key says "look again", never what happened, so nothing is lost if many events become one. Looking at everything again (a
+sweep) stands behind what there is news of, and gets one turn in ten: thousands of jobs that are done do not keep one that waits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from collections.abc import Awaitable, Callable
 from kompressor_operator.observed import Key
 
 log = logging.getLogger(__name__)
+
+SWEEP_TURN = 10
+"""One key in so many is taken from the sweep while there is news."""
 
 
 class RetryLater(Exception):
@@ -42,6 +46,9 @@ class WorkQueue:
         self._waited, self._looked = waited, looked
         self._initial, self._maximum, self._jitter = initial, maximum, jitter
         self._ready: deque[Key] = deque()
+        self._sweep: dict[Key, None] = {}
+        """In the order in which they came."""
+        self._turns = 0
         self._waiting: dict[Key, float] = {}
         self._working: set[Key] = set()
         self._dirty: set[Key] = set()
@@ -51,16 +58,24 @@ class WorkQueue:
         self._stopping = False
         self._workers: list[asyncio.Task[None]] = []
 
-    def add(self, key: Key) -> None:
-        """Look at this one as soon as possible."""
-        if self._stopping or key in self._waiting:
+    def add(self, key: Key, sweep: bool = False) -> None:
+        """Look at this one as soon as possible; `sweep`: because all are looked at."""
+        if self._stopping:
+            return
+        if key in self._waiting:
+            if not sweep and key in self._sweep:
+                del self._sweep[key]
+                self._ready.append(key)
             return
         if key in self._working:
             self._dirty.add(key)
             return
-        self._cancel_timer(key)
         self._waiting[key] = time.monotonic()
-        self._ready.append(key)
+        if sweep:  # a timer stays: it is news when it is due
+            self._sweep[key] = None
+        else:
+            self._cancel_timer(key)
+            self._ready.append(key)
         self._wake.release()
 
     def add_after(self, key: Key, seconds: float) -> None:
@@ -108,7 +123,7 @@ class WorkQueue:
             await self._wake.acquire()
             if self._stopping:
                 return
-            key = self._ready.popleft()
+            key = self._next()
             self._waited(time.monotonic() - self._waiting.pop(key))
             self._working.add(key)
             try:
@@ -118,6 +133,14 @@ class WorkQueue:
                 if key in self._dirty:
                     self._dirty.discard(key)
                     self.add(key)
+
+    def _next(self) -> Key:
+        self._turns = (self._turns + 1) % SWEEP_TURN
+        if self._ready and (self._turns or not self._sweep):
+            return self._ready.popleft()
+        key = next(iter(self._sweep))
+        del self._sweep[key]
+        return key
 
     async def _once(self, key: Key) -> None:
         began, outcome = time.monotonic(), "ok"

@@ -39,6 +39,47 @@ async def test_many_events_become_one_look() -> None:
     assert sorted(seen) == [A, B]
 
 
+async def test_a_sweep_stands_behind_news_and_still_gets_its_turns() -> None:
+    swept, news = [("team", f"old-{n}") for n in range(40)], [("team", f"new-{n}") for n in range(40)]
+    seen: list[Key] = []
+
+    async def handle(key: Key) -> None:
+        seen.append(key)
+
+    queue = queue_of(handle)
+    for key in swept:
+        queue.add(key, sweep=True)
+    for key in news:
+        queue.add(key)
+    queue.add(swept[7])  # there is news of it now
+    assert queue.depth == 80
+    queue.start(1)
+    await until(lambda: len(seen) == 80)
+    await queue.stop(1)
+    assert sorted(seen) == sorted(swept + news), "each once"
+    assert [key for key in seen[:45] if key in news] == news, "news first, in order"
+    assert seen.index(swept[7]) < 46 and [key for key in seen if key in swept and key != swept[7]] == swept[:7] + swept[8:]
+    assert 3 <= sum(key in swept for key in seen[:40]) <= 5, "one turn in ten"
+
+
+async def test_what_is_due_does_not_wait_for_the_sweep() -> None:
+    others = [("team", f"old-{n}") for n in range(30)]
+    seen: list[Key] = []
+
+    async def handle(key: Key) -> None:
+        seen.append(key)
+        await asyncio.sleep(0.01)
+
+    queue = queue_of(handle)
+    queue.add_after(A, 0.03)
+    for key in [*others, A]:
+        queue.add(key, sweep=True)
+    queue.start(1)
+    await until(lambda: len(seen) >= 31)
+    await queue.stop(1)
+    assert seen.index(A) < 15
+
+
 async def test_a_key_is_never_in_work_twice_and_an_event_meanwhile_is_not_lost() -> None:
     running, most, runs, finish = 0, 0, 0, asyncio.Event()
 
