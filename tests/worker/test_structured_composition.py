@@ -11,7 +11,7 @@ import pytest
 import smaller
 import torch
 from sources import folder_source
-from test_structured_families import W4, compress, model_of, passes_of, require_function
+from test_structured_families import SHAPE, W4, compress, model_of, passes_of, require_function, rows_of
 
 from independent import tensors_of
 from kompressor_worker.passes.prune_layers import PruneLayers, PruneLayersParams
@@ -49,6 +49,27 @@ def test_rotated_behind_it_is_the_same_function(family: str, tmp_path: Path) -> 
 def test_any_order_of_what_does_not_look_at_the_whole(order: list[dict[str, Any]], tmp_path: Path) -> None:
     source = model_of("qwen3", tmp_path)
     require_function(source, tmp_path / "out", compress(source, tmp_path, order), 1e-3)
+
+
+def test_windows_of_the_last_blocks(tmp_path: Path) -> None:
+    """6 heads of 16 on 96 channels: what a head's size follows from stays, so it is a Qwen2 still, with windows from the third block on."""
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3, "head_dim": None}
+    source = smaller.lively(families.tiny_model("qwen2", **{**SHAPE, **window}), tmp_path / "source")
+    planted = smaller.plant(source, tmp_path / "planted", 1, 0.25, 32, 1)
+    report = compress(planted, tmp_path, [{"pruneLayers": {"layers": 5}}, HEADS, WIDTH, HIDDEN])
+    assert abs(report["evaluation"]["kl"]) < 1e-6
+    assert smaller.measure(planted, tmp_path / "out", rows_of("evaluation"))["kl"] < 1e-6
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["head_dim"], config["max_window_layers"]) == ("qwen2", 16, 2)
+    assert config["layer_types"] == ["full_attention"] * 2 + ["sliding_attention"] * 3
+
+
+def test_a_qwen2_whose_head_size_would_not_follow_has_another_name(tmp_path: Path) -> None:
+    source = model_of("qwen2", tmp_path)
+    report = compress(source, tmp_path, [{"pruneHeads": {"kvHeads": 2}}])
+    require_function(source, tmp_path / "out", report, 1e-3)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"], config["head_dim"]) == ("seed_oss", ["SeedOssForCausalLM"], 16)
 
 
 def test_biases_go_with_their_rows(tmp_path: Path) -> None:

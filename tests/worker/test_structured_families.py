@@ -32,7 +32,7 @@ WINDOW = {"sliding_window": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": WINDOW,
-    "qwen2": {**WINDOW, "use_sliding_window": True, "max_window_layers": 3, "head_dim": None},
+    "qwen2": {"head_dim": None},
     "qwen3": {},
     "gemma2": WINDOW,
     "gemma3": WINDOW,
@@ -145,7 +145,7 @@ def test_all_four_then_gptq(family: str, tmp_path: Path) -> None:
 DEAD_BLOCK = 2
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "ministral", "sliding_window": 128, "layer_types": ["full_attention"] * 5},
-    "qwen2": {"max_window_layers": 2, "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 3},
+    "qwen2": {"max_window_layers": 5, "layer_types": ["full_attention"] * 5},
     "qwen3": {"max_window_layers": 5, "layer_types": ["full_attention"] * 5},
     "gemma2": {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]},
     "gemma3": {"layer_types": ["sliding_attention"] * 4 + ["full_attention"]},

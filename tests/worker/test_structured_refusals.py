@@ -38,7 +38,16 @@ REFUSED: dict[str, tuple[str, Passes, str]] = {
     "stacked experts": ("gpt_oss", [HEADS], "model_type 'gpt_oss' is not one whose function is known"),
     "a model that sees": ("gemma3_vision", [HIDDEN], "also sees or hears, .*use pruneWidth, pruneHeads or pruneLayers"),
     "two widths, one count": ("qwen3_moe", [{"pruneWidth": {"intermediateSize": 96}}], "feed-forwards of two widths .*give a ratio"),
-    "heads that do not divide": ("gemma2", [{"pruneHeads": {"kvHeads": 3}}], "6 heads, and transformers refuses a gemma2 .*that divides"),
+    "heads that do not divide": (
+        "gemma2",
+        [{"pruneHeads": {"kvHeads": 3}}],
+        "6 heads of 64 channels, .*transformers refuses a gemma2 .*other counts",
+    ),
+    "a window that its stand-in has not": (
+        "qwen2",
+        [HEADS],
+        "vLLM takes .*a qwen2, .*seed_oss, which has no use_sliding_window; ask for other",
+    ),
     "after gptq": ("llama", [W4, HEADS], "is W4A16 by an earlier pass; put pruneHeads before the passes that quantise"),
     "after rtn": ("llama", [{"rtn": {"scheme": "W8A8"}}, LAYERS], "is W8A8 by an earlier pass; put pruneLayers before"),
     "after wanda": ("llama", [{"wanda": {"sparsity": 0.5}}, WIDTH], "is to have zeros by an earlier pass, .*put pruneWidth first"),
@@ -58,6 +67,7 @@ REFUSED: dict[str, tuple[str, Passes, str]] = {
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "heads that do not divide": {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "a window that its stand-in has not": {"num_attention_heads": 8, "head_dim": None, "use_sliding_window": True, "sliding_window": 8},
     "heads twice": {"num_attention_heads": 8, "num_key_value_heads": 4},
     "heads, then groups": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": None},
 }

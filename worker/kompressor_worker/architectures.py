@@ -13,7 +13,7 @@ from typing import Any
 from kompressor_api.names import Reason
 from kompressor_worker.errors import CorruptSource, UserError
 
-__all__ = ["FAMILIES", "Dimensions", "Experts", "Family", "Group", "Linear", "family_of", "text_config"]
+__all__ = ["FAMILIES", "Dimensions", "Experts", "Family", "Group", "Linear", "StandIn", "family_of", "text_config"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,19 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class StandIn:
+    """Another model_type of the same function and the same tensor names."""
+
+    model_type: str
+    says: Mapping[str, Any] = field(default_factory=dict)
+    """What config.json says beside."""
+    without: tuple[str, ...] = ()
+    """What it cannot do, by keys of config.json that say so."""
+    windowed: bool = False
+    """Whether its class makes a mask for a sliding window even where no layer has one, so that config.json must name one."""
+
+
+@dataclass(frozen=True)
 class Family:
     model_types: tuple[str, ...]
     """`model_type` in config.json, or in its text_config."""
@@ -64,8 +77,10 @@ class Family:
     """Where config.json does not list them: one of so many layers has full attention, the others a sliding window; 0: all are alike."""
     whole_heads: bool = False
     """Whether transformers' config class refuses a hidden size that is no multiple of the number of heads, head_dim or not."""
-    stand_in: str = ""
-    """A model_type of the same function and the same names whose config class does not."""
+    derived_head: bool = False
+    """Whether vLLM takes the hidden size over the number of heads for a head's size, head_dim or not."""
+    stand_in: StandIn | None = None
+    """For sizes that loaders do not take for these reasons."""
     forward: bool = True
     """Whether decoder.py knows its function, so that it can be calibrated and evaluated."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -101,9 +116,25 @@ def gated(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str =
 GEMMA = {"tie_word_embeddings": True}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(("llama", "ministral"), ATTENTION, gated("mlp."), whole_heads=True, stand_in="ministral"),
+    "llama": Family(
+        ("llama", "ministral"),
+        ATTENTION,
+        gated("mlp."),
+        whole_heads=True,
+        stand_in=StandIn("ministral", without=("attention_bias", "mlp_bias"), windowed=True),
+    ),
     "mistral": Family(("mistral",), ATTENTION, gated("mlp.")),
-    "qwen2": Family(("qwen2",), ATTENTION, gated("mlp.")),
+    "qwen2": Family(
+        ("qwen2", "seed_oss"),
+        ATTENTION,
+        gated("mlp."),
+        derived_head=True,
+        stand_in=StandIn(
+            "seed_oss",
+            {"architectures": ["SeedOssForCausalLM"], "attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+            without=("use_sliding_window",),
+        ),
+    ),
     "qwen3": Family(("qwen3",), ATTENTION, gated("mlp.")),
     "gemma2": Family(
         ("gemma2",),

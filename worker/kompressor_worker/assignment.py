@@ -11,6 +11,7 @@ from kompressor_worker.formats import bitmask
 from kompressor_worker.formats.readers import reader_warnings, storage_warnings
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass, build_passes
+from kompressor_worker.resizing import loadable
 from kompressor_worker.sample_warnings import shape_warnings
 from kompressor_worker.samples import flows, unused_samples
 from kompressor_worker.schemes import Scheme
@@ -43,6 +44,7 @@ class Assignment:
         for p in passes:
             layout = p.prepare(layout)
             schemes |= p.assign(layout, schemes)
+        layout = loadable(layout)
         if spec.output.sparse_storage == "bitmask":
             layout = bitmask.marked(layout, schemes)
         if flows(spec, passes):

@@ -15,8 +15,9 @@ from kompressor_worker.architectures import FAMILIES, Dimensions, Family, text_c
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 
-__all__ = ["axes", "family_to_resize", "head_size", "resized", "with_text"]
+__all__ = ["axes", "family_to_resize", "head_size", "loadable", "resized", "with_text"]
 
+OF_ATTENTION = ("hidden_size", "num_attention_heads", "head_dim")
 OF_HEADS = ("q_norm.weight", "k_norm.weight")
 """Norms over a head's channels, not over the hidden state's."""
 
@@ -49,30 +50,41 @@ def with_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     return {**config, "text_config": {**inner, **changes}} if isinstance(inner, dict) else {**config, **changes}
 
 
-def resized(layout: ModelLayout, changes: Mapping[str, Any], by: str) -> ModelLayout:
-    """The layout with `changes` in config.json, and every tensor and linear in the shape that follows from them; `by` is the pass that asks
-    for them. Raises UserError where no loader would take such a config.json."""
+def resized(layout: ModelLayout, changes: Mapping[str, Any]) -> ModelLayout:
+    """The layout with `changes` in config.json, and every tensor and linear in the shape that follows from them."""
     family = FAMILIES[layout.family or ""]
-    config = loadable(with_text(layout.config, changes), family, by)
+    config = with_text(layout.config, changes)
     shapes = Shapes(family, Dimensions(family, layout.config), Dimensions(family, config))
     units = tuple(u if u.dropped else replace(u, stages=tuple(shapes.stage(u, s) for s in u.stages)) for u in layout.units)
     return replace(layout, units=units, config=config)
 
 
-def loadable(config: dict[str, Any], family: Family, by: str) -> dict[str, Any]:
-    """Under another model_type, where transformers refuses these sizes under the family's own. Raises UserError where there is none."""
-    text = {**family.defaults, **text_config(config)}
-    hidden, heads = text["hidden_size"], text["num_attention_heads"]
-    if not family.whole_heads or hidden % heads == 0 or text["model_type"] == family.stand_in:
-        return config
-    if not family.stand_in or text.get("attention_bias") or text.get("mlp_bias"):
+def loadable(layout: ModelLayout) -> ModelLayout:
+    """Under another model_type, where loaders do not take these sizes under the source's own. Raises UserError where there is none."""
+    family = FAMILIES.get(layout.family or "")
+    text, source = ({**(family.defaults if family else {}), **text_config(c)} for c in (layout.config, layout.source_config))
+    same = all(text.get(size) == source.get(size) for size in OF_ATTENTION)
+    if family is None or same or text["model_type"] not in family.model_types[:1]:
+        return layout
+    hidden, heads, head = (int(text[size]) for size in OF_ATTENTION)
+    if family.whole_heads and hidden % heads:
+        reason = f"transformers refuses a {text['model_type']} whose hidden_size is no multiple of num_attention_heads"
+    elif family.derived_head and hidden // heads != head:
+        reason = f"vLLM takes hidden_size over num_attention_heads for the head size of a {text['model_type']}, whatever head_dim says"
+    else:
+        return layout
+    other = family.stand_in
+    if other is None or (unable := next((key for key in other.without if text.get(key)), None)):
+        beside = f", nor does a {other.model_type}, which has no {unable}" if other else ""
         raise UserError(
-            f"{by}: would leave hidden_size {hidden} and {heads} heads, and transformers refuses a {text['model_type']} whose hidden_size "
-            f"is no multiple of num_attention_heads; ask for a count that divides, or leave {by} out"
+            f"passes: would leave hidden_size {hidden} and {heads} heads of {head} channels, which not all loaders take: {reason}{beside}; "
+            "ask for other counts, or leave pruneHeads or pruneHidden out"
         )
-    full = ["full_attention"] * int(text["num_hidden_layers"])  # the class makes a mask for a window even where no layer has one
-    window = text.get("max_position_embeddings") or 4096
-    return with_text(config, {"model_type": family.stand_in, "sliding_window": window, "layer_types": full})
+    changes: dict[str, Any] = {"model_type": other.model_type, **other.says}
+    if other.windowed:
+        changes["sliding_window"] = text.get("max_position_embeddings") or 4096
+        changes["layer_types"] = ["full_attention"] * int(text["num_hidden_layers"])
+    return replace(layout, config=with_text(layout.config, changes))
 
 
 def axes(family: Family, unit: UnitLayout) -> dict[str, tuple[str, ...]]:

@@ -56,7 +56,7 @@ class PruneHeads(StructuredPass):
             raise UserError(f"{self.name}: config.json says num_key_value_heads {groups!r} for {heads} heads; correct it")
         self._kept = count_kept(self.name, "num_key_value_heads", groups, self.params.ratio, self.params.kv_heads)
         changes = {"num_attention_heads": heads // groups * self._kept, "num_key_value_heads": self._kept, "head_dim": size}
-        return resized(layout, changes, self.name)
+        return resized(layout, changes)
 
     def reduce(self, reduction: Reduction) -> None:
         """Raises BadNumerics."""

@@ -86,7 +86,7 @@ class PruneHidden(StructuredPass):
         if there is None:
             raise UserError(f"{self.name}: config.json says hidden_size {layout.config.get('hidden_size')!r}; correct it")
         self._kept = count_kept(self.name, "hidden_size", there, self.params.ratio, self.params.hidden_size, self.params.multiple)
-        smaller = resized(layout, {"hidden_size": self._kept, "head_dim": head_size(layout, family, self.name)}, self.name)
+        smaller = resized(layout, {"hidden_size": self._kept, "head_dim": head_size(layout, family, self.name)})
         if self._channels is not None:
             self._channels.place(smaller)
         return smaller

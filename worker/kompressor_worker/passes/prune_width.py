@@ -71,7 +71,7 @@ class PruneWidth(StructuredPass):
             params = self.params
             self._kept[step] = count_kept(self.name, KEYS[name], there, params.ratio, params.intermediate_size, params.multiple)
             changes[KEYS[name]] = self._kept[step]
-        return resized(layout, changes, self.name)
+        return resized(layout, changes)
 
     def _sizes(self, layout: ModelLayout) -> dict[str, str]:
         """By step, whose linears the layout has: the size that is its width."""
