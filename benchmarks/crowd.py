@@ -60,14 +60,15 @@ class Crowd:
         await at_once(connection)
 
     async def complete(self, wanted: Sequence[str], seconds: float) -> None:
-        """Returns when all of these are, or deleted. Raises TimeoutError if there was no progress for so long."""
+        """Returns when all of these are, or deleted. Raises TimeoutError if nothing happened to any for so long: of thousands that came at
+        once each gets its first Job before one gets its second, so for minutes none is complete."""
         left = set(wanted)
         while left := {name for name in left if name in self.times and not self.times[name].complete}:
             self._moved.clear()
             try:
                 await asyncio.wait_for(self._moved.wait(), seconds)
             except TimeoutError:
-                raise TimeoutError(f"{len(left)} CompressionJobs not complete, no progress for {seconds} s: {sorted(left)[:3]}") from None
+                raise TimeoutError(f"{len(left)} CompressionJobs not complete, nothing happened for {seconds} s: {sorted(left)[:3]}") from None
 
     async def call(self, method: str, path: str, body: Manifest | None = None) -> Manifest:
         async with self.session.request(method, path, json=body) as answer:
@@ -95,6 +96,7 @@ class Crowd:
         times = self.times.get(next((owner["name"] for owner in meta.get("ownerReferences", ())), ""))
         if times is None:
             return
+        self._moved.set()
         times.first_job = times.first_job or now
         if meta["labels"].get(names.LABEL_STEP) == names.Step.COMPRESS and _is_true(job, "Complete"):
             times.ended = times.ended or now
@@ -102,10 +104,12 @@ class Crowd:
     def tell_resource(self, resource: Manifest, now: float) -> None:
         name = resource["metadata"]["name"]
         times = self.times.get(name)
-        if times is None or times.complete or not _is_true(resource, "Complete"):
+        if times is None:
+            return
+        self._moved.set()
+        if times.complete or not _is_true(resource, "Complete"):
             return
         times.complete = now
-        self._moved.set()
         if self.forget:
             self.group.create_task(self._delete(name))
 
