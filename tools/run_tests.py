@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
+MINUTE = 60.0
 LONGEST = ("worker", "chaos", "e2e", "operator")
 """Are begun first, so that none is left to run alone at the end."""
 BESIDE = "the rest"
@@ -46,11 +47,15 @@ class Running:
 def run_all(wanted: Mapping[str, Sequence[str]], lanes: int) -> dict[str, int]:
     """Exit codes by name. What each says is printed when it has ended; whatever ends this, nothing goes on."""
     waiting, running, codes = list(wanted.items()), list[Running](), dict[str, int]()
+    told = time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < lanes:
                 running.append(start(*waiting.pop(0)))
             time.sleep(0.1)
+            if time.monotonic() - told > MINUTE:
+                told = time.monotonic()
+                say("; ".join(f"{one.name}: {told - one.began:.0f} s" for one in running))
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 codes[one.name] = one.process.returncode
