@@ -1,6 +1,7 @@
 """Zeros where they cost least leave less divergence than as many zeros that are everywhere alike.
 
-Real jobs on trained models, judged as in `test_quality`; and each claim once more with what makes blocks comparable switched off."""
+Real jobs on trained models, judged as in `test_quality`; and each claim once more with the trials of whole blocks switched off: each
+linear's error then counts relative to its own output."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from quality import Laboratory, require_ratio
 
 from calibrated_jobs import write_data
@@ -18,9 +20,7 @@ ROWS, LENGTH = 128, 128
 CLAIMS: dict[str, tuple[str, str, float, float]] = {
     "wanda 60%": ("llama", "wanda", 0.6, 0.5),
     "sparseGPT 60%": ("llama", "sparseGPT", 0.6, 0.5),
-    "magnitude 50%": ("llama", "magnitude", 0.5, 0.5),
-    "learned, wanda 60%": ("llama_learned", "wanda", 0.6, 1.0),
-    "learned, sparseGPT 70%": ("llama_learned", "sparseGPT", 0.7, 1.0),
+    "learned, wanda 60%": ("llama_learned", "wanda", 0.6, 0.7),
 }
 """Model, pass and sparsity: allocated, it leaves less than so much of the KL that it leaves where it is uniform."""
 
@@ -39,6 +39,6 @@ def test_allocation_pays_and_switched_off_it_does_not(name: str, laboratory: Lab
     allocated = [{algorithm: {"sparsity": sparsity, "allocation": "error"}}]
     baseline = laboratory.baseline(source, uniform)
     require_ratio(laboratory.divergence(source, allocated), baseline, below)
-    monkeypatch.setattr(ErrorCurves, "_change", lambda *_: 1.0)
+    monkeypatch.setattr(ErrorCurves, "_heights", lambda _, seen, squares, together: torch.full((len(together),), 1 / together[-1]))
     with pytest.raises(AssertionError, match=f"allowed is less than {below}"):
         require_ratio(laboratory.divergence(source, allocated), baseline, below)

@@ -16,6 +16,11 @@ KINDS = 7
 """Of linears in a block, and so many trials: q, k, v, o, gate, up and down; a mixture's experts share the last three."""
 
 
+def trials(share: float) -> tuple[float, ...]:
+    """At which shares each kind of linears is tried where `share` is asked for, ascending."""
+    return tuple(sorted({share / 2, share, (share + LARGEST) / 2}))
+
+
 def allocate(curves: Mapping[str, Sequence[float]], weights: Mapping[str, int], zeros: int) -> dict[str, int]:
     """Zeros by linear: `zeros` in all, and of all ways to have so many one of least error.
 

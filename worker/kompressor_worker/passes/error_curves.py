@@ -1,14 +1,15 @@
 """What zeros in each linear cost, measured in one survey of the source, for `allocation: error`.
 
 The shape of a linear's curve comes from its weights and the norms of its input: the squared error of its output, for inputs that do not
-correlate. Its height comes from the block: with all linears of one kind (q_proj, or the experts' down_proj) at the share that was asked
-for, the squared change of the hidden state behind the block over the hidden state's square, so that all blocks speak of the same thing
-(docs/decisions/0026-allocated-sparsity.md).
+correlate. Its height comes from the block: with all linears of one kind (q_proj, or the experts' down_proj) pruned to a share, the squared
+change of the hidden state behind the block over the hidden state's square, so that all blocks speak of the same thing. It is tried at three
+shares, between which the height is a straight line (docs/decisions/0026-allocated-sparsity.md).
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from kompressor_worker.batch import Batch
 from kompressor_worker.errors import BadNumerics
-from kompressor_worker.passes.allocation import LARGEST, SHARES, STEPS, TRIED
+from kompressor_worker.passes.allocation import SHARES, TRIED, trials
 from kompressor_worker.passes.encoding import finite
 from kompressor_worker.passes.surveyor import SeenBlock, Surveyed, Surveyor
 from kompressor_worker.passes.zeroing import ROWS, least
@@ -61,10 +62,10 @@ class ErrorCurves(Surveyor):
             kinds.setdefault(kind_of(name, seen.prefix), []).append(name)
         for names in kinds.values():
             curves = {name: self._curve(seen.weights[f"{name}.weight"], squares[name]) for name in names}
-            there = sum(at(curve, self._sparsity.share) for curve in curves.values())
-            height = self._change(seen, {name: squares[name] for name in names}) / there if there else 0.0
+            together = torch.stack(list(curves.values())).sum(0).tolist()
+            heights = self._heights(seen, {name: squares[name] for name in names}, together)
             for name, curve in curves.items():
-                self.tensors[name] = curve * height
+                self.tensors[name] = curve * heights
 
     def _curve(self, weight: Tensor, squares: Tensor) -> Tensor:
         errors = by_row(weight, squares) if self._scored else by_magnitude(weight, squares)
@@ -72,7 +73,14 @@ class ErrorCurves(Surveyor):
         below = steps.floor().long().clamp(max=len(errors) - 2)
         return errors[below].lerp(errors[below + 1], steps - below).cpu()
 
-    def _change(self, seen: SeenBlock, squares: Mapping[str, Tensor]) -> float:
+    def _heights(self, seen: SeenBlock, squares: Mapping[str, Tensor], together: Sequence[float]) -> Tensor:
+        """fp64 [len(SHARES)]: what the block feels over what the curves of one kind of linears say `together`."""
+        tried = trials(self._sparsity.share)
+        said = [between(share, SHARES, together) for share in tried]
+        found = [self._change(seen, squares, Sparsity(share)) / error if error else 0.0 for share, error in zip(tried, said, strict=True)]
+        return torch.tensor([between(share, tried, found) for share in SHARES], dtype=torch.float64)
+
+    def _change(self, seen: SeenBlock, squares: Mapping[str, Tensor], sparsity: Sparsity) -> float:
         """Mean over positions of |h' - h|^2 / |h|^2, h behind the block, h' with these linears pruned."""
         kept = {f"{name}.weight": seen.weights[f"{name}.weight"] for name in squares}
         for name, norms in squares.items():
@@ -80,7 +88,7 @@ class ErrorCurves(Surveyor):
             scores = weight.abs().float()
             if self._scored:
                 scores *= norms.sqrt()
-            seen.weights[f"{name}.weight"] = weight.masked_fill(least(scores, self._sparsity, by_row=self._scored), 0.0)
+            seen.weights[f"{name}.weight"] = weight.masked_fill(least(scores, sparsity, by_row=self._scored), 0.0)
         rows = [Batch(b.lengths, {"hidden": h}, b.excluded) for b, h in zip(self._batches, seen.before, strict=False)]
         seen.forward(rows)
         seen.weights.update(kept)
@@ -104,8 +112,11 @@ def kind_of(name: str, prefix: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".*", name.removeprefix(prefix))
 
 
-def at(curve: Sequence[float] | Tensor, share: float) -> float:
-    return float(curve[min(STEPS, round(share / LARGEST * STEPS))])
+def between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """The straight lines through the points (xs ascending, ys) at x; outside of them their ends."""
+    right = min(max(bisect_left(xs, x), 1), len(xs) - 1)
+    (left_x, left_y), (right_x, right_y) = (xs[right - 1], ys[right - 1]), (xs[right], ys[right])
+    return left_y + (right_y - left_y) * min(1.0, max(0.0, (x - left_x) / (right_x - left_x)))
 
 
 def by_row(weight: Tensor, squares: Tensor) -> Tensor:

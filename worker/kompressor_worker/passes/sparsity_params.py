@@ -13,7 +13,7 @@ from kompressor_api.fields import Number
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout, StageLayout
 from kompressor_worker.passes import Pass
-from kompressor_worker.passes.allocation import KINDS, LARGEST, TRIED, allocate
+from kompressor_worker.passes.allocation import KINDS, LARGEST, TRIED, allocate, trials
 from kompressor_worker.passes.linear_params import TargetParams
 from kompressor_worker.passes.selection import choose
 from kompressor_worker.schemes import Scheme
@@ -124,7 +124,7 @@ class SparsityPass(Pass):
         return ErrorCurves(self._asked, self.params.wanted(), self.scored)
 
     def survey_rows(self, layers: int) -> float:
-        return float(KINDS * TRIED * self.surveys)
+        return float(KINDS * TRIED * len(trials(self.params.wanted().share)) * self.surveys)
 
     def decide(self, found: Mapping[str, torch.Tensor]) -> None:
         """As many zeros as before. A linear that no row has reached keeps its share."""
