@@ -122,7 +122,7 @@ def between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
 def by_row(weight: Tensor, squares: Tensor) -> Tensor:
     """fp64 [columns + 1]: sum of w_ij^2 squares_j over those that are gone when so many go in each row, the least first."""
     sums = torch.zeros(weight.shape[1] + 1, dtype=torch.float64, device=weight.device)
-    for rows in weight.split(ROWS):
+    for rows in torch.split(weight, ROWS):
         sums[1:] += (rows.float().square() * squares).sort(dim=1).values.sum(0, dtype=torch.float64)
     return sums.cumsum(0)
 
@@ -132,7 +132,7 @@ def by_magnitude(weight: Tensor, squares: Tensor) -> Tensor:
     total = float((weight.float().square().sum(0) * squares).sum(dtype=torch.float64))
     counts = torch.zeros(1 << 15, dtype=torch.float64, device=weight.device)
     errors = torch.zeros_like(counts)
-    for rows in weight.split(ROWS):
+    for rows in torch.split(weight, ROWS):
         bins = rows.abs().to(torch.bfloat16).contiguous().view(torch.int16).flatten().long()
         costs = (rows.float().square() * squares).double().flatten() * (UNITS / total if total else 0.0)
         counts += torch.bincount(bins, minlength=1 << 15)
