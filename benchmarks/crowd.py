@@ -68,7 +68,8 @@ class Crowd:
             try:
                 await asyncio.wait_for(self._moved.wait(), seconds)
             except TimeoutError:
-                raise TimeoutError(f"{len(left)} CompressionJobs not complete, nothing happened for {seconds} s: {sorted(left)[:3]}") from None
+                some = sorted(left)[:3]
+                raise TimeoutError(f"{len(left)} CompressionJobs not complete, nothing happened for {seconds} s: {some}") from None
 
     async def call(self, method: str, path: str, body: Manifest | None = None) -> Manifest:
         async with self.session.request(method, path, json=body) as answer:
