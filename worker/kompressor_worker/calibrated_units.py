@@ -242,7 +242,8 @@ class Calibrated:
 
     def _head(self, unit: int, incoming: Iterator[Loaded], writer: Writer, step: Step) -> Carry:
         layout = self.work.layout.units[unit]
-        norm, hidden = FinalNorm(), None
+        norm = FinalNorm()
+        hidden: LastHidden | None = None
         for stage, placed in zip(layout.stages, self.work.plan.stages[unit], strict=True):
             matrix = matrix_of(stage)
             if matrix is None:
