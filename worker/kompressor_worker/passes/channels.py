@@ -85,7 +85,7 @@ class Channels:
         # x / rms(x) over the kept channels alone is larger or smaller than before by the root of their share of the energy
         factors = {
             name.removeprefix("energy/"): float((energy[kept].sum() / keep).sqrt())
-            for name, energy in found.items()
+            for name, energy in sorted(found.items())  # a survey that was saved comes back in another order
             if name.startswith("energy/")
         }
         return cls(kept.cpu(), factors, (len(importance) / keep) ** 0.5)
