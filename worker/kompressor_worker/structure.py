@@ -34,7 +34,10 @@ def structure(layout: ModelLayout) -> dict[str, Any]:
     kept = [unit for unit in layout.units if not unit.dropped]
     return {
         "sizes": sizes,
-        "parameters": [sum(prod(t.shape) for t in tensors(layout.units)), sum(prod(t.result_shape) for t in tensors(kept))],
+        "parameters": [
+            sum({t.stored[0].name: prod(t.shape) for t in tensors(layout.units)}.values()),  # a head that rotate unties is the embeddings
+            sum(prod(t.result_shape) for t in tensors(kept)),
+        ],
         "multiplyAddsPerToken": [
             round(operations([unit.as_stored() for unit in layout.units], before)),
             round(operations(kept, after)),
@@ -58,7 +61,10 @@ def tensors(units: Iterable[UnitLayout]) -> list[SourceTensor]:
 
 
 def operations(units: Iterable[UnitLayout], config: Mapping[str, Any]) -> float:
-    total = 0.0
+    """Embeddings count where there is no other head."""
+    units = list(units)
+    matrices = {x.kind: x for unit in units for stage in unit.stages for x in stage.linears if x.kind in ("embedding", "head")}
+    total = float(prod(matrices["embedding"].shape)) if "head" not in matrices and "embedding" in matrices else 0.0
     for unit in units:
         linears = [x for stage in unit.stages for x in stage.linears if x.kind != "embedding"]
         experts = next((x.shape[0] for x in linears if x.kind == "router"), 1)
