@@ -7,7 +7,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from test_resume import TRIES, files_of
 
 import jobs
 from kompressor_worker.job import load_job
-from kompressor_worker.journal import decode
+from kompressor_worker.journal import State, decode
 from kompressor_worker.storage import JOURNAL
 from kompressor_worker.storage.locations import open_output
 
@@ -30,8 +30,9 @@ PASSES = [
     {"gptq": {"scheme": "W4A16", "groupSize": 32, "ignore": ["re:.*(q|k|v|gate|up)_proj"]}},
 ]
 ALWAYS_SAVES = """
-import functools, kompressor_worker.run
-kompressor_worker.run.Limits = functools.partial(kompressor_worker.run.Limits, snapshot_seconds=0)
+import kompressor_worker.commands
+from kompressor_worker.pipeline import Limits
+kompressor_worker.commands.memory_plan = lambda: Limits(snapshot_seconds=0)
 """
 GOES_ON = re.compile(r"survey (\d) goes on at unit (\d+)|going on at unit (\d+) of")
 
@@ -64,30 +65,44 @@ def job(tmp_path: Path, model: Path, out: str, passes: list[dict[str, Any]] = PA
     return jobs.write(tmp_path / f"{out}.json", body)
 
 
-def cut_off(nursery: Nursery, job: Path, seconds: float) -> str:
-    """A worker that is killed after so long; all that it said."""
+def cut_off(nursery: Nursery, job: Path, moment: Callable[[State], bool]) -> str:
+    """A worker that is killed as soon as the journal says so; all that it said."""
+    output = open_output(load_job(job, {}).spec.output, {})
     worker = nursery.worker(job)
-    time.sleep(seconds)
-    if worker.poll() is None:
-        worker.send_signal(signal.SIGKILL)
+    while worker.poll() is None:
+        found = output.read(JOURNAL)
+        if found is not None and moment(decode(found[0], "")):
+            worker.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.001)
     return worker.communicate()[1]
 
 
+def moments(chance: random.Random) -> list[Callable[[State], bool]]:
+    """Twice in the first survey, once in the second, twice in the stream."""
+    early, late, second = chance.randint(2, 5), chance.randint(6, 9), chance.randint(2, 9)
+    first, last = chance.randint(1, 4), chance.randint(6, 9)
+    return [
+        lambda state: (state.survey or 0) >= early,
+        lambda state: (state.survey or 0) >= late or state.surveys > 0,
+        lambda state: (state.surveys == 1 and (state.survey or 0) >= second) or state.surveys > 1,
+        lambda state: state.unit >= first,
+        lambda state: state.unit >= last,
+    ]
+
+
 def test_killed_anywhere_the_same_bytes_come_out(nursery: Nursery, blocks: Path, tmp_path: Path) -> None:
-    """Until a worker has gone on inside of both surveys and inside of the stream."""
-    began = time.monotonic()
+    """Inside of both surveys and inside of the stream."""
     whole = nursery.worker(job(tmp_path, blocks, "whole"))
     said = whole.communicate()[1]
-    took = time.monotonic() - began
     assert whole.returncode == 0, said
     wanted = files_of(tmp_path / "whole")
     report = json.loads(wanted["kompressor.json"])
     assert report["evaluation"]["kl"] > 0
     seen: set[str] = set()
     for number, out in enumerate(TRIES):
-        chance = random.Random(number)
         cut = job(tmp_path, blocks, out)
-        heard = "".join(cut_off(nursery, cut, took * chance.uniform(0.1, 0.6)) for _ in range(8))
+        heard = "".join(cut_off(nursery, cut, moment) for moment in moments(random.Random(number)))
         last = nursery.worker(cut)
         heard += last.communicate()[1]
         assert last.returncode == 0, heard
@@ -103,14 +118,7 @@ def test_killed_anywhere_the_same_bytes_come_out(nursery: Nursery, blocks: Path,
 
 def test_what_a_survey_saved_is_of_one_job_only(nursery: Nursery, blocks: Path, tmp_path: Path) -> None:
     """Cut off before the first unit is done, another job is told so; the first one then goes on as if nothing had been."""
-    cut = job(tmp_path, blocks, "out")
-    output = open_output(load_job(cut, {}).spec.output, {})
-    for tenths in range(1, 40):
-        cut_off(nursery, cut, tenths / 10)
-        found = output.read(JOURNAL)
-        if found is not None and (state := decode(found[0], "")).begun:
-            break
-    assert state.unit == 0, state
+    cut_off(nursery, job(tmp_path, blocks, "out"), lambda state: (state.survey or 0) >= 3)
     other = nursery.worker(job(tmp_path, blocks, "out", [{"pruneLayers": {"layers": 8}}, *PASSES[1:]]))
     said = other.communicate()[1]
     assert other.returncode == 64 and "JournalMismatch" in said and "passes" in said, said
