@@ -55,7 +55,9 @@ def resized(layout: ModelLayout, changes: Mapping[str, Any]) -> ModelLayout:
     family = FAMILIES[layout.family or ""]
     config = with_text(layout.config, changes)
     shapes = Shapes(family, Dimensions(family, layout.config), Dimensions(family, config))
-    units = tuple(u if u.dropped else replace(u, stages=tuple(shapes.stage(u, s) for s in u.stages)) for u in layout.units)
+    units = tuple(
+        u if u.dropped or not of_the_decoder(u) else replace(u, stages=tuple(shapes.stage(u, s) for s in u.stages)) for u in layout.units
+    )
     return replace(layout, units=units, config=config)
 
 
@@ -85,6 +87,11 @@ def loadable(layout: ModelLayout) -> ModelLayout:
         changes["sliding_window"] = text.get("max_position_embeddings") or 4096
         changes["layer_types"] = ["full_attention"] * int(text["num_hidden_layers"])
     return replace(layout, config=with_text(layout.config, changes))
+
+
+def of_the_decoder(unit: UnitLayout) -> bool:
+    """A vision tower may have modules of the same names, and sizes of its own."""
+    return unit.name == "head" or any(stage.linears for stage in unit.stages)
 
 
 def axes(family: Family, unit: UnitLayout) -> dict[str, tuple[str, ...]]:
