@@ -22,7 +22,7 @@ import jobs
 from independent import tensors_of
 from kompressor_worker import grid, kernels
 from kompressor_worker.activations import Activations, Spill
-from kompressor_worker.block_work import Streams
+from kompressor_worker.block_work import Place, Streams
 from kompressor_worker.calibrated import Engine
 from kompressor_worker.cli import run_cli
 from kompressor_worker.decoder import Decoder
@@ -104,7 +104,7 @@ def test_no_piece_is_long(entries: list[dict[str, Any]], wide: Path, small_piece
     heard = [0.0]
     with Meter() as meter:
         engine = Engine(decoder, passes, schemes, Streams(calibration=stream))
-        engine.block(0, unit, {t.name: state[t.name] for s in unit.stages for t in s.tensors}, lambda _: heard.append(meter.work))
+        engine.block(Place(0, 0), unit, {t.name: state[t.name] for s in unit.stages for t in s.tensors}, lambda _: heard.append(meter.work))
     gaps = [after - before for before, after in zip(heard, [*heard[1:], meter.work], strict=True)]
     assert max(gaps) < SHARE * meter.work, f"{max(gaps) / meter.work:.0%} of the work in one piece"
 

@@ -144,7 +144,6 @@ def test_all_four_then_gptq(family: str, tmp_path: Path) -> None:
 
 DEAD_BLOCK = 2
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "ministral", "sliding_window": 128, "layer_types": ["full_attention"] * 5},
     "qwen2": {"max_window_layers": 5, "layer_types": ["full_attention"] * 5},
     "qwen3": {"max_window_layers": 5, "layer_types": ["full_attention"] * 5},
     "gemma2": {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]},
