@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from calibrated_jobs import samples, write_data
 from cluster_access import Cluster, CommandError
 from jobs import Bucket
 from kompressor_worker.formats.readers import EXPERTS
+from kompressor_worker.kernels import build
 from models import held_out_tokens, perplexity, trained_model
 from processes import free_port
 from s3 import S3Server
@@ -84,8 +87,27 @@ class Installed:
 
 
 @pytest.fixture(scope="module")
-def installed(cluster: Cluster, s3: S3Server) -> Iterator[Installed]:
-    image = {"path": [str(Path(sys.executable).parent)], "keep": [str(ROOT)], "user": 65532, "group": 65532}
+def kernels_of_the_image() -> Iterator[Path]:
+    """Compiled, as an image brings them along: no pod begins by compiling."""
+    with tempfile.TemporaryDirectory(prefix="kompressor-image-") as folder:
+        library = build.build()
+        kept = Path(folder) / "kernels" / library.name
+        kept.parent.mkdir()
+        shutil.copy(library, kept)
+        for path in (kept, kept.parent, Path(folder)):
+            path.chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def installed(cluster: Cluster, s3: S3Server, kernels_of_the_image: Path) -> Iterator[Installed]:
+    image = {
+        "path": [str(Path(sys.executable).parent)],
+        "keep": [str(ROOT), str(kernels_of_the_image)],
+        "env": {"KOMPRESSOR_CACHE": str(kernels_of_the_image)},
+        "user": 65532,
+        "group": 65532,
+    }
     cluster.add_images({f"kompressor/{part}:0.1.0": image for part in ("operator", "planner", "worker")})
     flags = ["-n", "kompressor-system", "--create-namespace", "--wait", "--set", f"healthPort={free_port()}"]
     cluster.helm("install", "kompressor", str(ROOT / "charts" / "kompressor"), *flags)

@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL | None:
 
 def build() -> Path:
     """The shared library for this CPU, compiled unless the cache has it. Raises CannotCompile."""
-    return _first_that_works(NATIVE, lambda compiler: _cache() / f"{_key(compiler)}.so")
+    return _first_that_works(NATIVE, lambda compiler: _place(f"{_key(compiler)}.so"))
 
 
 def build_ahead() -> list[Path]:
@@ -162,20 +162,27 @@ def _cpu() -> str:
     return "\n".join(line for line in lines if line.partition(":")[0].strip() in wanted)
 
 
+def _place(name: str) -> Path:
+    """Where a library is, or where it is to go. A cache may be there to be read only, if it has it."""
+    try:
+        kept = _cache() / name
+        if kept.exists():
+            return kept
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if os.access(kept.parent, os.W_OK):
+            return kept
+    except (OSError, RuntimeError):
+        pass
+    return _private_directory() / name
+
+
 def _cache() -> Path:
     if root := os.environ.get("KOMPRESSOR_CACHE"):
         path = Path(root)
     else:
         base = os.environ.get("XDG_CACHE_HOME")
         path = (Path(base) if base else Path.home() / ".cache") / "kompressor"
-    path = path / "kernels"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if os.access(path, os.W_OK):
-            return path
-    except (OSError, RuntimeError):
-        pass
-    return _private_directory()
+    return path / "kernels"
 
 
 @cache
