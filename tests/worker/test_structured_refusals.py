@@ -34,6 +34,7 @@ REFUSED: dict[str, tuple[str, Passes, str]] = {
     "a ratio above one": ("llama", [{"pruneWidth": {"ratio": 1.0}}], "ratio: .*less than 1"),
     "both": ("llama", [{"pruneHeads": {"ratio": 0.5, "kvHeads": 1}}], "give either ratio, such as 0.25, or kvHeads"),
     "neither": ("llama", [{"pruneLayers": {}}], "give either ratio, such as 0.25, or layers"),
+    "by layer": ("llama", [{"pruneWidth": {"ratio": 0.5, "targets": ["re:.*0.*"]}}], "no portable loader reads sizes by layer"),
     "an unknown function": ("gpt_neox", [WIDTH], "model_type 'gpt_neox' is not one whose function is known .*leave pruneWidth out"),
     "stacked experts": ("gpt_oss", [HEADS], "model_type 'gpt_oss' is not one whose function is known"),
     "a model that sees": ("gemma3_vision", [HIDDEN], "also sees or hears, .*use pruneWidth, pruneHeads or pruneLayers"),

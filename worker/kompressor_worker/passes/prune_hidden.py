@@ -18,7 +18,7 @@ from kompressor_api.v1alpha1 import Model
 from kompressor_worker.architectures import Dimensions, text_config
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import ModelLayout, UnitLayout
-from kompressor_worker.passes.structured import RATIO, StructuredPass, count_kept
+from kompressor_worker.passes.structured import RATIO, StructuredParams, StructuredPass, count_kept
 from kompressor_worker.resizing import family_to_resize, head_size, resized
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kompressor_worker.passes.surveyor import Surveyor
 
 
-class PruneHiddenParams(Model):
+class PruneHiddenParams(StructuredParams):
     """Takes channels out of the residual stream, the same ones in the whole model."""
 
     ratio: Number | None = RATIO

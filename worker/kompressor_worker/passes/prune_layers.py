@@ -19,7 +19,7 @@ from kompressor_api.v1alpha1 import Model
 from kompressor_worker.architectures import Family
 from kompressor_worker.dropping import block_numbers, depth_config, without
 from kompressor_worker.layout import ModelLayout, UnitLayout
-from kompressor_worker.passes.structured import RATIO, StructuredPass, count_kept
+from kompressor_worker.passes.structured import RATIO, StructuredParams, StructuredPass, count_kept
 from kompressor_worker.resizing import family_to_resize
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kompressor_worker.passes.surveyor import Surveyor
 
 
-class PruneLayersParams(Model):
+class PruneLayersParams(StructuredParams):
     """Takes whole blocks out of the model, those that the calibration data misses least."""
 
     ratio: Number | None = RATIO

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.architectures import text_config
@@ -17,7 +17,21 @@ from kompressor_worker.schemes import Scheme
 RATIO = Field(default=None, gt=0.0, lt=1.0, description="Share that is taken away. Either this or the count that stays.")
 
 
-class CorrectedParams(Model):
+class StructuredParams(Model):
+    """Base of the parameters of a pass that changes sizes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alike_in_all_layers(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (asked := next((name for name in ("targets", "ignore") if name in given), None)):
+            raise ValueError(
+                f"{asked}: sizes are the same in all layers, for config.json has one number and no portable loader reads sizes by layer; "
+                f"leave {asked} out"
+            )
+        return given
+
+
+class CorrectedParams(StructuredParams):
     """Base of the parameters of a pass that takes input columns of a linear away."""
 
     correction: Literal["leastSquares", "none"] = Field(
