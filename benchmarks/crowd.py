@@ -6,6 +6,7 @@ import asyncio
 import json
 import ssl
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ import aiohttp
 from stage import Manifest, Stage
 
 from kompressor_api import names
+from processes import Process
 
 __all__ = ["CONNECTIONS", "Crowd", "Times", "at_once", "connected", "delays", "gathered", "manifest"]
 
 CONNECTIONS = 16
+LOOK_SECONDS = 5.0
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Crowd:
     stage: Stage
     group: asyncio.TaskGroup
     preflight: str = "Job"
+    needs: Sequence[Process] = ()
+    """Without any of these nothing would happen."""
     times: dict[str, Times] = field(default_factory=dict)
     forget: bool = False
     """Delete each as soon as it is complete."""
@@ -61,15 +66,26 @@ class Crowd:
 
     async def complete(self, wanted: Sequence[str], seconds: float) -> None:
         """Returns when all of these are, or deleted. Raises TimeoutError if nothing happened to any for so long: of thousands that came at
-        once each gets its first Job before one gets its second, so for minutes none is complete."""
-        left = set(wanted)
+        once each gets its first Job before one gets its second, so for minutes none is complete. RuntimeError once a process has ended."""
+        left, moved = set(wanted), time.monotonic()
         while left := {name for name in left if name in self.times and not self.times[name].complete}:
             self._moved.clear()
             try:
-                await asyncio.wait_for(self._moved.wait(), seconds)
+                await asyncio.wait_for(self._moved.wait(), LOOK_SECONDS)
+                moved = time.monotonic()
             except TimeoutError:
-                some = sorted(left)[:3]
-                raise TimeoutError(f"{len(left)} CompressionJobs not complete, nothing happened for {seconds} s: {some}") from None
+                for process in self.needs:
+                    if not process.alive:
+                        raise RuntimeError(f"{process.name} has ended; {len(left)} left; end of its log:\n{process.tail()}") from None
+                if time.monotonic() - moved > seconds:
+                    told = f"{len(left)} CompressionJobs not complete, nothing happened for {seconds} s: {sorted(left)[:3]}"
+                    raise TimeoutError(f"{told}\n{await self.scene()}") from None
+
+    async def scene(self) -> str:
+        """What stands still, for whoever asks why: how many of each kind are how far, and what the processes said last."""
+        bodies = {plural: (await self.call("GET", self.stage.path(plural)))["items"] for plural in ("compressionjobs", "jobs", "pods")}
+        lines = [f"{plural}: {dict(Counter(_how_far(body) for body in items))}" for plural, items in bodies.items()]
+        return "\n".join([*lines, *(f"-- {process.name}\n{process.tail(5)}" for process in self.needs)])
 
     async def call(self, method: str, path: str, body: Manifest | None = None) -> Manifest:
         async with self.session.request(method, path, json=body) as answer:
@@ -120,10 +136,10 @@ class Crowd:
 
 
 @asynccontextmanager
-async def gathered(stage: Stage, preflight: str = "Job") -> AsyncIterator[Crowd]:
+async def gathered(stage: Stage, needs: Sequence[Process], preflight: str = "Job") -> AsyncIterator[Crowd]:
     """A crowd that watches; a watch or a deletion of its own that fails ends everything."""
     async with connected(stage) as session, asyncio.TaskGroup() as group:
-        crowd = Crowd(session, stage, group, preflight)
+        crowd = Crowd(session, stage, group, preflight, needs)
         told: Mapping[str, Any] = {"jobs": crowd.tell_job, "compressionjobs": crowd.tell_resource}
         watches = [group.create_task(crowd.watch(plural, tell)) for plural, tell in told.items()]
         await asyncio.sleep(1)  # they open
@@ -159,6 +175,12 @@ def manifest(name: str, preflight: str) -> Manifest:
         "ttlSecondsAfterFinished": 86400,
     }
     return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
+
+
+def _how_far(body: Manifest) -> str:
+    status = body.get("status", {})
+    true = [c["type"] for c in status.get("conditions", ()) if c["status"] == "True"]
+    return " ".join([str(status.get("phase", "")), *true]).strip() or "nothing told"
 
 
 def _is_true(body: Manifest, condition: str) -> bool:

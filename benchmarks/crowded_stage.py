@@ -14,9 +14,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ from kwok import kwok  # noqa: E402
 from local_cluster import LocalCluster  # noqa: E402
 from processes import Process, StartError, free_port, spawn, wait_until  # noqa: E402
 
-__all__ = ["RunningOperator", "cpu_seconds", "crowded_stage", "running_operator"]
+__all__ = ["CrowdedStage", "RunningOperator", "cpu_seconds", "crowded_stage", "running_operator"]
 
 STAGES = Path(__file__).with_name("kwok_stages.yaml")
 NODE = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "kwok"}}
@@ -38,10 +38,22 @@ READY_SECONDS = 90.0
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
+@dataclass
+class CrowdedStage(Stage):
+    around: list[Process] = field(default_factory=list)
+    """Control plane and KWOK."""
+
+
 @dataclass(frozen=True)
 class RunningOperator:
     process: Process
     port: int
+    around: Sequence[Process] = ()
+    """All others that have to be there for its jobs to end."""
+
+    @property
+    def needs(self) -> list[Process]:
+        return [self.process, *self.around]
 
     @property
     def rss(self) -> float:
@@ -90,11 +102,11 @@ def cpu_seconds(process: Process) -> float:
 
 
 @contextmanager
-def crowded_stage() -> Iterator[Stage]:
+def crowded_stage() -> Iterator[CrowdedStage]:
     """Control plane, chart (but for the operator) and KWOK; ended and removed afterwards."""
     binary = kwok()
     with tempfile.TemporaryDirectory(prefix="kompressor-scale-") as folder:
-        stage = Stage(Path(folder))
+        stage = CrowdedStage(Path(folder))
         stage.cluster = LocalCluster(stage.root / "cluster", log=print)
         with stage.cluster:
             stage.install()
@@ -104,6 +116,7 @@ def crowded_stage() -> Iterator[Stage]:
                 stage.cluster.apply(NODE)
                 wait_until(lambda: _node_ready(stage), what="the node that KWOK plays", seconds=60, needs=[player])
                 stage.enter_namespace()
+                stage.around = [*stage.cluster.processes.values(), player]
                 yield stage
             finally:
                 player.stop(5)
@@ -115,12 +128,12 @@ def _node_ready(stage: Stage) -> bool:
 
 
 @asynccontextmanager
-async def running_operator(stage: Stage, kubeconfig: str = "") -> AsyncIterator[RunningOperator]:
+async def running_operator(stage: CrowdedStage, kubeconfig: str = "") -> AsyncIterator[RunningOperator]:
     """The operator as a process of its own for the stage's namespace, once it is ready and watches."""
     port = free_port()
     environ = stage.environ(health_port=str(port), log_level="WARNING") | ({"KUBECONFIG": kubeconfig} if kubeconfig else {})
     process = spawn("operator", [sys.executable, "-m", "kompressor_operator"], log=stage.root / "operator.log", environ=environ)
-    running, deadline = RunningOperator(process, port), time.monotonic() + READY_SECONDS
+    running, deadline = RunningOperator(process, port, stage.around), time.monotonic() + READY_SECONDS
     try:
         while not await asyncio.to_thread(running.ready):
             if not process.alive or time.monotonic() > deadline:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 # crowded_stage makes the rest importable
-from crowded_stage import RunningOperator, cpu_seconds, crowded_stage, running_operator
+from crowded_stage import CrowdedStage, RunningOperator, cpu_seconds, crowded_stage, running_operator
 
 # isort: split
 from plain_api import Api
@@ -75,7 +75,7 @@ async def measure(jobs: int, preflight: str) -> Run:
     with crowded_stage() as stage:
         before, life = await record(stage, preflight)
         print(json.dumps({"calls": Counter(f"{call.method} {call.path.split('?')[0].split('/')[-1]}" for call in life)}), flush=True)
-        async with running_operator(stage) as operator, gathered(stage, preflight) as crowd:
+        async with running_operator(stage) as operator, gathered(stage, operator.needs, preflight) as crowd:
             halves = [await beside(run, stage, life, before, preflight)]
             await all_at_once(run, crowd, operator)
             halves.append(await beside(run, stage, life, before, preflight))
@@ -85,9 +85,13 @@ async def measure(jobs: int, preflight: str) -> Run:
     return run
 
 
-async def record(stage: Stage, preflight: str) -> tuple[tuple[str, str, str], list[Call]]:
+async def record(stage: CrowdedStage, preflight: str) -> tuple[tuple[str, str, str], list[Call]]:
     """One life, through a recorder: whose it was (namespace, name, uid), and its calls."""
-    async with recorder(stage) as (found, kubeconfig), running_operator(stage, kubeconfig), gathered(stage, preflight) as crowd:
+    async with (
+        recorder(stage) as (found, kubeconfig),
+        running_operator(stage, kubeconfig) as operator,
+        gathered(stage, operator.needs, preflight) as crowd,
+    ):
         found.calls.clear()
         await crowd.apply([RECORDED])
         await crowd.complete([RECORDED], PATIENCE)

@@ -31,7 +31,7 @@ async def soak(minutes: float, rate: float, say: Callable[[str], None]) -> float
     points: list[tuple[float, float]] = []
     wanted = [f"soak-{number}" for number in range(round(60 * minutes * rate))]
     with crowded_stage() as stage:
-        async with running_operator(stage) as operator, gathered(stage) as crowd:
+        async with running_operator(stage) as operator, gathered(stage, operator.needs) as crowd:
             crowd.forget = True
             sampling = asyncio.create_task(sample(operator, points))
             await crowd.apply(wanted, rate)
