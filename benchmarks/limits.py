@@ -56,19 +56,22 @@ class Machine:
 
 
 def operations(config: dict[str, Any], tokens: int, length: int) -> dict[str, float]:
-    """What GPTQ has to compute of one block of a dense Llama, in floating point operations, by part.
+    """What GPTQ has to compute of one block, in floating point operations, by part: of a dense Llama or Qwen, or a mixture like Qwen3's.
 
     One forward, the triangle of x^T x and its factorisation (Cholesky and a triangular inverse) once for all linears that share an input,
-    a column loop for each.
+    a column loop for each. An expert sees the tokens that are routed to it, all alike often.
     """
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    hidden, experts = config["hidden_size"], config.get("num_experts", 1)
+    ffn = config["moe_intermediate_size"] if experts > 1 else config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     kv = config["num_key_value_heads"] * config["head_dim"]
-    sites = [(hidden, queries + 2 * kv), (queries, hidden), (hidden, 2 * ffn), (ffn, hidden)]
+    seen = tokens * config["num_experts_per_tok"] / experts if experts > 1 else tokens
+    attention = [(hidden, queries + 2 * kv, tokens, 1), (queries, hidden, tokens, 1)]
+    sites = [*attention, (hidden, 2 * ffn, seen, experts), (ffn, hidden, seen, experts)]  # columns, rows, tokens, how many there are
     return {
-        "linears": 2.0 * tokens * sum(columns * rows for columns, rows in sites),
+        "linears": 2.0 * sum(n * count * columns * rows for columns, rows, n, count in sites),
         "attention": 2.0 * tokens * length * queries,  # two products, causal
-        "gram": 1.0 * tokens * sum(columns**2 for columns, _ in sites),
-        "factors": 1.0 * sum(columns**3 for columns, _ in sites),
-        "loops": 1.0 * sum(rows * columns**2 for columns, rows in sites),
+        "gram": 1.0 * sum(n * count * columns**2 for columns, _, n, count in sites),
+        "factors": 1.0 * sum(count * columns**3 for columns, _, _, count in sites),
+        "loops": 1.0 * sum(count * rows * columns**2 for columns, rows, _, count in sites),
     }

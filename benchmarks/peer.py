@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ try:
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 except ImportError:
     from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
-from transformers import AutoModelForCausalLM
-import transformers.models.llama.modeling_llama
-source, out, rows, recipe, dtype = sys.argv[1:]
+from importlib import import_module
+from transformers import AutoConfig, AutoModelForCausalLM
+source, out, rows, recipe, dtype, all_experts = sys.argv[1:]
+kind = AutoConfig.from_pretrained(source).model_type
+import_module(f"transformers.models.{kind}.modeling_{kind}")
 RTN = QuantizationModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
 ids = [json.loads(line)["ids"] for line in open(rows)]
 def status(field):
@@ -49,7 +52,8 @@ open("/proc/self/clear_refs", "w").write("5")
 began, cpu = time.monotonic(), time.process_time()
 model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), device_map="cpu")
 data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
-oneshot(model=model, dataset=data, recipe=eval(recipe), num_calibration_samples=len(ids), max_seq_length=len(ids[0]))
+oneshot(model=model, dataset=data, recipe=eval(recipe), num_calibration_samples=len(ids), max_seq_length=len(ids[0]),
+        moe_calibrate_all_experts=bool(all_experts))
 model.save_pretrained(out, save_compressed=True)
 seconds, cpu = time.monotonic() - began, time.process_time() - cpu
 print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": status("VmHWM") - idle}))
@@ -67,11 +71,10 @@ def child(job_file: str) -> None:
     from kompressor_worker.run import run
 
     assert kompressor_worker.flow
-    import transformers.models.llama.modeling_llama
-
-    assert transformers.models.llama.modeling_llama
-    build.library()
     job = load_job(Path(job_file), os.environ)
+    config = json.loads((Path(job.spec.model.source.uri.removeprefix("file://")) / "config.json").read_text())
+    import_module("transformers.models.{0}.modeling_{0}".format(config["model_type"]))
+    build.library()
     idle = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     cpu = time.process_time()
@@ -125,9 +128,9 @@ class Bench:
         file.write_text(json.dumps(job))
         return self._measured([sys.executable, __file__, str(file)])
 
-    def peer(self, python: Path, recipe: str, dtype: str, name: str = "peer") -> dict[str, Any]:
-        """`recipe` in Python, in the names of PEER."""
-        arguments = [str(self.source), str(self._out(name)), str(self.rows), recipe, dtype]
+    def peer(self, python: Path, recipe: str, dtype: str, name: str = "peer", all_experts: bool = True) -> dict[str, Any]:
+        """`recipe` in Python, in the names of PEER. `all_experts`: of a mixture, each measured on all tokens."""
+        arguments = [str(self.source), str(self._out(name)), str(self.rows), recipe, dtype, "yes" if all_experts else ""]
         return self._measured([str(python), "-c", PEER, *arguments], {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""})
 
     def _out(self, name: str) -> Path:
@@ -140,21 +143,26 @@ class Bench:
         return beside_others(lambda: measure(command, environ))
 
 
-def small_model() -> Path:
-    """The folder of a trained Llama: 6 layers, hidden 384."""
+def small_model(experts: int = 0) -> Path:
+    """The folder of a trained Llama of 6 layers, hidden 384; or of a Qwen3-MoE of 4, with so many experts of which two are chosen."""
     from models import RECIPES as KINDS
     from models import SHAPE, Recipe, trained_model
 
-    shape = {**SHAPE, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64}
-    KINDS["bench"] = Recipe("LlamaConfig", {**shape, "intermediate_size": 1024}, steps=200, batch=2, length=512)
-    return trained_model("bench")
+    shape = {**SHAPE, "hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64}
+    if not experts:
+        KINDS["bench"] = Recipe("LlamaConfig", {**shape, "num_hidden_layers": 6, "intermediate_size": 1024}, steps=200, batch=2, length=512)
+        return trained_model("bench")
+    mixture = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 512, "norm_topk_prob": True}
+    balanced = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
+    KINDS["bench_moe"] = Recipe("Qwen3MoeConfig", {**shape, **mixture, **balanced, "num_hidden_layers": 4}, steps=200, batch=2, length=512)
+    return trained_model("bench_moe")
 
 
-def small_bench(work: Path) -> tuple[Bench, Any]:
+def small_bench(work: Path, experts: int = 0) -> tuple[Bench, Any]:
     """Over `small_model` and 128 rows of 512 tokens; and 160 other rows to judge by."""
     from models import token_rows
 
-    source = small_model()
+    source = small_model(experts)
     rows = write_rows(work / "rows.jsonl", token_rows(source, 0, seed=41, rows=128, length=512))
     return Bench(work, source, rows, 128, 512), token_rows(source, 0, seed=1_000_003, rows=160, length=512)
 
