@@ -29,6 +29,7 @@ from kompressor_worker.pace import Pace
 from kompressor_worker.passes import Pass
 from kompressor_worker.passes.surveyor import SeenBlock, Surveyed
 from kompressor_worker.pipeline import Load, Loaded, Prefetcher
+from kompressor_worker.seen_experts import seen_experts
 from kompressor_worker.sites import sites_of
 from kompressor_worker.snapshots import object_names, restored, snapshot_objects
 from kompressor_worker.storage import WORK, Output, Source
@@ -158,6 +159,8 @@ class Survey:
         for at, part in enumerate(block.steps):
             if at + 1 == len(block.steps):
                 middle = self.stream.snapshot()
+            if part.name == "experts_in" and any(s.wants_experts for s in self.surveyors.values()):
+                self._experts(block, weights, project, pace)
             found = sites_of(block, part, self.wanted)
             sites += found
             by_name = {site.name: site.statistics for site in found}
@@ -185,6 +188,12 @@ class Survey:
             surveyor.block(seen)
             pace(0)
         pace.finish()
+
+    def _experts(self, block: Block, weights: Mapping[str, Tensor], project: Projection, pace: Pace) -> None:
+        for seen in seen_experts(block, self.stream.batches, weights, project, pace):
+            for surveyor in (s for s in self.surveyors.values() if s.wants_experts):
+                surveyor.expert(seen)
+                pace(0)
 
     def _head(self, unit: UnitLayout, incoming: Iterator[Loaded], step: Step) -> None:
         norms: dict[str, Tensor] = {}

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from kompressor_worker.block import Site
     from kompressor_worker.statistics import Statistic
 
+SAMPLE = 512
+"""Tokens of a mixture that all its experts are compared on."""
+
 
 @dataclass(frozen=True)
 class Surveyed:
@@ -71,6 +74,42 @@ class SeenBlock:
             yield ((self.positions(after, batch) - self.positions(before, batch)) / scale).square()
 
 
+@dataclass(frozen=True)
+class Routed:
+    """The tokens of one batch that go to one expert."""
+
+    inputs: Tensor
+    """[n, hidden], model dtype: what the expert gets."""
+    gates: Tensor
+    """fp32 [n]: what the model multiplies its outputs by."""
+    outputs: Tensor
+    """fp32 [n, hidden], before the gate."""
+
+
+@dataclass(frozen=True)
+class SeenExpert:
+    """One expert of a mixture, while the calibration rows go through its block of the source."""
+
+    layer: int
+    """Of its block, counted from 0."""
+    number: int
+    experts: int
+    """How many the mixture has."""
+    weights: dict[str, Tensor]
+    """Its own, by full name, model dtype."""
+    routed: Sequence[Routed]
+    """By batch; without those of which no token goes to it."""
+    sample: Tensor
+    """[s, hidden], model dtype: inputs of up to SAMPLE of the mixture's tokens, spread over all rows; the same for all its experts."""
+    sample_outputs: Tensor
+    """fp32 [s, hidden]: what it would say to these, routed to it or not, before the gate."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the calibration data, how many go to it."""
+        return sum(len(part.gates) for part in self.routed)
+
+
 class Surveyor:
     """Base. All that it gathers is in `tensors`, which are saved and restored with the rows, so that a survey goes on where it stopped."""
 
@@ -78,6 +117,8 @@ class Surveyor:
     """What it wants measured at every input of linears."""
     reads_head: bool = False
     """Whether it wants the head's rows."""
+    wants_experts: bool = False
+    """Whether it wants to see each expert of a mixture by itself."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -89,6 +130,9 @@ class Surveyor:
 
     def begin(self, model: Surveyed) -> None:
         """Before the first unit, and after a restart."""
+
+    def expert(self, seen: SeenExpert) -> None:
+        """Each expert of a block, before the block itself, in any order; only where `wants_experts`. Raises BadNumerics."""
 
     def block(self, seen: SeenBlock) -> None:
         """After each block, in order. Raises BadNumerics."""
