@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from sources import MemorySource, folder_source, safetensors_bytes
 
 from kompressor_worker.layout import ModelLayout, StageLayout
 from kompressor_worker.reading import read_layout
+from kompressor_worker.shards import plan_output
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LLAMA = [
@@ -123,6 +125,21 @@ def test_what_loaders_fuse(family: str) -> None:
     assert alone == {"self_attn.o_proj"} | (
         {next(n for n in linears if n.endswith(("gate", "router")) and linears[n].kind == "router")} if routed else {"mlp.down_proj"}
     )
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_dropped_expert_is_not_written(family: str) -> None:
+    """It keeps its number in the source's routing, as the others do."""
+    layout = read_layout(folder_source(tiny_model(family)))
+    block = layout.units[2]
+    assert [stage.expert for stage in block.stages if stage.expert is not None] == [0, 1, 2, 3]
+    fewer = replace(block, stages=tuple(replace(stage, dropped=stage.expert == 1) for stage in block.stages))
+    pruned = replace(layout, units=tuple(fewer if unit is block else unit for unit in layout.units))
+    gone = {linear.name for linear in layout.linears()} - {linear.name for linear in pruned.linears()}
+    assert len(gone) == 3 and all(".experts.1." in name for name in gone)
+    written = {tensor.name for stages in plan_output(pruned, {}).stages for stage in stages for tensor in stage}
+    assert {t.name for stage in layout.stages() for t in stage.tensors} - written == {f"{name}.weight" for name in gone}
+    assert len(fewer.as_stored().stages) == len(block.stages)
 
 
 def test_first_layers_of_a_mixture_may_be_dense() -> None:

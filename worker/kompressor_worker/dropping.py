@@ -74,6 +74,6 @@ def _renamed(unit: UnitLayout, name: str) -> UnitLayout:
         return replace(x, name=new(x.name), fused=new(x.fused) if x.fused else None, shared=new(x.shared) if x.shared else None)
 
     def stage(s: StageLayout) -> StageLayout:
-        return StageLayout(new(s.name), tuple(map(tensor, s.tensors)), tuple(map(linear, s.linears)))
+        return replace(s, name=new(s.name), tensors=tuple(map(tensor, s.tensors)), linears=tuple(map(linear, s.linears)))
 
     return replace(unit, name=name, stages=tuple(map(stage, unit.stages)))

@@ -101,11 +101,17 @@ class LinearLayout:
 
 @dataclass(frozen=True)
 class StageLayout:
-    """Tensors that are loaded, compressed and written together: q/k/v; o; gate/up; down; one expert; plain ones."""
+    """Tensors that are loaded, compressed and written together: q/k/v; o; gate/up; down; one expert; plain ones. Experts may stand in any
+    order."""
 
     name: str
     tensors: tuple[SourceTensor, ...]
     linears: tuple[LinearLayout, ...] = ()
+    expert: int | None = None
+    """For a routed expert: its number in the source's routing, the row of the router that leads to it."""
+    dropped: bool = False
+    """An expert that the result does not have; the original's activations flow through it all the same, and passes see it in
+    `transform`."""
 
     @property
     def source_bytes(self) -> int:
@@ -126,7 +132,7 @@ class UnitLayout:
         return sum(s.source_bytes for s in self.stages)
 
     def as_stored(self) -> UnitLayout:
-        """With the linears' shapes of the source, under the names of the result."""
+        """With the linears' shapes of the source, under the names of the result; experts that are dropped are among them."""
         shapes = {t.name: t.shape for stage in self.stages for t in stage.tensors}
         return self.with_shapes(shapes)
 
@@ -165,9 +171,9 @@ class ModelLayout:
     """config.json of the source."""
 
     def stages(self) -> Iterator[StageLayout]:
-        """Of the result: without those of blocks that are dropped."""
+        """Of the result: without those of blocks and experts that are dropped."""
         for unit in self.units:
-            yield from () if unit.dropped else unit.stages
+            yield from () if unit.dropped else (stage for stage in unit.stages if not stage.dropped)
 
     def linears(self) -> Iterator[LinearLayout]:
         for stage in self.stages():

@@ -169,7 +169,7 @@ class Arrangement:
             held, found = self.linears(f"{name}.", group, fused, shared)
             tensors += held
             linears += found
-        return StageLayout(name, tuple(tensors), tuple(linears))
+        return StageLayout(name, tuple(tensors), tuple(linears), expert)
 
     def refuse_strays(self, block: str, rest: list[SourceTensor]) -> None:
         """Experts that no router row leads to would be left as they are, unseen."""

@@ -84,7 +84,7 @@ def plan_output(layout: ModelLayout, schemes: Mapping[str, Scheme], max_shard: i
     for unit in layout.units:
         stages = []
         for stage in unit.stages:
-            tensors = [] if unit.dropped else stage_tensors(stage, schemes)
+            tensors = [] if unit.dropped or stage.dropped else stage_tensors(stage, schemes)
             total = sum(nbytes(t) for t in tensors)
             widest = max((DTYPE_BYTES[t.dtype] for t in tensors), default=1)
             if size and (size + total > max_shard or size % widest):

@@ -102,14 +102,17 @@ class DataFree:
 
     def loads(self, unit: int) -> Iterator[Load]:
         for layout, placed in zip(self.work.layout.units[unit].stages, self.work.plan.stages[unit], strict=True):
-            yield from stage_loads(layout, placed, self.work)
+            if not layout.dropped:
+                yield from stage_loads(layout, placed, self.work)
 
     def replay(self, unit: int, incoming: Iterator[Loaded], step: Step) -> None:
         raise AssertionError("nothing flows, so nothing is made again")
 
     def run(self, unit: int, incoming: Iterator[Loaded], writer: Writer, step: Step) -> Carry:
         for layout, placed in zip(self.work.layout.units[unit].stages, self.work.plan.stages[unit], strict=True):
-            if is_plain(layout, self.work.schemes):
+            if layout.dropped:
+                pass  # nothing of it is read
+            elif is_plain(layout, self.work.schemes):
                 copy(layout, placed, incoming, writer, self.work)
             else:
                 compress(layout, placed, next(incoming), writer, self.work, step)
