@@ -61,6 +61,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "mlp_only_layers": [0]},
     ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256},
+    ),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "olmo2": ("Olmo2Config", {}),
     "gpt_neox": ("GPTNeoXConfig", {"vocab_size": 131}),

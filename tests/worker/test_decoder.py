@@ -45,6 +45,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "phi3": ("Phi3Config", {"partial_rotary_factor": 0.5, "sliding_window": None}),
     "mixtral": ("MixtralConfig", {**MOE, "num_local_experts": 4}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**MOE, "head_dim": 32, "num_experts": 4, "shared_expert_intermediate_size": 80, "decoder_sparse_step": 2, "mlp_only_layers": []},
+    ),
+    "qwen2_moe normalised": (
+        "Qwen2MoeConfig",
+        {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 80, "qkv_bias": False, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
     "qwen3_moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 4, "norm_topk_prob": False, "mlp_only_layers": [1]}),
 }
 LENGTHS = (24, 17)

@@ -42,6 +42,12 @@ QWEN3_MOE = [
     ("mlp.gate", ("mlp.gate",)),
     *[(f"mlp.experts.{e}", tuple(f"mlp.experts.{e}.{w}_proj" for w in ("gate", "up", "down"))) for e in range(4)],
 ]
+QWEN2_MOE = [
+    *QWEN3_MOE[:4],
+    ("mlp.shared_gate_up", ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")),
+    ("mlp.shared_down", ("mlp.shared_expert.down_proj",)),
+    *QWEN3_MOE[4:],
+]
 GPT_OSS = [
     *LLAMA[:3],
     ("mlp.router", ("mlp.router",)),
@@ -52,9 +58,11 @@ LAST_BLOCK = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_vision"), LLAMA),
     "phi3": PHI3,
     "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
     "gpt_oss": GPT_OSS,
 }
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 TIED = ("qwen3", "gemma2", "gemma3", "gemma3_vision")
 
 
@@ -110,7 +118,7 @@ def test_what_loaders_fuse(family: str) -> None:
         shared.setdefault(linear.shared, set()).add(name)
     alone = fused.pop(None, set())
     shared.pop(None, set())
-    mixture, routed = family in ("mixtral", "qwen3_moe"), family in ("mixtral", "qwen3_moe", "gpt_oss")
+    mixture, routed = family in MIXTURES, family in (*MIXTURES, "gpt_oss")
     if family == "phi3":
         assert (fused, shared) == ({}, {})
         return
@@ -120,11 +128,14 @@ def test_what_loaders_fuse(family: str) -> None:
         experts = {name for name in linears if ".experts." in name}
         assert len(experts) == 12
         assert experts in fused.values(), "one scheme for all experts of a layer"
-        assert len(shared) == 1 + 4, "q/k/v, and gate/up of every expert"
+        beside = {"mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"} & linears.keys()
+        assert not beside or beside in fused.values()
+        assert len(shared) == 1 + 4 + bool(beside), "q/k/v, and gate/up of every expert"
         assert all(len(names) == 2 for key, names in shared.items() if key and "experts" in key)
-    assert alone == {"self_attn.o_proj"} | (
-        {next(n for n in linears if n.endswith(("gate", "router")) and linears[n].kind == "router")} if routed else {"mlp.down_proj"}
-    )
+    routers = {name for name, linear in linears.items() if linear.kind == "router"}
+    downs = {"mlp.down_proj", "mlp.shared_expert.down_proj"} & linears.keys()
+    assert len(routers) == routed
+    assert alone == {"self_attn.o_proj"} | routers | downs
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -40,6 +40,7 @@ def uneven(folder: Path) -> dict[str, torch.Tensor]:
         ("mistral", {}),
         ("phi3", {}),
         ("mixtral", {}),
+        ("qwen2_moe", {}),
         ("qwen3_moe", {}),
     ],
 )

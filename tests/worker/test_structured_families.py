@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3": WINDOW,
     "phi3": {"head_dim": None},
     "mixtral": {},
+    "qwen2_moe": {"mlp_only_layers": [3]},
     "qwen3_moe": {"mlp_only_layers": [3], "decoder_sparse_step": 2},  # experts in blocks 1 and 5
 }
 WHOLE = ("gemma2", "gemma3")
@@ -148,6 +149,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"max_window_layers": 5, "layer_types": ["full_attention"] * 5},
     "gemma2": {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]},
     "gemma3": {"layer_types": ["sliding_attention"] * 4 + ["full_attention"]},
+    "qwen2_moe": {
+        "mlp_only_layers": [2],
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 192,
+        "max_window_layers": 5,
+        "layer_types": ["full_attention"] * 5,
+        "architectures": ["TransformersMoEForCausalLM"],
+    },
     "qwen3_moe": {"mlp_only_layers": [0, 2, 3], "decoder_sparse_step": 1, "moe_intermediate_size": 96},
 }
 """What config.json says beside the usual sizes once block 2 of 6 is gone and 6 heads are left of 8: what is not named here stays."""

@@ -30,6 +30,7 @@ class Group:
     """Linears that share an input: one stage. More than one of them: one matrix in a loader."""
 
     name: str
+    """Its last part says which step of the block it is (decoder_block.py)."""
     linears: tuple[Linear, ...]
 
 
@@ -45,11 +46,15 @@ class Experts:
     """Of one expert. Loaders fuse all experts of a layer."""
     stacked: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Experts fused in the file: parameter and its shape, no linear of its own."""
+    shared: tuple[Group, ...] = ()
+    """Of an expert that every token goes to, beside those that it is routed to."""
+    shared_gate: str = ""
+    """Module, a linear [1, hidden] that stays exact: the shared expert's output is multiplied by the sigmoid of what it says."""
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """Another model_type of the same function and the same tensor names."""
+    """Another model_type, or another class of the same, with the same function and the same tensor names."""
 
     model_type: str
     says: Mapping[str, Any] = field(default_factory=dict)
@@ -105,11 +110,14 @@ O = Linear("self_attn.o_proj", "hidden", "q")  # noqa: E741
 ATTENTION = (Group("self_attn.qkv", (Q, K, V)), Group("self_attn.o", (O,)))
 
 
-def gated(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", width: str = "ffn") -> tuple[Group, ...]:
-    """The usual feed-forward: down(act(gate(x)) * up(x))."""
+def gated(
+    prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", width: str = "ffn", group: str | None = None
+) -> tuple[Group, ...]:
+    """The usual feed-forward: down(act(gate(x)) * up(x)). `group`: what the groups' names begin with, where that is not `prefix`."""
+    group = prefix if group is None else group
     return (
-        Group(f"{prefix}gate_up", (Linear(prefix + gate, width, "hidden"), Linear(prefix + up, width, "hidden"))),
-        Group(f"{prefix}down", (Linear(prefix + down, "hidden", width),)),
+        Group(f"{group}gate_up", (Linear(prefix + gate, width, "hidden"), Linear(prefix + up, width, "hidden"))),
+        Group(f"{group}down", (Linear(prefix + down, "hidden", width),)),
     )
 
 
@@ -171,6 +179,20 @@ FAMILIES: dict[str, Family] = {
         ATTENTION,
         experts=Experts("block_sparse_moe.gate", "block_sparse_moe.experts.{expert}", gated("", "w1", "w3", "w2")),
     ),
+    "qwen2_moe": Family(
+        ("qwen2_moe",),
+        ATTENTION,
+        gated("mlp."),
+        Experts(
+            "mlp.gate",
+            "mlp.experts.{expert}",
+            gated("", width="moe_ffn"),
+            shared=gated("mlp.shared_expert.", width="shared_ffn", group="mlp.shared_"),
+            shared_gate="mlp.shared_expert_gate",
+        ),
+        derived_head=True,
+        stand_in=StandIn("qwen2_moe", {"architectures": ["TransformersMoEForCausalLM"]}),  # vLLM then runs transformers' module
+    ),
     "qwen3_moe": Family(
         ("qwen3_moe",),
         ATTENTION,
@@ -216,8 +238,8 @@ def refuse_unknown_forward(family: str | None, config: Mapping[str, Any]) -> Non
 
 
 class Dimensions:
-    """Sizes that config.json promises, by name: hidden, q, kv, ffn, moe_ffn, experts, vocab, layers; None where it
-    promises nothing."""
+    """Sizes that config.json promises, by name: hidden, q, kv, ffn, moe_ffn, shared_ffn, experts, vocab, layers, one;
+    None where it promises nothing."""
 
     def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
         text = {**family.defaults, **text_config(config)}
@@ -234,9 +256,11 @@ class Dimensions:
             "kv": kv_heads * head if kv_heads and head else None,
             "ffn": size("intermediate_size"),
             "moe_ffn": size("moe_intermediate_size"),
+            "shared_ffn": size("shared_expert_intermediate_size"),
             "experts": size("num_experts", "num_local_experts"),
             "vocab": size("vocab_size"),
             "layers": size("num_hidden_layers"),
+            "one": 1,
         }
 
     def __getitem__(self, name: str) -> int | None:

@@ -66,6 +66,10 @@ class Site:
     fold: Fold | None = None
     children: tuple[Site, ...] = ()
     """Sites with rows of this same input (the tokens routed to one expert): a scale on this one is a scale on them."""
+    beside: tuple[LinearLayout, ...] = ()
+    """Linears of another step that read this input too (a shared expert's); also where their own site is no child."""
+    same_as: str = ""
+    """Name of the site with this very input that has the fold: a scale on that one is a scale on this."""
 
 
 @dataclass
@@ -83,7 +87,7 @@ class Reduction:
     """A linear whose input columns are to become fewer, and whoever makes these columns."""
 
     step: str
-    """o, down or experts_out."""
+    """o, down, experts_out or shared_down."""
     site: Site
     """Its one linear is the one that reads; its statistics hold the Hessian."""
     producers: tuple[LinearLayout, ...]

@@ -29,7 +29,7 @@ from kompressor_worker.pace import Pace, unheard
 from kompressor_worker.passes import Pass
 from kompressor_worker.reshaping import Reshaper
 from kompressor_worker.schemes import Scheme
-from kompressor_worker.sites import sites_of
+from kompressor_worker.sites import join, sites_of
 from kompressor_worker.statistics import Statistic, Statistics
 
 KvHook = Callable[[Batch], Cache | None]
@@ -145,9 +145,10 @@ class Engine:
     def _compress(self, work: BlockWork, steps: Sequence[Step]) -> None:
         """These steps through all passes, and the activations through what comes out."""
         stages = [self._stage(work, step) for step in steps]
+        join([site for stage in stages for site in stage.sites])
         self._measure(work, steps, stages, self._wanted)
         for site in (site for stage in stages for site in stage.sites if site.children):
-            work.expert_tokens = [child.statistics.rows for child in site.children]
+            work.expert_tokens = [child.statistics.rows for child in site.children if not child.same_as]
         for p in self.passes:
             for stage in stages if not p.kv else ():
                 self._refresh(work, steps, stages, p)

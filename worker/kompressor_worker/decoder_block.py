@@ -38,7 +38,7 @@ class Step:
     """A group of linears that share their place in the block."""
 
     name: str
-    """qkv, o, gate_up, down; experts_in, experts_out."""
+    """qkv, o, gate_up, down; experts_in, shared_gate_up, shared_down, experts_out."""
     layout: StageLayout
     """Its linears (in a mixture those of all experts), and tensors."""
 
@@ -52,13 +52,14 @@ class Block:
         self.steps = tuple(steps_of(unit))
         self._sparse = any(step.name == "experts_in" for step in self.steps)
         before = "pre_feedforward_layernorm" if decoder.family.post_norms else "post_attention_layernorm"
-        self.norms = {"qkv": "input_layernorm", "gate_up": before, "experts_in": before}
+        self.norms = {"qkv": "input_layernorm", "gate_up": before, "experts_in": before, "shared_gate_up": before}
         self._after = (
             {"o": "post_attention_layernorm", "down": "post_feedforward_layernorm", "experts_out": "post_feedforward_layernorm"}
             if decoder.family.post_norms
             else {}
         )
         self.router = unit.name + "." + decoder.family.experts.router if decoder.family.experts and self._sparse else ""
+        self.shared_gate = self.prefix + decoder.family.experts.shared_gate if decoder.family.experts and self._sparse else ""
 
     # ---- the function
 
@@ -82,6 +83,14 @@ class Block:
                 state["attention"] = self._attention(x, linear, cache, weights).to(dtype)
             case "gate_up":
                 state["product"] = self._gated(step.layout.linears, x, linear).to(dtype)
+            case "shared_gate_up":
+                state["shared_product"] = self._gated(step.layout.linears, x, linear).to(dtype)
+                if (gate := weights.get(f"{self.shared_gate}.weight")) is not None:
+                    state["shared_gate"] = torch.sigmoid(x.float() @ gate.float().T)
+            case "shared_down":
+                y = linear(step.layout.linears[0].name, x)
+                state["shared"] = (y * state.pop("shared_gate") if "shared_gate" in state else y).to(dtype)
+                del state["shared_product"]
             case "experts_in":
                 state["product"] = self._experts_in(step, x, batch, weights, linear).to(dtype)
             case "o":
@@ -91,7 +100,8 @@ class Block:
                 self._add(step, batch, linear(step.layout.linears[0].name, x), weights)
                 del state["product"]
             case "experts_out":
-                self._add(step, batch, self._experts_out(step, x, batch, linear), weights)
+                y = self._experts_out(step, x, batch, linear)
+                self._add(step, batch, y + state.pop("shared") if "shared" in state else y, weights)
                 for name in ("product", "experts", "gates"):
                     del state[name]
 
@@ -99,6 +109,8 @@ class Block:
         """[rows, length, columns]; in a mixture [tokens, columns] of the positions that count. In the model's dtype."""
         if step.name == "o":
             return batch.state["attention"]
+        if step.name == "shared_down":
+            return batch.state["shared_product"]
         if step.name in ("down", "experts_out"):
             return batch.state["product"]
         x = self.decoder.norm(batch.state["hidden"], weights[f"{self.prefix}{self.norms[step.name]}.weight"]).to(self.decoder.dtype)
@@ -174,15 +186,17 @@ class Block:
 
 
 def steps_of(unit: UnitLayout) -> list[Step]:
-    """A block's stages with linears, in the order of its function. A mixture's experts are two steps, each with all of them."""
+    """A block's stages with linears, in the order of its function. A mixture's experts are two steps, each with all of them; a shared
+    expert's are between the two, for it reads what the experts read."""
     found: list[Step] = []
     experts: list[StageLayout] = []
+    beside: list[Step] = []
     for stage in unit.stages:
-        kinds = [x.kind for x in stage.linears]
-        if "router" in kinds or (experts and kinds):
+        name = stage.name.rpartition(".")[2]
+        if any(x.kind == "router" for x in stage.linears) or name.isdecimal():
             experts.append(stage)
-        elif kinds:
-            found.append(Step(("qkv", "o", "gate_up", "down")[len(found)], stage))
+        elif stage.linears:
+            (beside if name.startswith("shared_") else found).append(Step(name, stage))
     if experts:
         router, *each = experts
         tensors = tuple(t for stage in experts for t in stage.tensors)
@@ -191,6 +205,7 @@ def steps_of(unit: UnitLayout) -> list[Step]:
         base = router.name.rpartition(".")[0]
         found += [
             Step("experts_in", StageLayout(f"{base}.gate_up", tensors, ins)),
+            *beside,
             Step("experts_out", StageLayout(f"{base}.down", (), outs)),
         ]
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kompressor_worker.architectures import FAMILIES, Dimensions, Experts, Family, Group, family_of, text_config
@@ -149,14 +150,23 @@ class Arrangement:
         return tensors, linears
 
     def experts(self, block: str, experts: Experts) -> list[StageLayout]:
-        """The router, then expert by expert, or the stacked parameters one by one."""
+        """The router, the shared expert, then expert by expert, or the stacked parameters one by one."""
         stages = [self.matrix(f"{block}.{experts.router}", "experts", "hidden", "router")]
+        stages += self.shared(block, experts)
         for parameter, shape in experts.stacked:
             name = f"{block}.{parameter}"
             stages.append(StageLayout(name, (self.take(name, *shape), *self.take_bias(f"{name}_bias"))))
         if experts.groups:
             number = stages[0].linears[0].shape[0]
             stages += [self.expert(block, experts, expert) for expert in range(number)]
+        return stages
+
+    def shared(self, block: str, experts: Experts) -> list[StageLayout]:
+        """Of the expert that all tokens go to; its gate, which stays exact, comes with what reads the same input."""
+        stages = [self.group(block, group) for group in experts.shared]
+        if stages and experts.shared_gate:
+            gate = self.take(f"{block}.{experts.shared_gate}.weight", "one", "hidden")
+            stages[0] = replace(stages[0], tensors=(*stages[0].tensors, gate))
         return stages
 
     def expert(self, block: str, experts: Experts, expert: int) -> StageLayout:

@@ -21,13 +21,11 @@ from kompressor_worker.decoder_block import Block, Step, expert_linears
 from kompressor_worker.forward import Projection
 from kompressor_worker.layout import LinearLayout, UnitLayout
 from kompressor_worker.passes import Pass
-from kompressor_worker.sites import sites_of
+from kompressor_worker.sites import BEFORE, sites_of
 from kompressor_worker.statistics import Statistic
 
 HESSIAN: tuple[Statistic, ...] = ("hessian",)
-BEFORE = {"o": "qkv", "down": "gate_up", "experts_out": "experts_in"}
-"""The step whose rows are a step's input columns."""
-STATE = {"o": "attention", "down": "product"}
+STATE = {"o": "attention", "down": "product", "shared_down": "shared_product"}
 """Where that input waits between the two."""
 
 

@@ -114,6 +114,8 @@ class Sizes:
         self._expert = re.compile(r"(?!)")
         if experts is not None:
             self._linears[experts.router] = ("experts", "hidden")
+            self._linears |= {x.name: (x.rows, x.columns) for group in experts.shared for x in group.linears}
+            self._linears |= {experts.shared_gate: ("one", "hidden")} if experts.shared_gate else {}
             for group in experts.groups:
                 self._linears |= {f"{experts.expert}.{x.name}": (x.rows, x.columns) for x in group.linears}
             pattern = re.escape(experts.expert).replace(re.escape("{expert}"), r"\d+")

@@ -15,6 +15,7 @@ SIZES = (
     "hidden_size",
     "intermediate_size",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
     "num_attention_heads",
     "num_key_value_heads",
 )

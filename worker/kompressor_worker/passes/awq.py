@@ -89,7 +89,7 @@ class Awq(Pass):
         notes: dict[str, Any] = {}
         inner = {id(child) for site in stage.sites for child in site.children}
         for site in stage.sites:
-            if id(site) not in inner:
+            if id(site) not in inner and not site.same_as:
                 self._scale(stage, site, notes)
         for linear in stage.layout.linears:
             if linear.name in self._assigned:

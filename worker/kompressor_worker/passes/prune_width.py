@@ -17,7 +17,7 @@ from kompressor_worker.resizing import family_to_resize, resized
 if TYPE_CHECKING:
     from kompressor_worker.block import Reduction
 
-KEYS = {"ffn": "intermediate_size", "moe_ffn": "moe_intermediate_size"}
+KEYS = {"ffn": "intermediate_size", "moe_ffn": "moe_intermediate_size", "shared_ffn": "shared_expert_intermediate_size"}
 """By name in Dimensions: where config.json says it."""
 
 
@@ -46,7 +46,7 @@ class PruneWidth(StructuredPass):
     """The pass `pruneWidth`."""
 
     Params: ClassVar[type[Model]] = PruneWidthParams
-    reduces = frozenset({"down", "experts_out"})
+    reduces = frozenset({"down", "experts_out", "shared_down"})
     name = "pruneWidth"
     sizes = tuple(KEYS.values())
 
@@ -80,6 +80,8 @@ class PruneWidth(StructuredPass):
         found = {}
         if family.experts is not None and any(".experts." in name for name in names):
             found["experts_out"] = family.experts.groups[-1].linears[0].columns
+            if family.experts.shared:
+                found["shared_down"] = family.experts.shared[-1].linears[0].columns
         if family.feed_forward and any(
             name.endswith(family.feed_forward[-1].linears[0].name) and ".experts." not in name for name in names
         ):

@@ -152,7 +152,13 @@ class Merged:
         router = f"{prefix}{experts.router}"
         places = [f"{prefix}{experts.expert.format(expert=e)}." for e in range(len(weights[f"{router}.weight"]))]
         first, last = experts.groups
-        return [router, *(f"{p}{x.name}" for p in places for x in first.linears)], [f"{p}{x.name}" for p in places for x in last.linears]
+        readers = [router, *(f"{p}{x.name}" for p in places for x in first.linears)]
+        writers = [f"{p}{x.name}" for p in places for x in last.linears]
+        if experts.shared:
+            first, last = experts.shared
+            readers += [f"{prefix}{x.name}" for x in first.linears] + ([f"{prefix}{experts.shared_gate}"] if experts.shared_gate else [])
+            writers += [f"{prefix}{x.name}" for x in last.linears]
+        return readers, writers
 
     def _readers(self, norm: str, modules: list[str], weights: dict[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
         for module in modules:

@@ -63,7 +63,7 @@ class SmoothQuant(Pass):
         inner = {id(child) for site in stage.sites for child in site.children}
         left: dict[str, str] = {}
         for site in stage.sites:
-            if id(site) in inner:
+            if id(site) in inner or site.same_as:
                 continue
             if site.fold is None or site.fold.rows is not None:
                 left[stage.layout.name] = "no norm makes its input"
@@ -81,7 +81,7 @@ class SmoothQuant(Pass):
         from kompressor_worker.passes.encoding import finite
 
         inputs = finite(site.statistics.largest, site.name)
-        linears = [linear for each in (site, *site.children) for linear in each.linears]
+        linears = [*site.beside, *(linear for each in (site, *site.children) for linear in each.linears)]
         columns = torch.stack([stage.weights[linear.weight].abs().amax(0).float() for linear in linears])
         weights = columns.amax(0).to(inputs.device)
         scale = inputs.pow(self.params.alpha) / weights.pow(1 - self.params.alpha)
