@@ -59,6 +59,7 @@ ADVICE: Mapping[Reason, str] = {
     Reason.SOURCE_NOT_FOUND: "correct model.source.uri, or upload the checkpoint",
     Reason.DATA_NOT_FOUND: "correct the dataset's uri, or upload the data",
     Reason.BAD_DATA: "correct format, field or samples of the dataset, or its files",
+    Reason.DOES_NOT_FIT: f"ask for what the message says would fit (a smaller context or concurrency, more memory), {ANEW}",
     Reason.OUTPUT_OCCUPIED: "choose another output.uri, or remove what is there",
     Reason.OUTPUT_NOT_FOUND: "create the bucket or claim that output.uri names",
     Reason.JOURNAL_MISMATCH: "apply the job as it was begun, or remove the unfinished work with `kompressor clean`",

@@ -172,6 +172,8 @@ class Reason(StrEnum):
     DATA_NOT_FOUND = "DataNotFound"
     BAD_DATA = "BadData"
     """A dataset that is too small, or cannot be read as it is described."""
+    DOES_NOT_FIT = "DoesNotFit"
+    """No plan fits spec.target: known from headers, before a GPU is asked for."""
     OUTPUT_OCCUPIED = "OutputOccupied"
     OUTPUT_NOT_FOUND = "OutputNotFound"
     JOURNAL_MISMATCH = "JournalMismatch"

@@ -210,14 +210,37 @@ def _add_rules(spec: Schema) -> None:
         spec[RULES].append({"rule": f"{other_endpoint} || {rule}", "message": message, "fieldPath": path})
     spec[RULES].append(
         {
-            "rule": "has(self.passes) != has(self.recipeRef)",
-            "message": "give either passes or recipeRef, exactly one of them",
+            "rule": "[has(self.passes), has(self.recipeRef), has(self.target)].exists_one(given, given)",
+            "message": "give either passes, recipeRef or target, exactly one of them",
             "fieldPath": ".passes",
         }
     )
+    _add_target_rules(spec)
     spec["properties"]["model"]["properties"]["source"][RULES] = [_IN_CLUSTER, _ONE_NAME]
     spec["properties"]["output"][RULES] = [_IN_CLUSTER, _WRITABLE, _ONE_NAME]
     _add_data_rules(spec)
+
+
+def _add_target_rules(spec: Schema) -> None:
+    spec["properties"]["target"][RULES] = [
+        {
+            "rule": "has(self.gpu) != has(self.hardware)",
+            "message": "give either gpu (a name) or hardware (what it has), exactly one of them",
+        }
+    ]
+    spec[RULES] += [
+        {
+            "rule": "!has(self.target) || has(self.evaluation)",
+            "message": "target.maxPerplexityIncrease is measured on evaluation, which is missing; add held-out data",
+            "fieldPath": ".target",
+        },
+        {
+            "rule": "!has(self.target) || !has(self.evaluation) || !has(self.evaluation.gates) || "
+            "!self.evaluation.gates.exists(g, g.metric == 'perplexity')",
+            "message": "evaluation has a gate on perplexity beside target.maxPerplexityIncrease; say it once, in the target",
+            "fieldPath": ".target",
+        },
+    ]
 
 
 def _add_data_rules(spec: Schema) -> None:

@@ -17,12 +17,14 @@ from kompressor_api.fields import Count, Flag, Message, Model, Name, Short, Text
 from kompressor_api.locations import CaBundle, Location, SourceLocation, canonical_endpoint, canonical_uri, refuse_overlap
 from kompressor_api.pod import PlainDict, Resources, Toleration
 from kompressor_api.recipe import PassEntry, RecipeRef, RecipeSpec, RecipeStatus
+from kompressor_api.target import HardwareSpec, TargetResult, TargetSpec, TargetStatus
 
 __all__ = [
     "CaBundle",
     "CompressionJobSpec",
     "CompressionJobStatus",
     "Drift",
+    "HardwareSpec",
     "Location",
     "Model",
     "ModelSpec",
@@ -39,6 +41,9 @@ __all__ = [
     "Short",
     "SourceLocation",
     "StatusCondition",
+    "TargetResult",
+    "TargetSpec",
+    "TargetStatus",
     "Uri",
     "WorkerSpec",
     "canonical_endpoint",
@@ -129,11 +134,18 @@ class CompressionJobSpec(Model):
         default_factory=list,
         min_length=1,
         max_length=16,
-        description="What to do, in this order; each entry has exactly one key, the name of a pass. Either this or recipeRef.",
+        description="What to do, in this order; each entry has exactly one key, the name of a pass. Either this, recipeRef or target.",
     )
     recipe_ref: RecipeRef | None = Field(
         default=None,
-        description="A recipe that gives passes, calibration and gates. It is read once, when the job starts. Either this or passes.",
+        description="A recipe of passes, calibration and gates. It is read once, when the job starts. Either this, passes or target.",
+    )
+    target: TargetSpec | None = Field(
+        default=None,
+        description=(
+            "A GPU that the result is to fit, and what it may lose; the passes are chosen from that, and the choice stands on status.plan "
+            "before any GPU works. It needs evaluation, and with calibration it has more to choose from. Either this, passes or recipeRef."
+        ),
     )
     calibration: CalibrationSpec | None = Field(
         default=None, description="Data that passes measure activations with. Passes that read weights alone need none."
@@ -178,8 +190,18 @@ class CompressionJobSpec(Model):
 
     @model_validator(mode="after")
     def _passes_or_a_recipe(self) -> CompressionJobSpec:
-        if bool(self.passes) == (self.recipe_ref is not None):
-            raise ValueError("give either passes or recipeRef, exactly one of them")
+        if [bool(self.passes), self.recipe_ref is not None, self.target is not None].count(True) != 1:
+            raise ValueError("give either passes, recipeRef or target, exactly one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _a_target_is_measured(self) -> CompressionJobSpec:
+        if self.target is None:
+            return self
+        if self.evaluation is None:
+            raise ValueError("target.maxPerplexityIncrease is measured on evaluation, which is missing; add held-out data")
+        if any(gate.metric == "perplexity" for gate in self.evaluation.gates):
+            raise ValueError("evaluation has a gate on perplexity beside target.maxPerplexityIncrease; say it once, in the target")
         return self
 
     @model_validator(mode="after")
@@ -219,6 +241,8 @@ class Progress(BaseModel):
     bytesPerSecond: int | None = Field(default=None, description="Source bytes per second, since this worker started.")
     etaSeconds: int | None = Field(default=None, description="Estimated seconds to the end.")
     resumedFrom: Short | None = Field(default=None, description="The unit at which this worker went on; absent if it began at the first.")
+    plan: Text | None = Field(default=None, description="With spec.target: the plan that is being tried.")
+    tries: int | None = Field(default=None, description="With spec.target: plans tried so far, this one included.")
     updatedAt: Time | None = Field(default=None, description="When the worker last said so.")
 
 
@@ -271,6 +295,7 @@ class Result(BaseModel):
     evaluatedTokens: int | None = Field(default=None, description="Tokens of the evaluation data that were scored.")
     gates: list[GateResult] | None = Field(default=None, max_length=2, description="The gates of spec.evaluation, and what was measured.")
     drift: Drift | None = Field(default=None, description="How far activations in use are from those of calibration.")
+    target: TargetResult | None = Field(default=None, description="With spec.target: which plan it became, and what that promises.")
     calibrationDigest: Text | None = Field(default=None, description="Digest of the exact token ids that passes were calibrated with.")
     sourceDigest: Text | None = Field(default=None, description="Digest of the source's files and headers.")
     resultDigest: Text | None = Field(default=None, description="Digest over the digests of all published tensors.")
@@ -292,6 +317,7 @@ class PlanStatus(BaseModel):
     units: int | None = Field(default=None, description="Units (embeddings, blocks, head) in the model.")
     parametersBefore: int | None = Field(default=None, description="Parameters of the source; absent where its shape stays.")
     parametersAfter: int | None = Field(default=None, description="Parameters that the result will have.")
+    target: TargetStatus | None = Field(default=None, description="With spec.target: what was chosen, and why it fits.")
     warnings: Warnings | None = Field(default=None, description="What the plan warns of.")
 
 

@@ -1,0 +1,206 @@
+"""What a model takes of a GPU's memory while it is served there, and how fast a roofline says that it is. Headers only, no torch.
+
+Memory is what vLLM asks for: weights as planned to the byte; the KV cache of all requests at their full context, in blocks of 16 tokens,
+of a sliding window what it keeps while a chunk of a prompt is on its way; the activations of the largest step of a prefill, and logits; and
+an assumed overhead. What is left free on purpose is what vLLM leaves by default (`gpu_memory_utilization` 0.92).
+
+At decode each step reads all weights once for all requests (of experts, those that so many tokens are expected to be routed to) and each
+request's cache. Steps a second are bandwidth over bytes, or arithmetic where that takes longer (Williams et al. 2009, "Roofline"). No
+kernel reaches that: it is a prediction that compares plans, not a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from kompressor_api.hardware import ENGINES, Hardware
+from kompressor_worker.architectures import FAMILIES, text_config
+from kompressor_worker.assignment import Assignment
+from kompressor_worker.estimate import is_block, steps_of
+from kompressor_worker.layout import ModelLayout
+from kompressor_worker.passes.shapes import is_routed_expert
+from kompressor_worker.structure import operations
+
+RESERVE = 0.08
+"""Share of a GPU's memory that is left free."""
+KV_BLOCK = 16
+"""Tokens of a block of the cache."""
+ELEMENT = 2
+"""Bytes of what flows, and of keys and values that are left as they are: engines serve in 16 bits."""
+LARGE = ((160 << 30, 16384), (70 << 30, 8192))
+"""Memory from which on vLLM takes so many tokens into a step of prefill."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a GPU's memory."""
+
+    weights: int
+    kv: int
+    activations: int
+    overhead: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.activations + self.overhead + self.reserve
+
+
+@dataclass(frozen=True)
+class Speed:
+    bytes_per_token: int
+    """Read for each token that is made, the weights' share of a request included."""
+    tokens_per_second: float
+    """Of all requests together."""
+
+    def cost_per_million(self, price_per_hour: float) -> float:
+        return price_per_hour / (3600 * self.tokens_per_second) * 1e6
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What attention layers of one kind keep."""
+
+    width: int
+    """Bytes a token, of all these layers."""
+    window: int | None
+    """Tokens that they look back; None: all."""
+
+    def held(self, context: int, batch: int) -> int:
+        """Bytes of a request."""
+        if self.window is None or self.window + batch > context:
+            return self.width * KV_BLOCK * ceil(context / KV_BLOCK)
+        return self.width * KV_BLOCK * (ceil((self.window - 1 + batch) / KV_BLOCK) + 1)
+
+    def read(self, context: int) -> int:
+        return self.width * (context if self.window is None else min(self.window, context))
+
+
+@dataclass(frozen=True)
+class Served:
+    """A plan's result as an engine runs it."""
+
+    weights: int
+    dense: int
+    """Bytes that every step reads, whatever it is routed to."""
+    experts: tuple[tuple[int, float], ...]
+    """By layer: bytes of its experts, and the share of them that one token is routed to."""
+    caches: tuple[Cache, ...]
+    step: int
+    """Bytes of a token on its way through the largest step."""
+    vocabulary: int
+    operations: float
+    """Multiply-adds a token."""
+    low: bool
+    """Whether products are of 8 or 4 bits on both sides."""
+
+    @classmethod
+    def of(cls, assigned: Assignment) -> Served:
+        layout, stages = assigned.layout, assigned.plan.stages
+        config = text_config(layout.config)
+        dense, experts = 0, []
+        for unit, placed in zip(layout.units, stages, strict=True):
+            sizes = {t.name: t.stop - t.start for stage in placed for t in stage}
+            routed = sum(size for name, size in sizes.items() if is_expert(name))
+            dense += sum(sizes.values()) - routed
+            if routed:
+                count = sum(x.shape[0] for stage in unit.stages for x in stage.linears if x.kind == "router")
+                experts.append((routed, min(1.0, int(config.get("num_experts_per_tok") or 1) / max(1, count))))
+        if not layout.tied_embeddings:  # of the embeddings a step reads a row a token
+            matrices = {x.name for stage in layout.stages() for x in stage.linears if x.kind == "embedding"}
+            dense -= sum(t.stop - t.start for unit in stages for s in unit for t in s if t.name.removesuffix(".weight") in matrices)
+        kept = [unit for unit in layout.units if not unit.dropped]
+        blocks = [steps_of(unit, layout) for unit in kept if is_block(unit)]
+        flowing = [sum(s.share * (s.columns + sum(x.shape[0] for x in s.linears)) for s in sites) for steps in blocks for sites in steps]
+        hidden = int(config.get("hidden_size") or 0)
+        inputs = [scheme.inputs for scheme in assigned.schemes.values()]
+        return cls(
+            weights=assigned.plan.tensor_bytes,
+            dense=dense,
+            experts=tuple(experts),
+            caches=caches(layout),
+            step=round(ELEMENT * (2 * hidden + max(flowing, default=0.0))),
+            vocabulary=int(config.get("vocab_size") or 0),
+            operations=operations(kept, config),
+            low=bool(inputs) and all(kind != "none" for kind in inputs),
+        )
+
+    def need(self, on: Hardware, context: int, requests: int) -> Need:
+        batch = batch_tokens(on)
+        return Need(
+            weights=self.weights,
+            kv=requests * sum(cache.held(context, batch) for cache in self.caches),
+            activations=batch * self.step + 2 * 4 * requests * self.vocabulary,
+            overhead=ENGINES[on.engine].overhead,
+            reserve=round(RESERVE * on.memory),
+        )
+
+    def fits(self, on: Hardware, context: int, requests: int) -> bool:
+        return self.need(on, context, requests).total <= on.memory
+
+    def speed(self, on: Hardware, context: int, requests: int) -> Speed:
+        """With every request at its full context, where it is slowest."""
+        weights = self.dense + sum(size * (1 - (1 - share) ** requests) for size, share in self.experts)
+        read = weights + requests * sum(cache.read(context) for cache in self.caches)
+        rate = on.fp8 if self.low and on.fp8 else on.fp16
+        seconds = max(read / on.bandwidth, 2 * self.operations * requests / rate if rate else 0.0)
+        return Speed(round(read / requests), requests / seconds)
+
+    def longest(self, on: Hardware, requests: int, most: int) -> int:
+        """The longest context that fits, `most` at most; 0: none does."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.fits(on, middle, requests) else (low, middle - 1)
+        return low
+
+    def most_requests(self, on: Hardware, context: int, most: int) -> int:
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.fits(on, context, middle) else (low, middle - 1)
+        return low
+
+
+def batch_tokens(on: Hardware) -> int:
+    return next((tokens for memory, tokens in LARGE if on.memory >= memory), ENGINES[on.engine].batch_tokens)
+
+
+def is_expert(tensor: str) -> bool:
+    """One of a routed expert, or of all of a layer's in a stack."""
+    return is_routed_expert(tensor) or ".experts." in tensor
+
+
+def caches(layout: ModelLayout) -> tuple[Cache, ...]:
+    """The layers' caches, those of one window together."""
+    config = {**(FAMILIES[layout.family].defaults if layout.family else {}), **text_config(layout.config)}
+    element = 1 if layout.kv_cache is not None else ELEMENT
+    width = cached_values(config) * element
+    found: dict[int | None, int] = {}
+    for window in windows(config, FAMILIES[layout.family].full_attention_every if layout.family else 0):
+        found[window] = found.get(window, 0) + width
+    return tuple(Cache(size, window) for window, size in found.items())
+
+
+def cached_values(config: Mapping[str, Any]) -> int:
+    """Numbers that a layer keeps of a token: keys and values of its KV heads, or one latent vector (multi-head latent attention)."""
+    if latent := config.get("kv_lora_rank"):
+        return int(latent) + int(config.get("qk_rope_head_dim") or 0)
+    heads = int(config.get("num_attention_heads") or 0)
+    size = int(config.get("head_dim") or (int(config.get("hidden_size") or 0) // heads if heads else 0))
+    return 2 * size * int(config.get("num_key_value_heads") or heads)
+
+
+def windows(config: Mapping[str, Any], full_every: int) -> list[int | None]:
+    """By layer, how far it looks back. Where config.json is not plain about it a layer counts as looking back all the way."""
+    layers, window = int(config.get("num_hidden_layers") or 0), config.get("sliding_window")
+    if type(window) is not int or config.get("use_sliding_window") is False:
+        return [None] * layers
+    if isinstance(types := config.get("layer_types"), list) and len(types) == layers:
+        return [window if kind == "sliding_attention" else None for kind in types]
+    if full_every:
+        return [None if (layer + 1) % full_every == 0 else window for layer in range(layers)]
+    return [window if config.get("model_type") == "mistral" else None] * layers
