@@ -47,6 +47,11 @@ VISION: dict[str, Any] = {
     "patch_size": 14,
 }
 
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "head_dim": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "kv_lora_rank": 128,
+    "moe_intermediate_size": 128, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
+}  # fmt: skip
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", {}),
@@ -65,18 +70,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2MoeConfig",
         {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256},
     ),
+    "deepseek_v2": ("DeepseekV2Config", {**LATENT, "q_lora_rank": None, "num_experts_per_tok": 2}),
+    "deepseek_v3": ("DeepseekV3Config", {**LATENT, "q_lora_rank": 128, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "olmo2": ("Olmo2Config", {}),
     "gpt_neox": ("GPTNeoXConfig", {"vocab_size": 131}),
     "falcon": ("FalconConfig", {"head_dim": None}),
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        {
-            "num_key_value_heads": 4, "moe_intermediate_size": 128, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-            "topk_group": 1, "kv_lora_rank": 128, "q_lora_rank": 128, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
-            "head_dim": 32, "first_k_dense_replace": 1, "n_shared_experts": 1,
-        },
-    ),
 }  # fmt: skip
 """Name to config class and what it needs beyond BASE (None: what it cannot take). From olmo2 on: decoders that no data describes."""
 
@@ -108,7 +107,7 @@ def _save(folder: Path, family: str, dtype: str, shard: str | None, overrides: M
         config = config_class(text_config={**BASE, **overrides}, vision_config=VISION, **extra)
         model_class: Any = transformers.AutoModelForImageTextToText
     else:
-        config = config_class(**{k: v for k, v in {**BASE, **extra, **overrides}.items() if v is not None})
+        config = config_class(**{k: v for k, v in {**BASE, **extra, **overrides}.items() if v is not None or k not in BASE})
         model_class = transformers.AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -116,6 +115,9 @@ def _save(folder: Path, family: str, dtype: str, shard: str | None, overrides: M
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and not name.endswith("norm.weight"):  # biases start as zeros: nothing to lose
                 torch.nn.init.normal_(parameter, std=0.02)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(buffer, std=0.02)
     model.to(getattr(torch, dtype)).save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
 
 

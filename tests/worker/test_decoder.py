@@ -23,6 +23,14 @@ from kompressor_worker.storage.locations import open_source
 
 SMALL = {**BASE, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_hidden_layers": 3}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+LATENT = {
+    "num_key_value_heads": 4, "head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "v_head_dim": 20, "kv_lora_rank": 40,
+    "q_lora_rank": 36, **MOE, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1,
+    "mscale_all_dim": 0.8,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"attention_bias": True}),
     "llama3 rotary": (
@@ -53,6 +61,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2MoeConfig",
         {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 80, "qkv_bias": False, "norm_topk_prob": True, "mlp_only_layers": [1]},
     ),
+    "deepseek_v2": ("DeepseekV2Config", {**LATENT, "q_lora_rank": None, "n_shared_experts": 2, "routed_scaling_factor": 1.7}),
+    "deepseek_v2 in groups, stretched": (
+        "DeepseekV2Config",
+        {**LATENT, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "rope_parameters": {**YARN, "mscale": 0.7}},
+    ),
+    "deepseek_v3": ("DeepseekV3Config", {**LATENT, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}),
+    "deepseek_v3 by halves, stretched": (
+        "DeepseekV3Config",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+            "rope_parameters": {**YARN, "mscale": 1.0},
+        },
+    ),
     "qwen3_moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 4, "norm_topk_prob": False, "mlp_only_layers": [1]}),
 }
 LENGTHS = (24, 17)
@@ -66,6 +92,9 @@ def saved(case: str, folder: Path, dtype: torch.dtype = torch.float32) -> transf
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=0.6, std=0.3)  # norms and biases that matter
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.5)
     model.eval().to(dtype).save_pretrained(folder)
     return model
 

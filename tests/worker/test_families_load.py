@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
+import smaller
 import torch
 
 import jobs
 from kompressor_worker.cli import run_cli
 
 LOADABLE = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_vision", "phi3", "mixtral", "qwen3_moe", "gpt_oss", "olmo2",
-    "gpt_neox", "deepseek_v3",
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_vision", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
+    "deepseek_v2", "deepseek_v3", "gpt_oss", "olmo2", "gpt_neox",
 ]  # fmt: skip
 
 
@@ -41,6 +44,35 @@ def test_loads_in_transformers(family: str, tmp_path: Path) -> None:
     assert torch.isfinite(after).all()
     error = (after - before).norm() / before.norm()
     assert 0 < error < 0.03, f"{family}: relative error of the logits {error:.4f}"
+
+
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
+SCHEMES = [
+    [{"gptq": {"scheme": "W4A16", "groupSize": 32}}],
+    [{"smoothQuant": {}}, {"gptq": {"scheme": "FP8_DYNAMIC"}}],
+    [{"awq": {"scheme": "W4A16", "groupSize": 32, "grid": 3}}],
+]
+
+
+@pytest.mark.parametrize("passes", SCHEMES, ids=lambda passes: next(iter(passes[0])))
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_calibrated_mixture_is_what_the_job_reports(family: str, passes: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Measured by transformers on the published files: perplexity and KL of the same rows."""
+    source = smaller.lively(families.tiny_model(family, dtype="float32", initializer_range=0.1), tmp_path / "source")
+    chance = random.Random(3)
+    rows = {section: [[chance.randrange(3, 128) for _ in range(24)] for _ in range(32)] for section in ("calibration", "evaluation")}
+    body = jobs.manifest(source.as_uri(), (tmp_path / "out").as_uri(), passes)
+    for section, ids in rows.items():
+        data = tmp_path / f"{section}.jsonl"
+        data.write_text("".join(json.dumps({"ids": row}) + "\n" for row in ids))
+        body["spec"][section] = {"dataset": {"uri": data.as_uri(), "tokens": "ids"}, "samples": 32, "sequenceLength": 24}
+    assert run_cli(["run", str(jobs.write(tmp_path / "job.json", body))]) == 0
+    said = json.loads((tmp_path / "out" / "kompressor.json").read_text())["evaluation"]
+    seen = smaller.measure(source, tmp_path / "out", torch.tensor(rows["evaluation"]))
+    print(family, passes, said, seen)
+    assert said["kl"] > 1e-3
+    assert seen["perplexityAfter"] == pytest.approx(said["perplexityAfter"], rel=1e-3)
+    assert seen["kl"] == pytest.approx(said["kl"], rel=0.02)
 
 
 def warnings_of(folder: Path) -> str:

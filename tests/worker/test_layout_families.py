@@ -48,6 +48,22 @@ QWEN2_MOE = [
     ("mlp.shared_down", ("mlp.shared_expert.down_proj",)),
     *QWEN3_MOE[4:],
 ]
+DEEPSEEK_V2 = [
+    ("norms", ()),
+    ("self_attn.latents", ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa")),
+    ("self_attn.keys_values", ("self_attn.kv_b_proj",)),
+    ("self_attn.o", ("self_attn.o_proj",)),
+    ("mlp.gate", ("mlp.gate",)),
+    ("mlp.shared_gate_up", ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")),
+    ("mlp.shared_down", ("mlp.shared_experts.down_proj",)),
+    *QWEN3_MOE[4:],
+]
+DEEPSEEK_V3 = [
+    ("norms", ()),
+    ("self_attn.latents", ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")),
+    ("self_attn.queries", ("self_attn.q_b_proj",)),
+    *DEEPSEEK_V2[2:],
+]
 GPT_OSS = [
     *LLAMA[:3],
     ("mlp.router", ("mlp.router",)),
@@ -60,9 +76,12 @@ LAST_BLOCK = {
     "mixtral": MIXTRAL,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
     "gpt_oss": GPT_OSS,
 }
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+LATENT = ("deepseek_v2", "deepseek_v3")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", *LATENT)
 TIED = ("qwen3", "gemma2", "gemma3", "gemma3_vision")
 
 
@@ -122,20 +141,21 @@ def test_what_loaders_fuse(family: str) -> None:
     if family == "phi3":
         assert (fused, shared) == ({}, {})
         return
-    assert set(QKV) in fused.values()
-    assert set(QKV) in shared.values()
+    together = {x.removeprefix("self_attn.") for group in (fused, shared) for names in group.values() for x in names if "attn" in x}
+    assert together == {"deepseek_v2": set(), "deepseek_v3": {"q_a_proj", "kv_a_proj_with_mqa"}}.get(family, {"q_proj", "k_proj", "v_proj"})
     if mixture:
         experts = {name for name in linears if ".experts." in name}
         assert len(experts) == 12
         assert experts in fused.values(), "one scheme for all experts of a layer"
-        beside = {"mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"} & linears.keys()
+        beside = {name for name in linears if ".shared_expert" in name and not name.endswith("down_proj")}
         assert not beside or beside in fused.values()
-        assert len(shared) == 1 + 4 + bool(beside), "q/k/v, and gate/up of every expert"
+        assert len(shared) == bool(together) + 4 + bool(beside), "q/k/v, and gate/up of every expert"
         assert all(len(names) == 2 for key, names in shared.items() if key and "experts" in key)
     routers = {name for name, linear in linears.items() if linear.kind == "router"}
-    downs = {"mlp.down_proj", "mlp.shared_expert.down_proj"} & linears.keys()
+    downs = {name for name in linears if name.endswith("down_proj") and ".experts." not in name}
     assert len(routers) == routed
-    assert alone == {"self_attn.o_proj"} | routers | downs
+    latent = {name for name in linears if "attn" in name and name.removeprefix("self_attn.") not in together}
+    assert alone == latent | routers | downs
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -73,7 +73,7 @@ def test_tied_embeddings_are_untied_in_the_plan() -> None:
     assert not after.tied_embeddings and "32768 bytes more" in after.warnings[-1]
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma3_vision", "gpt_oss", "olmo2"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma3_vision", "deepseek_v3", "gpt_oss", "olmo2"])
 def test_what_cannot_be_rotated_is_refused(family: str) -> None:
     layout = layout_of(tiny_model(family))
     model_type = json.loads((tiny_model(family) / "config.json").read_text())["model_type"].replace("gemma3", "gemma3_text")

@@ -20,7 +20,20 @@ from kompressor_worker.passes.awq import Awq, brief
 from kompressor_worker.passes.folding import divide_input
 from kompressor_worker.statistics import Statistics
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "mixtral", "qwen2_moe", "qwen3_moe"]
+FAMILIES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+]
 TOKENS = torch.arange(192).view(4, 48) * 7 % 128
 SMOOTH = [{"smoothQuant": {"alpha": 0.6}}]
 AWQ = [{"awq": {"scheme": "W4A16", "groupSize": 32, "grid": 4}}]

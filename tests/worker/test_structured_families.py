@@ -143,6 +143,19 @@ def test_all_four_then_gptq(family: str, tmp_path: Path) -> None:
     assert report["result"]["quantizedLinears"] > 0
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_narrower_and_fewer_behind_latents(family: str, tmp_path: Path) -> None:
+    """The shared expert is as wide as so many routed ones, before and after; layers without experts stay at the beginning."""
+    shape = {**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 4, "first_k_dense_replace": 2, "n_shared_experts": 2}
+    source = smaller.lively(families.tiny_model(family, **shape), tmp_path / "source")
+    passes = passes_of(family, layers=4)
+    report = compress(source, tmp_path, [{name: passes[name]} for name in ("pruneLayers", "pruneWidth")] + [W4])
+    require_function(source, tmp_path / "out", report, 1e-2)
+    config, gone = config_of(tmp_path / "out"), report["structure"]["passes"]["pruneLayers"]["layers"]
+    assert config["first_k_dense_replace"] == sum(layer not in gone for layer in (0, 1))
+    assert (config["moe_intermediate_size"], config["intermediate_size"]) == (96, 192)
+
+
 DEAD_BLOCK = 2
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_window_layers": 5, "layer_types": ["full_attention"] * 5},

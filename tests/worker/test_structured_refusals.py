@@ -37,8 +37,20 @@ REFUSED: dict[str, tuple[str, Passes, str]] = {
     "by layer": ("llama", [{"pruneWidth": {"ratio": 0.5, "targets": ["re:.*0.*"]}}], "no portable loader reads sizes by layer"),
     "an unknown function": ("gpt_neox", [WIDTH], "model_type 'gpt_neox' is not one whose function is known .*leave pruneWidth out"),
     "stacked experts": ("gpt_oss", [HEADS], "model_type 'gpt_oss' is not one whose function is known"),
+    "heads of latents": ("deepseek_v3", [HEADS], "model_type 'deepseek_v3' makes its heads of latents .*use pruneWidth or pruneLayers"),
+    "channels before latents": ("deepseek_v2", [HIDDEN], "pruneHidden: model_type 'deepseek_v2' makes its heads of latents"),
+    "a cache of latents": (
+        "deepseek_v2",
+        [{"kvCache": {}}],
+        r"kvCache: the model \(kv_lora_rank 128\) caches latent vectors.*leave kvCache",
+    ),
+    "an absorbed weight, a static input": (
+        "deepseek_v3",
+        [{"rtn": {"scheme": "FP8"}}],
+        "kv_b_proj: vLLM learns this weight .*list it under ignore, or choose FP8_DYNAMIC",
+    ),
     "a model that sees": ("gemma3_vision", [HIDDEN], "also sees or hears, .*use pruneWidth, pruneHeads or pruneLayers"),
-    "two widths, one count": ("qwen3_moe", [{"pruneWidth": {"intermediateSize": 96}}], "feed-forwards of two widths .*give a ratio"),
+    "two widths, one count": ("qwen3_moe", [{"pruneWidth": {"intermediateSize": 96}}], "feed-forwards of 2 widths .*give a ratio"),
     "heads that do not divide": (
         "gemma2",
         [{"pruneHeads": {"kvHeads": 3}}],

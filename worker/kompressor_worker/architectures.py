@@ -23,15 +23,35 @@ class Linear:
     name: str
     rows: str
     columns: str
+    absorbed: bool = False
+    """Whether a loader multiplies it into what stands beside it: it learns the weight by running an identity through the linear."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that share an input: one stage. More than one of them: one matrix in a loader."""
+    """Linears that share an input: one stage."""
 
     name: str
     """Its last part says which step of the block it is (decoder_block.py)."""
     linears: tuple[Linear, ...]
+    fused: bool = True
+    """Whether a loader makes one matrix of them."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How routers choose experts and weigh them."""
+
+    sigmoid: bool = False
+    """Of each logit by itself, instead of a softmax over all of them."""
+    renormalise: bool | None = None
+    """Whether the gates of the experts chosen are shares of one; None: as config.json's norm_topk_prob says."""
+    best: int = 0
+    """How many of a group's best scores say, summed, whether it is among the topk_group of n_group; 0: there are no groups."""
+    grouped_by: tuple[str, ...] = ()
+    """Values of config.json's topk_method that mean groups; none: there are always groups."""
+    scaled: bool = False
+    """Whether gates are multiplied by routed_scaling_factor."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,9 @@ class Experts:
     """Of an expert that every token goes to, beside those that it is routed to."""
     shared_gate: str = ""
     """Module, a linear [1, hidden] that stays exact: the shared expert's output is multiplied by the sigmoid of what it says."""
+    correction: str = ""
+    """Parameter [experts], exact too: added to the scores when experts are chosen, not in their gates."""
+    scoring: Scoring = Scoring()
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,10 @@ class Family:
     attention: tuple[Group, ...]
     feed_forward: tuple[Group, ...] = ()
     experts: Experts | None = None
+    attention_without: Mapping[str, tuple[Group, ...]] = field(default_factory=dict)
+    """By key of config.json: the attention of a model where that is null."""
+    latent: bool = False
+    """Whether keys and values come out of a latent (latent_attention.py): that is what a runtime caches, and heads share it."""
     norm_offset: float = 0.0
     """What the model adds to a norm's stored weight."""
     post_norms: bool = False
@@ -92,15 +119,23 @@ class Family:
     """What config.json may leave out because transformers' config class has another default than most."""
 
     def sparse(self, config: Mapping[str, Any], layer: int) -> bool:
-        """Whether this layer has experts. The rule of Qwen's mixtures; the others have neither key. Raises CorruptSource."""
-        dense, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step") or 1
-        if not isinstance(dense, list | tuple) or type(step) is not int:
+        """Whether this layer has experts, by the keys of Qwen's mixtures and those of DeepSeek's; the others have neither. Raises
+        CorruptSource."""
+        text = {**self.defaults, **config}
+        dense, step = text.get("mlp_only_layers") or (), text.get("decoder_sparse_step") or 1
+        first, every = text.get("first_k_dense_replace") or 0, text.get("moe_layer_freq") or 1
+        if not isinstance(dense, list | tuple) or any(type(number) is not int for number in (step, first, every)):
             raise CorruptSource(
-                f"config.json: mlp_only_layers {dense!r} or decoder_sparse_step {step!r} is not what it should be; correct it"
+                f"config.json: mlp_only_layers {dense!r}, decoder_sparse_step {step!r}, first_k_dense_replace {first!r} or "
+                f"moe_layer_freq {every!r} is not what it should be; correct it"
             )
         if self.experts is None or layer in dense:
             return False
-        return not self.feed_forward or (layer + 1) % step == 0
+        return not self.feed_forward or ((layer + 1) % step == 0 and layer >= first and layer % every == 0)
+
+    def attention_of(self, config: Mapping[str, Any]) -> tuple[Group, ...]:
+        text = {**self.defaults, **config}
+        return next((groups for key, groups in self.attention_without.items() if text.get(key) is None), self.attention)
 
 
 Q = Linear("self_attn.q_proj", "q", "hidden")
@@ -118,6 +153,36 @@ def gated(
     return (
         Group(f"{group}gate_up", (Linear(prefix + gate, width, "hidden"), Linear(prefix + up, width, "hidden"))),
         Group(f"{group}down", (Linear(prefix + down, "hidden", width),)),
+    )
+
+
+KV_A = Linear("self_attn.kv_a_proj_with_mqa", "kv_rank+rope", "hidden")
+KV_B = Linear("self_attn.kv_b_proj", "latent_kv", "kv_rank", absorbed=True)
+LATENT = (
+    Group("self_attn.latents", (Linear("self_attn.q_a_proj", "q_rank", "hidden"), KV_A)),
+    Group("self_attn.queries", (Linear("self_attn.q_b_proj", "latent_q", "q_rank"),)),
+    Group("self_attn.keys_values", (KV_B,)),
+    Group("self_attn.o", (Linear("self_attn.o_proj", "hidden", "latent_v"),)),
+)
+LATENT_KV = (Group("self_attn.latents", (Linear("self_attn.q_proj", "latent_q", "hidden"), KV_A), fused=False), *LATENT[2:])
+
+
+def deepseek(model_type: str, scoring: Scoring, correction: str = "", **defaults: Any) -> Family:
+    return Family(
+        (model_type,),
+        LATENT,
+        gated("mlp."),
+        Experts(
+            "mlp.gate",
+            "mlp.experts.{expert}",
+            gated("", width="moe_ffn"),
+            shared=gated("mlp.shared_experts.", width="shared_ffn", group="mlp.shared_"),
+            correction=correction,
+            scoring=scoring,
+        ),
+        attention_without={"q_lora_rank": LATENT_KV},
+        latent=True,
+        defaults={"q_lora_rank": 1536, **defaults},
     )
 
 
@@ -190,6 +255,7 @@ FAMILIES: dict[str, Family] = {
             shared=gated("mlp.shared_expert.", width="shared_ffn", group="mlp.shared_"),
             shared_gate="mlp.shared_expert_gate",
         ),
+        defaults={"shared_expert_intermediate_size": 5632},
         derived_head=True,
         stand_in=StandIn("qwen2_moe", {"architectures": ["TransformersMoEForCausalLM"]}),  # vLLM then runs transformers' module
     ),
@@ -198,6 +264,18 @@ FAMILIES: dict[str, Family] = {
         ATTENTION,
         gated("mlp."),
         Experts("mlp.gate", "mlp.experts.{expert}", gated("", width="moe_ffn")),
+    ),
+    "deepseek_v2": deepseek(
+        "deepseek_v2",
+        Scoring(renormalise=False, best=1, grouped_by=("group_limited_greedy",), scaled=True),
+        n_shared_experts=2,
+    ),
+    "deepseek_v3": deepseek(
+        "deepseek_v3",
+        Scoring(sigmoid=True, best=2, scaled=True),
+        correction="mlp.gate.e_score_correction_bias",
+        n_shared_experts=1,
+        first_k_dense_replace=3,
     ),
     "gpt_oss": Family(
         ("gpt_oss",),
@@ -239,7 +317,7 @@ def refuse_unknown_forward(family: str | None, config: Mapping[str, Any]) -> Non
 
 class Dimensions:
     """Sizes that config.json promises, by name: hidden, q, kv, ffn, moe_ffn, shared_ffn, experts, vocab, layers, one;
-    None where it promises nothing."""
+    with latent attention q_rank, kv_rank, rope, and latent_q, latent_kv, latent_v over all heads. None where it promises nothing."""
 
     def __init__(self, family: Family, config: Mapping[str, Any]) -> None:
         text = {**family.defaults, **text_config(config)}
@@ -250,14 +328,22 @@ class Dimensions:
         hidden, heads = size("hidden_size"), size("num_attention_heads")
         head = size("head_dim") or (hidden // heads if hidden and heads else None)
         kv_heads = size("num_key_value_heads")
+        rope, plain, value = size("qk_rope_head_dim"), size("qk_nope_head_dim"), size("v_head_dim")
+        shared, width = size("n_shared_experts"), size("moe_intermediate_size")
         self.sizes: dict[str, int | None] = {
             "hidden": hidden,
             "q": heads * head if heads and head else None,
             "kv": kv_heads * head if kv_heads and head else None,
             "ffn": size("intermediate_size"),
             "moe_ffn": size("moe_intermediate_size"),
-            "shared_ffn": size("shared_expert_intermediate_size"),
-            "experts": size("num_experts", "num_local_experts"),
+            "shared_ffn": shared * width if shared and width else size("shared_expert_intermediate_size"),
+            "experts": size("num_experts", "num_local_experts", "n_routed_experts"),
+            "q_rank": size("q_lora_rank"),
+            "kv_rank": size("kv_lora_rank"),
+            "rope": rope,
+            "latent_q": heads * (plain + rope) if heads and plain and rope else None,
+            "latent_kv": heads * (plain + value) if heads and plain and value else None,
+            "latent_v": heads * value if heads and value else None,
             "vocab": size("vocab_size"),
             "layers": size("num_hidden_layers"),
             "one": 1,

@@ -44,10 +44,10 @@ class Decoder:
         scale = torch.tensor(float(self.config.hidden_size) ** 0.5).to(rows.dtype)
         return (rows * scale).to(self.dtype)
 
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm in fp32 of x [..., n]."""
+    def norm(self, x: Tensor, weight: Tensor, eps: float | None = None) -> Tensor:
+        """RMSNorm in fp32 of x [..., n]. `eps`: where it is not config.json's."""
         x = x.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + (self.eps if eps is None else eps))
         return x * (weight.float() + self.family.norm_offset)
 
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -65,9 +65,12 @@ class Decoder:
         """cos and sin [1, length, rotary_dim], fp32."""
         like, at = torch.empty(0, device=self.device), torch.arange(length, device=self.device)[None]
         if hasattr(self._rotary, "layer_types"):
-            cos, sin = self._rotary(like, at, layer_type=self.config.layer_types[layer])
+            turns = self._rotary(like, at, layer_type=self.config.layer_types[layer])
         else:
-            cos, sin = self._rotary(like, at)
+            turns = self._rotary(like, at)
+        if isinstance(turns, Tensor):  # one complex number for each pair of channels
+            return torch.cat((turns.real, turns.real), dim=-1), torch.cat((turns.imag, turns.imag), dim=-1)
+        cos, sin = turns
         return cos, sin
 
 

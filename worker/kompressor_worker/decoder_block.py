@@ -13,11 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kompressor_worker import latent_attention
 from kompressor_worker.attention import attend, rotate
 from kompressor_worker.batch import Batch
 from kompressor_worker.decoder import Decoder
+from kompressor_worker.latent_attention import LatentAttention
 from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
-from kompressor_worker.mixture import Routing
+from kompressor_worker.mixture import Routing, Rule
 
 
 class Linear(Protocol):
@@ -38,7 +40,7 @@ class Step:
     """A group of linears that share their place in the block."""
 
     name: str
-    """qkv, o, gate_up, down; experts_in, shared_gate_up, shared_down, experts_out."""
+    """qkv, o, gate_up, down; experts_in, shared_gate_up, shared_down, experts_out; latents, queries, keys_values in place of qkv."""
     layout: StageLayout
     """Its linears (in a mixture those of all experts), and tensors."""
 
@@ -53,6 +55,9 @@ class Block:
         self._sparse = any(step.name == "experts_in" for step in self.steps)
         before = "pre_feedforward_layernorm" if decoder.family.post_norms else "post_attention_layernorm"
         self.norms = {"qkv": "input_layernorm", "gate_up": before, "experts_in": before, "shared_gate_up": before}
+        self.latent = LatentAttention(decoder, self.prefix) if decoder.family.latent else None
+        if self.latent is not None:
+            self.norms |= {"latents": "input_layernorm", **latent_attention.NORMS}
         self._after = (
             {"o": "post_attention_layernorm", "down": "post_feedforward_layernorm", "experts_out": "post_feedforward_layernorm"}
             if decoder.family.post_norms
@@ -81,6 +86,9 @@ class Block:
         match step.name:
             case "qkv":
                 state["attention"] = self._attention(x, linear, cache, weights).to(dtype)
+            case "latents" | "queries" | "keys_values":
+                assert self.latent is not None
+                self.latent.advance(step, x, state, x.shape[1], self.layer, linear)
             case "gate_up":
                 state["product"] = self._gated(step.layout.linears, x, linear).to(dtype)
             case "shared_gate_up":
@@ -111,6 +119,8 @@ class Block:
             return batch.state["attention"]
         if step.name == "shared_down":
             return batch.state["shared_product"]
+        if self.latent is not None and step.name in latent_attention.NORMS:
+            return self.latent.input(step, batch.state, weights)
         if step.name in ("down", "experts_out"):
             return batch.state["product"]
         x = self.decoder.norm(batch.state["hidden"], weights[f"{self.prefix}{self.norms[step.name]}.weight"]).to(self.decoder.dtype)
@@ -150,10 +160,11 @@ class Block:
     def _route(self, batch: Batch, x: Tensor, weights: Mapping[str, Tensor]) -> Routing:
         """Which experts each token goes to; kept in the state, so that both steps go by the same answer."""
         if "experts" not in batch.state:
-            config = self.decoder.config
             logits = x.float() @ weights[f"{self.router}.weight"].float().T
-            renormalise = bool(getattr(config, "norm_topk_prob", True))
-            batch.state |= Routing.choose(logits, int(config.num_experts_per_tok), renormalise).state()
+            experts = self.decoder.family.experts
+            assert experts is not None
+            correction = weights.get(self.prefix + experts.correction) if experts.correction else None
+            batch.state |= Routing.choose(logits, Rule.of(experts.scoring, self.decoder.config), correction).state()
         return Routing.of(batch.state)
 
     def _experts_in(self, step: Step, x: Tensor, batch: Batch, weights: Mapping[str, Tensor], linear: Linear) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from kompressor_worker.architectures import Family, text_config
+from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.resizing import with_text
 
@@ -48,9 +49,20 @@ def depth_config(config: Mapping[str, Any], family: Family, kept: Sequence[int])
     if type(first := text.get("max_window_layers")) is int:
         changes["max_window_layers"] = sum(layer < first for layer in kept)
     if family.experts is not None and family.feed_forward:
-        changes["mlp_only_layers"] = [new for new, layer in enumerate(kept) if not family.sparse(text, layer)]
-        changes["decoder_sparse_step"] = 1
+        changes |= dense_layers(text, family, [new for new, layer in enumerate(kept) if not family.sparse(text, layer)])
     return with_text(config, changes)
+
+
+def dense_layers(text: Mapping[str, Any], family: Family, dense: list[int]) -> dict[str, Any]:
+    """How config.json says which layers have no experts: a list, or the number of those at the beginning. Raises UserError."""
+    if "first_k_dense_replace" not in {**family.defaults, **text}:
+        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+    if dense != list(range(len(dense))):
+        raise UserError(
+            f"pruneLayers: layers without experts would be {dense}, and a {text.get('model_type')!r} can have them at the beginning only; "
+            "leave pruneLayers out"
+        )
+    return {"first_k_dense_replace": len(dense), **({"moe_layer_freq": 1} if "moe_layer_freq" in text else {})}
 
 
 def layer_types(text: Mapping[str, Any], family: Family, layers: int) -> list[str] | None:

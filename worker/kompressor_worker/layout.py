@@ -89,6 +89,8 @@ class LinearLayout:
     """Linears with the same key are one matrix in a loader (q/k/v; gate/up; an MoE layer's experts): same scheme."""
     shared: str | None = None
     """Linears with the same key share their NVFP4 global scale: q/k/v; gate/up, per expert."""
+    absorbed: bool = False
+    """Whether a loader learns the weight by running an identity through the linear, and multiplies it into another."""
     pruned: Sparsity | None = None
     """What a pass sets to zero in it; a pass that quantises it afterwards keeps these zeros."""
     bitmask: int | None = None

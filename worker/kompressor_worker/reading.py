@@ -126,7 +126,7 @@ class Arrangement:
         present = self.names.get(layer)
         if present is None:
             raise CorruptSource(f"{name}: no tensor of it, though config.json says num_hidden_layers {self.layers()}; {REMEDY}")
-        stages = [self.group(name, group) for group in self.family.attention]
+        stages = [self.group(name, group) for group in self.family.attention_of(self.text)]
         if self.family.experts is not None and self.family.sparse(self.text, layer):
             stages += self.experts(name, self.family.experts)
         else:
@@ -136,7 +136,7 @@ class Arrangement:
         return UnitLayout(name, (*plain_stages(f"{name}.norms", rest), *stages))
 
     def group(self, block: str, group: Group) -> StageLayout:
-        key = f"{block}.{group.name}" if len(group.linears) > 1 else None
+        key = f"{block}.{group.name}" if len(group.linears) > 1 and group.fused else None
         tensors, linears = self.linears(f"{block}.", group, fused=key, shared=key)
         return StageLayout(f"{block}.{group.name}", tuple(tensors), tuple(linears))
 
@@ -146,12 +146,15 @@ class Arrangement:
         for linear in group.linears:
             weight = self.take(f"{prefix}{linear.name}.weight", linear.rows, linear.columns)
             tensors += [weight, *self.take_bias(f"{prefix}{linear.name}.bias")]
-            linears.append(linear_layout(weight, "linear", fused, shared))
+            linears.append(replace(linear_layout(weight, "linear", fused, shared), absorbed=linear.absorbed))
         return tensors, linears
 
     def experts(self, block: str, experts: Experts) -> list[StageLayout]:
         """The router, the shared expert, then expert by expert, or the stacked parameters one by one."""
-        stages = [self.matrix(f"{block}.{experts.router}", "experts", "hidden", "router")]
+        router = self.matrix(f"{block}.{experts.router}", "experts", "hidden", "router")
+        if experts.correction:
+            router = replace(router, tensors=(*router.tensors, self.take(f"{block}.{experts.correction}", "experts")))
+        stages = [router]
         stages += self.shared(block, experts)
         for parameter, shape in experts.stacked:
             name = f"{block}.{parameter}"
@@ -163,6 +166,8 @@ class Arrangement:
 
     def shared(self, block: str, experts: Experts) -> list[StageLayout]:
         """Of the expert that all tokens go to; its gate, which stays exact, comes with what reads the same input."""
+        if self.sizes["shared_ffn"] is None:
+            return []
         stages = [self.group(block, group) for group in experts.shared]
         if stages and experts.shared_gate:
             gate = self.take(f"{block}.{experts.shared_gate}.weight", "one", "hidden")

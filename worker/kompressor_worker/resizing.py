@@ -15,11 +15,11 @@ from kompressor_worker.architectures import FAMILIES, Dimensions, Family, text_c
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 
-__all__ = ["axes", "family_to_resize", "head_size", "loadable", "resized", "with_text"]
+__all__ = ["axes", "family_to_resize", "head_size", "loadable", "refuse_latent", "resized", "with_text"]
 
 OF_ATTENTION = ("hidden_size", "num_attention_heads", "head_dim")
-OF_HEADS = ("q_norm.weight", "k_norm.weight")
-"""Norms over a head's channels, not over the hidden state's."""
+OF_HEADS = ("q_norm.weight", "k_norm.weight", "q_a_layernorm.weight", "kv_a_layernorm.weight")
+"""Norms over a head's channels or a latent's, not over the hidden state's."""
 
 
 def family_to_resize(layout: ModelLayout, by: str) -> Family:
@@ -33,6 +33,16 @@ def family_to_resize(layout: ModelLayout, by: str) -> Family:
             Reason.UNSUPPORTED_MODEL,
         )
     return family
+
+
+def refuse_latent(layout: ModelLayout, family: Family, by: str) -> None:
+    """Raises UserError where keys and values come out of a latent, which `by` knows nothing of."""
+    if family.latent:
+        raise UserError(
+            f"{by}: model_type {text_config(layout.config).get('model_type')!r} makes its heads of latents with norms of their own, which "
+            f"{by} does not reckon with; leave {by} out, or use pruneWidth or pruneLayers",
+            Reason.UNSUPPORTED_MODEL,
+        )
 
 
 def head_size(layout: ModelLayout, family: Family, by: str) -> int:
@@ -108,9 +118,10 @@ class Sizes:
     """What the axes of a family's tensors are."""
 
     def __init__(self, family: Family) -> None:
-        groups = (*family.attention, *family.feed_forward)
+        groups = (*family.attention, *(g for other in family.attention_without.values() for g in other), *family.feed_forward)
         self._linears = {x.name: (x.rows, x.columns) for group in groups for x in group.linears}
         experts = family.experts
+        self._correction = experts.correction if experts else ""
         self._expert = re.compile(r"(?!)")
         if experts is not None:
             self._linears[experts.router] = ("experts", "hidden")
@@ -123,6 +134,8 @@ class Sizes:
 
     def of(self, unit: UnitLayout, tensor: SourceTensor, kinds: Mapping[str, str]) -> tuple[str, ...] | None:
         """Names in Dimensions, one an axis; None: it is none that the family's data describes. `kinds`: of its stage's linears."""
+        if tensor.name == f"{unit.name}.{self._correction}":
+            return ("experts",)
         module, _, what = tensor.name.rpartition(".")
         names = self._module(unit, module, kinds.get(module))
         if names is None or (what == "weight" and len(tensor.shape) == len(names)):

@@ -58,6 +58,9 @@ def join(sites: Collection[Site]) -> None:
 def behind_values(block: Block, columns: int) -> Fold:
     """The output projection's input columns are value channels, each shared by the query heads of its group. In fused weights they come
     last."""
+    if block.latent is not None:
+        step = next(s for s in block.steps if s.name == "keys_values")
+        return Fold(step.layout.linears[-1].weight, rows=block.latent.value_rows())
     d, value = block.decoder, block.steps[0].layout.linears[-1]
     first = value.shape[0] - d.kv_heads * d.head_dim
     shared = d.heads // d.kv_heads

@@ -85,9 +85,10 @@ class KvCache(Pass):
 def refuse(layout: ModelLayout) -> None:
     """Raises UserError for models whose cache has no keys and values as these scales mean them."""
     config = text_config(layout.config)
-    if config.get("kv_lora_rank"):
+    family = FAMILIES.get(layout.family or "")
+    if config.get("kv_lora_rank") or (family is not None and family.latent):
         raise UserError(
-            f"kvCache: the model (kv_lora_rank {config['kv_lora_rank']!r}) caches latent vectors, not keys and values, and has no "
+            f"kvCache: the model (kv_lora_rank {config.get('kv_lora_rank')!r}) caches latent vectors, not keys and values, and has no "
             "k_scale and v_scale; leave kvCache out",
             Reason.UNSUPPORTED_MODEL,
         )

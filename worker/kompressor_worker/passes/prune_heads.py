@@ -12,7 +12,7 @@ from kompressor_worker.architectures import text_config
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes.structured import RATIO, CorrectedParams, StructuredPass, count_kept
-from kompressor_worker.resizing import family_to_resize, head_size, resized
+from kompressor_worker.resizing import family_to_resize, head_size, refuse_latent, resized
 
 if TYPE_CHECKING:
     from kompressor_worker.block import Reduction
@@ -49,6 +49,7 @@ class PruneHeads(StructuredPass):
         UserError."""
         self.refuse_late(layout)
         family = family_to_resize(layout, self.name)
+        refuse_latent(layout, family, self.name)
         config = {**family.defaults, **text_config(layout.config)}
         size, heads = head_size(layout, family, self.name), int(config["num_attention_heads"])
         groups = config.get("num_key_value_heads") or heads

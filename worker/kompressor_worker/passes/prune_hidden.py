@@ -19,7 +19,7 @@ from kompressor_worker.architectures import Dimensions, text_config
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import ModelLayout, UnitLayout
 from kompressor_worker.passes.structured import RATIO, StructuredParams, StructuredPass, count_kept
-from kompressor_worker.resizing import family_to_resize, head_size, resized
+from kompressor_worker.resizing import family_to_resize, head_size, refuse_latent, resized
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,7 @@ class PruneHidden(StructuredPass):
         self.refuse_late(layout)
         self.refuse_changed(layout)
         family = family_to_resize(layout, self.name)
+        refuse_latent(layout, family, self.name)
         if text_config(layout.config) is not layout.config:
             raise UserError(
                 f"{self.name}: the model also sees or hears, and what it sees enters the residual stream as wide as before; "

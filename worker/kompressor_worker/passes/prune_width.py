@@ -59,19 +59,26 @@ class PruneWidth(StructuredPass):
         self.refuse_late(layout)
         family = family_to_resize(layout, self.name)
         sizes = Dimensions(family, layout.config)
-        present = self._sizes(layout)
-        if len(set(present.values())) > 1 and self.params.intermediate_size is not None:
-            both = ", ".join(f"{KEYS[name]} {sizes[name]}" for name in set(present.values()))
-            raise UserError(f"{self.name}: the model has feed-forwards of two widths ({both}); give a ratio instead of intermediateSize")
+        steps = self._sizes(layout)
+        said = {**family.defaults, **text_config(layout.config)}
+        # a shared expert as wide as so many others has no number of its own
+        present = {name: KEYS[name] for name in steps.values() if name != "shared_ffn" or KEYS[name] in said}
+        if len(present) > 1 and self.params.intermediate_size is not None:
+            both = ", ".join(f"{key} {sizes[name]}" for name, key in present.items())
+            raise UserError(
+                f"{self.name}: the model has feed-forwards of {len(present)} widths ({both}); give a ratio instead of intermediateSize"
+            )
         changes = {}
-        for step, name in present.items():
+        for name, key in present.items():
             there = sizes[name]
             if there is None:
-                raise UserError(f"{self.name}: config.json says {KEYS[name]} {text_config(layout.config).get(KEYS[name])!r}; correct it")
+                raise UserError(f"{self.name}: config.json says {key} {said.get(key)!r}; correct it")
             params = self.params
-            self._kept[step] = count_kept(self.name, KEYS[name], there, params.ratio, params.intermediate_size, params.multiple)
-            changes[KEYS[name]] = self._kept[step]
-        return resized(layout, changes)
+            changes[key] = count_kept(self.name, key, there, params.ratio, params.intermediate_size, params.multiple)
+        smaller = resized(layout, changes)
+        left = Dimensions(family, smaller.config)
+        self._kept = {step: width for step, name in steps.items() if (width := left[name]) is not None}
+        return smaller
 
     def _sizes(self, layout: ModelLayout) -> dict[str, str]:
         """By step, whose linears the layout has: the size that is its width."""

@@ -194,6 +194,8 @@ def rotatable(layout: ModelLayout) -> Family:
         reason = "is not a known family, so it is not known what reads the residual stream"
     elif family.post_norms:
         reason = "has norms behind attention and feed-forward, whose weights cannot be folded"
+    elif family.latent:
+        reason = "has norms on the latents that its heads are made of, between which no rotation merges"
     elif not _rotates(family):
         reason = "stores its experts stacked"
     elif text_config(layout.config) is not layout.config:
@@ -204,7 +206,7 @@ def rotatable(layout: ModelLayout) -> Family:
 
 
 def _rotates(family: Family) -> bool:
-    return not family.post_norms and not (family.experts is not None and family.experts.stacked)
+    return not family.post_norms and not family.latent and not (family.experts is not None and family.experts.stacked)
 
 
 def untied(layout: ModelLayout, embedding: LinearLayout) -> ModelLayout:

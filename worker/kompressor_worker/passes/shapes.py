@@ -27,6 +27,11 @@ def check_shapes(layout: ModelLayout, linears: Sequence[LinearLayout], scheme: S
                 _check_group(linear, scheme)
         if scheme.calibrated is not None and linear.kind == "head":
             raise UserError(f"{linear.name}: {scheme.name} needs its input measured, and the head's is not; choose FP8_DYNAMIC or W8A8")
+        if scheme.calibrated is not None and linear.absorbed:
+            raise UserError(
+                f"{linear.name}: vLLM learns this weight by running an identity through it, whose ones {scheme.name}'s calibrated scale of "
+                "the input cuts off; list it under ignore, or choose FP8_DYNAMIC or W8A8"
+            )
         if scheme.inputs in ("int8_tensor", "int8_tensor_asym") and is_routed_expert(linear.name):
             raise UserError(
                 f"{linear.name}: no loader reads routed experts in {scheme.name}; list them under ignore, or choose FP8, or W8A8 for vLLM"
