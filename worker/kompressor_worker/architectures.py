@@ -66,6 +66,10 @@ class Experts:
     """Of one expert. Loaders fuse all experts of a layer."""
     stacked: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Experts fused in the file: parameter and its shape, no linear of its own."""
+    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parameters that hold linears of all experts in some files (stacked.py), and the linears in each."""
+    in_memory: str = ""
+    """The router's module in files with such stacks, where it is called otherwise."""
     shared: tuple[Group, ...] = ()
     """Of an expert that every token goes to, beside those that it is routed to."""
     shared_gate: str = ""
@@ -156,6 +160,7 @@ def gated(
     )
 
 
+STACKS = {"mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), "mlp.experts.down_proj": ("down_proj",)}
 KV_A = Linear("self_attn.kv_a_proj_with_mqa", "kv_rank+rope", "hidden")
 KV_B = Linear("self_attn.kv_b_proj", "latent_kv", "kv_rank", absorbed=True)
 LATENT = (
@@ -176,6 +181,7 @@ def deepseek(model_type: str, scoring: Scoring, correction: str = "", **defaults
             "mlp.gate",
             "mlp.experts.{expert}",
             gated("", width="moe_ffn"),
+            stacks=STACKS,
             shared=gated("mlp.shared_experts.", width="shared_ffn", group="mlp.shared_"),
             correction=correction,
             scoring=scoring,
@@ -242,7 +248,13 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         ("mixtral",),
         ATTENTION,
-        experts=Experts("block_sparse_moe.gate", "block_sparse_moe.experts.{expert}", gated("", "w1", "w3", "w2")),
+        experts=Experts(
+            "block_sparse_moe.gate",
+            "block_sparse_moe.experts.{expert}",
+            gated("", "w1", "w3", "w2"),
+            stacks={"mlp.experts.gate_up_proj": ("w1", "w3"), "mlp.experts.down_proj": ("w2",)},
+            in_memory="mlp.gate",
+        ),
     ),
     "qwen2_moe": Family(
         ("qwen2_moe",),
@@ -252,6 +264,7 @@ FAMILIES: dict[str, Family] = {
             "mlp.gate",
             "mlp.experts.{expert}",
             gated("", width="moe_ffn"),
+            stacks=STACKS,
             shared=gated("mlp.shared_expert.", width="shared_ffn", group="mlp.shared_"),
             shared_gate="mlp.shared_expert_gate",
         ),
@@ -263,7 +276,7 @@ FAMILIES: dict[str, Family] = {
         ("qwen3_moe",),
         ATTENTION,
         gated("mlp."),
-        Experts("mlp.gate", "mlp.experts.{expert}", gated("", width="moe_ffn")),
+        Experts("mlp.gate", "mlp.experts.{expert}", gated("", width="moe_ffn"), stacks=STACKS),
     ),
     "deepseek_v2": deepseek(
         "deepseek_v2",

@@ -12,6 +12,7 @@ from kompressor_worker.checkpoint import Checkpoint, read_checkpoint
 from kompressor_worker.encodings import decoded_dtype, source_tensors
 from kompressor_worker.errors import CorruptSource
 from kompressor_worker.layout import Kind, LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
+from kompressor_worker.stacked import unstacked
 from kompressor_worker.stages import linear_layout, other_units, plain_stages
 from kompressor_worker.storage import Source
 
@@ -39,6 +40,7 @@ def arranged(checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor]) -> Mod
     warnings = list(checkpoint.warnings)
     if name is not None:
         tied = tied_embeddings(config, FAMILIES[name].defaults)
+        tensors = unstacked(FAMILIES[name], Dimensions(FAMILIES[name], config), tensors)
         units = Arrangement(FAMILIES[name], config, tensors, tied, warnings).units()
     else:
         units = arrange_by_shape(config, tensors, warnings)
