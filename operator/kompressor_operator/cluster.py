@@ -29,7 +29,7 @@ __all__ = ["ApiError", "Cluster", "Connection", "Page"]
 
 IDLE_SECONDS = 75.0
 
-PAGE = 500
+PAGE = 200
 """Objects per page of a list: a few hundred kilobytes."""
 
 ROUTES: Mapping[str, tuple[str, str]] = {

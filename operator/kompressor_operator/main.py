@@ -132,7 +132,7 @@ def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     wanted.scanning.disabled = True
     wanted.watching.server_timeout = settings.watch_seconds
     wanted.watching.client_timeout = settings.watch_seconds + 30
-    wanted.watching.chunk_size = 500
+    wanted.watching.chunk_size = 200  # a page stands in memory as dicts while its objects are handed over
     for group, plural in (("batch", "jobs"), ("", "pods")):
         wanted.watching.label_selectors[group, "v1", plural] = names.LABEL_JOB_UID
     wanted.networking.request_timeout = settings.request_seconds

@@ -129,16 +129,16 @@ class ChildJob:
         true = [c for c in status.get("conditions") or () if c["status"] == "True"]
         end: Mapping[str, Any] = next((c for c in true if c["type"] in ("Complete", "Failed")), {})
         return cls(
-            namespace=meta["namespace"],
-            name=meta["name"],
+            namespace=sys.intern(meta["namespace"]),  # one text for all that have the same: there are tens of thousands
+            name=sys.intern(meta["name"]),
             uid=meta["uid"],
-            owner=owner_uid(meta),
+            owner=sys.intern(owner_uid(meta)),
             resource_version=meta.get("resourceVersion", ""),
             attempt=number(labels.get(names.LABEL_ATTEMPT), 1),
             created=moment(meta.get("creationTimestamp")),
             step=step_of(labels),
             started=moment(status["startTime"]) if status.get("startTime") else None,
-            image=sys.intern(str(_worker(spec).get("image", ""))),  # one text for all that have the same: there are tens of thousands
+            image=sys.intern(str(_worker(spec).get("image", ""))),
             gpus=accelerators(_worker(spec)),
             queue=labels.get(names.QUEUE_LABEL, ""),
             deleting="deletionTimestamp" in meta,
@@ -150,9 +150,9 @@ class ChildJob:
             active=status.get("active") or 0,
             failed=status.get("failed") or 0,
             failing=next((c.get("reason", "") for c in true if c["type"] == "FailureTarget"), ""),
-            ended=end.get("type", ""),
-            ended_reason=end.get("reason", ""),
-            ended_message=end.get("message", ""),
+            ended=sys.intern(str(end.get("type", ""))),
+            ended_reason=sys.intern(str(end.get("reason", ""))),
+            ended_message=sys.intern(str(end.get("message", ""))),
             ended_at=status.get("completionTime") or end.get("lastTransitionTime") or "",
         )
 

@@ -6,6 +6,7 @@ way, or that has failed the pod.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -95,16 +96,16 @@ class ChildPod:
         ready, inside = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
         stuck = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
         return cls(
-            namespace=meta["namespace"],
+            namespace=sys.intern(meta["namespace"]),  # one text for all that have the same: there are tens of thousands
             name=meta["name"],
             uid=meta["uid"],
-            owner=labels.get(names.LABEL_JOB_UID, ""),
+            owner=sys.intern(labels.get(names.LABEL_JOB_UID, "")),
             resource_version=meta.get("resourceVersion", ""),
-            job=labels.get(JOB_NAME_LABEL, ""),
+            job=sys.intern(labels.get(JOB_NAME_LABEL, "")),
             created=moment(meta.get("creationTimestamp")),
             step=step_of(labels),
-            phase=status.get("phase", "Pending"),
-            node=spec.get("nodeName", ""),
+            phase=sys.intern(status.get("phase", "Pending")),
+            node=sys.intern(spec.get("nodeName", "")),
             deletion_due=moment(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,
             waiting_reason=waiting.get("reason", ""),
             waiting_message=waiting.get("message", ""),
@@ -172,7 +173,7 @@ def _terminated(container: Object, which: str) -> Terminated | None:
         return None
     return Terminated(
         exit_code=state.get("exitCode", 0),
-        reason=state.get("reason", ""),
+        reason=sys.intern(state.get("reason", "")),
         message=state.get("message", ""),
         finished_at=state.get("finishedAt") or "",
         started_at=state.get("startedAt") or "",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,13 +35,13 @@ R = TypeVar("R", bound=Record)
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A CompressionJob as text; a tenth of the memory that its dicts would take."""
+    """A CompressionJob as deflated text; a twentieth of the memory that its dicts would take."""
 
     namespace: str
     name: str
     uid: str
     resource_version: str
-    text: str
+    text: bytes
     phase: str = ""
     reason: str = ""
     """Of Ready: what there is to count, without unpacking it."""
@@ -52,10 +53,13 @@ class Packed:
         rest = {name: value for name, value in body.items() if name not in _LEFT_OUT}
         text = json.dumps({**rest, "metadata": kept, "spec": body.get("spec") or {}, "status": body.get("status") or {}})
         phase, reason = _said(body.get("status") or {})
-        return cls(meta["namespace"], meta["name"], meta["uid"], meta.get("resourceVersion", ""), text, phase, reason)
+        packed = zlib.compress(text.encode(), level=1)
+        return cls(
+            sys.intern(meta["namespace"]), meta["name"], sys.intern(meta["uid"]), meta.get("resourceVersion", ""), packed, phase, reason
+        )
 
     def unpack(self) -> CompressionJob:
-        return CompressionJob.parse(json.loads(self.text))
+        return CompressionJob.parse(json.loads(zlib.decompress(self.text)))
 
 
 _LEFT_OUT = ("apiVersion", "kind", "metadata")
@@ -134,8 +138,8 @@ class Store:
         self.kueue: bool | None = None
         """Does the cluster have Kueue? None until the relist has asked."""
         self._keys: dict[str, Key] = {}
-        self._jobs_of: dict[str, set[Key]] = {}
-        self._pods_of: dict[str, set[Key]] = {}
+        self._jobs_of: dict[str, tuple[Key, ...]] = {}
+        self._pods_of: dict[str, tuple[Key, ...]] = {}
 
     def job(self, key: Key) -> CompressionJob | None:
         packed = self.resources.records.get(key)
@@ -212,14 +216,15 @@ class Store:
             self._keys[packed.uid] = key
         return key
 
-    def _index_child(self, index: dict[str, set[Key]], child: ChildJob | ChildPod, deleted: bool) -> Key | None:
+    def _index_child(self, index: dict[str, tuple[Key, ...]], child: ChildJob | ChildPod, deleted: bool) -> Key | None:
         key = (child.namespace, child.name)
+        others = tuple(other for other in index.get(child.owner, ()) if other != key)
         if not deleted:
-            index.setdefault(child.owner, set()).add(key)
-        elif child.owner in index:
-            index[child.owner].discard(key)
-            if not index[child.owner]:
-                del index[child.owner]
+            index[child.owner] = (*others, key)
+        elif others:
+            index[child.owner] = others
+        else:
+            index.pop(child.owner, None)
         return self._keys.get(child.owner)
 
 
@@ -244,10 +249,10 @@ def _said(status: Mapping[str, Any]) -> tuple[str, str]:
     return sys.intern(str(status.get("phase") or "")), sys.intern(str(reason or ""))
 
 
-def _by_owner(shelf: Shelf[Any]) -> dict[str, set[Key]]:
-    index: dict[str, set[Key]] = {}
+def _by_owner(shelf: Shelf[Any]) -> dict[str, tuple[Key, ...]]:
+    index: dict[str, tuple[Key, ...]] = {}
     for child in shelf:
-        index.setdefault(child.owner, set()).add((child.namespace, child.name))
+        index[child.owner] = (*index.get(child.owner, ()), (child.namespace, child.name))
     return index
 
 
