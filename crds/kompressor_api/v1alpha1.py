@@ -284,6 +284,11 @@ class Result(BaseModel):
     sparsity: Text | None = Field(default=None, description="Share of the pruned layers' weights that are zero, such as 50%.")
     parametersBefore: int | None = Field(default=None, description="Parameters of the source; absent where its shape stayed.")
     parametersAfter: int | None = Field(default=None, description="Parameters of the result.")
+    kvContext: int | None = Field(
+        default=None, description="Tokens of a sequence for which kvBytesPerToken counts; absent where the KV cache stays."
+    )
+    kvBytesPerTokenBefore: int | None = Field(default=None, description="Bytes of KV cache for each of these tokens, with the source.")
+    kvBytesPerTokenAfter: int | None = Field(default=None, description="The same with the result.")
     bitmaskTensors: int | None = Field(default=None, description="Pruned linear layers stored by a bitmask; absent if none is.")
     bitmaskSavedBytes: int | None = Field(default=None, description="Bytes by which these are smaller than with their zeros.")
     perplexityBefore: Text | None = Field(default=None, description="Perplexity of the original on the evaluation data.")
@@ -318,6 +323,11 @@ class PlanStatus(BaseModel):
     parametersBefore: int | None = Field(default=None, description="Parameters of the source; absent where its shape stays.")
     parametersAfter: int | None = Field(default=None, description="Parameters that the result will have.")
     target: TargetStatus | None = Field(default=None, description="With spec.target: what was chosen, and why it fits.")
+    kvContext: int | None = Field(
+        default=None, description="Tokens of a sequence for which kvBytesPerToken counts; absent where the KV cache stays."
+    )
+    kvBytesPerTokenBefore: int | None = Field(default=None, description="Bytes of KV cache for each of these tokens, with the source.")
+    kvBytesPerTokenAfter: int | None = Field(default=None, description="The same with the result.")
     warnings: Warnings | None = Field(default=None, description="What the plan warns of.")
 
 

@@ -13,7 +13,7 @@ from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.resizing import loadable
 from kompressor_worker.sample_warnings import shape_warnings
-from kompressor_worker.samples import flows, unused_samples
+from kompressor_worker.samples import flows, refuse_short_rows, unused_samples
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import OutputPlan, plan_output
 
@@ -44,6 +44,7 @@ class Assignment:
         for p in passes:
             layout = p.prepare(layout)
             schemes |= p.assign(layout, schemes)
+        refuse_short_rows(spec, passes)
         layout = loadable(layout)
         if spec.output.sparse_storage == "bitmask":
             layout = bitmask.marked(layout, schemes)

@@ -16,6 +16,7 @@ from torch import Tensor
 from kompressor_worker.architectures import FAMILIES, refuse_unknown_forward
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.tensors import DTYPES
+from kompressor_worker.windows import windows_of
 
 
 class Decoder:
@@ -34,6 +35,7 @@ class Decoder:
         self.scale = float(getattr(self.config, "query_pre_attn_scalar", None) or self.head_dim) ** -0.5
         self.softcap: float | None = getattr(self.config, "attn_logit_softcapping", None)
         self.final_softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self._windows = windows_of(layout.config, self.family, int(self.config.num_hidden_layers))
         self._rotary = rotary_embedding(self.config).to(device)
         self._activation = activation(self.config)
 
@@ -55,11 +57,7 @@ class Decoder:
 
     def window(self, layer: int) -> int | None:
         """The sliding window of this layer's attention; None: it sees everything before."""
-        window = getattr(self.config, "sliding_window", None)
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds is not None and kinds[layer] != "sliding_attention":
-            return None
-        return int(window) if window else None
+        return self._windows[layer]
 
     def positions(self, length: int, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin [1, length, rotary_dim], fp32."""

@@ -11,7 +11,7 @@ from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.resizing import with_text
 
-__all__ = ["block_numbers", "depth_config", "without"]
+__all__ = ["block_numbers", "depth_config", "kept_layers", "layer_types", "without"]
 
 DROPPED = "dropped.layers"
 """In place of a block's prefix where the result does not have it: no name of the result's can be the same."""
@@ -19,8 +19,12 @@ DROPPED = "dropped.layers"
 
 def block_numbers(layout: ModelLayout) -> list[int]:
     """Numbers of the units that are decoder blocks and stay."""
-    kinds = {number: {x.kind for s in unit.stages for x in s.linears} for number, unit in enumerate(layout.units)}
-    return [number for number, kind in kinds.items() if kind & {"linear", "router"} and not layout.units[number].dropped]
+    return [number for number, unit in enumerate(layout.units) if _is_block(unit) and not unit.dropped]
+
+
+def kept_layers(layout: ModelLayout) -> list[int]:
+    """Of the decoder blocks, counted in the source, those that stay."""
+    return [layer for layer, unit in enumerate(filter(_is_block, layout.units)) if not unit.dropped]
 
 
 def without(layout: ModelLayout, gone: Collection[int]) -> ModelLayout:
@@ -71,6 +75,10 @@ def layer_types(text: Mapping[str, Any], family: Family, layers: int) -> list[st
     if not family.full_attention_every or type(every) is not int:
         return None
     return ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)]
+
+
+def _is_block(unit: UnitLayout) -> bool:
+    return any(x.kind in ("linear", "router") for stage in unit.stages for x in stage.linears)
 
 
 def _renamed(unit: UnitLayout, name: str) -> UnitLayout:

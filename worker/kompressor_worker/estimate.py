@@ -215,7 +215,8 @@ def flow_operations(spec: CompressionJobSpec, layout: ModelLayout, passes: Seque
     blocks = [unit for unit in layout.units if is_block(unit)]
     forward = sums = encoding = 0.0
     rows = sum(p.survey_rows(len(blocks)) for p in passes)
-    surveyed = max((p.surveys for p in passes), default=0) * tokens.calibration + rows * tokens.length
+    repeats = max((p.surveys for p in passes), default=0) + sum(p.survey_repeats for p in passes)
+    surveyed = repeats * tokens.calibration + rows * tokens.length
     surveys = sum(surveyed * s.weights * s.share for unit in blocks for sites in steps_of(unit.as_stored(), layout) for s in sites)
     for unit in blocks:
         stored, steps = steps_of(unit.as_stored(), layout), [] if unit.dropped else steps_of(unit, layout)
@@ -244,7 +245,8 @@ def flow_operations(spec: CompressionJobSpec, layout: ModelLayout, passes: Seque
 
 
 def surveyed_states(passes: Sequence[Pass]) -> int:
-    """Hidden states of the calibration rows that a survey holds at once: at a block's input, in its middle, at its output, and before runs
-    of blocks that a map is to stand in for."""
+    """Hidden states of the calibration rows that a survey holds at once: at a block's input, in its middle, at its output, at that of a
+    variant, and before runs of blocks that a map is to stand in for."""
     rounds = max((p.surveys for p in passes), default=0)
-    return 0 if not rounds else 3 if rounds == 1 else 5
+    aside = max((p.survey_repeats for p in passes), default=0)
+    return 0 if not rounds else max(3 + aside, 3 if rounds == 1 else 5)

@@ -169,6 +169,8 @@ class ModelLayout:
     """How the scales of an FP8 KV cache are shared; None: the cache is left as it is."""
     rotated: bool = False
     """Whether a pass has turned the residual stream."""
+    windowed: bool = False
+    """Whether a pass has given layers a sliding window."""
     source_config: Mapping[str, Any] = field(default_factory=dict)
     """config.json of the source."""
 

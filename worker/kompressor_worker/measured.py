@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kompressor_worker import devices, structure
+from kompressor_worker import devices, kv_memory, structure
 from kompressor_worker.assignment import Assignment
 from kompressor_worker.calibration import Rows
 from kompressor_worker.journal import Journal
@@ -29,6 +29,8 @@ def measured(assigned: Assignment, rows: Mapping[str, Rows], data: Mapping[str, 
             warnings += drift.warnings(found["drift"])
     if shape := structure.section(layout, {next(iter(entry)): p for entry, p in zip(spec.passes, assigned.passes, strict=True)}, blocks):
         found["structure"] = shape
+    if attention := kv_memory.section(layout, assigned.passes):
+        found["attention"] = attention
     if evaluation := next((record["evaluation"] for record in records.values() if "evaluation" in record), None):
         found["evaluation"] = {**evaluation, "bos": rows["evaluation"].bos}
     if journal.state.devices:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kompressor_api.names import Reason
@@ -15,6 +15,7 @@ from kompressor_worker.assignment import Assignment
 from kompressor_worker.estimate import FlowBytes, FlowOperations, flow_bytes, flow_operations
 from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_unusable_journal
+from kompressor_worker.kv_memory import kv_change, kv_status
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.publish import already_published, bitmask_result, refuse_without_room
@@ -72,6 +73,8 @@ class Plan:
     """Where activations flow: what they take."""
     operations: FlowOperations | None = None
     warnings: tuple[str, ...] = ()
+    kv: Mapping[str, Any] = field(default_factory=dict)
+    """kv_memory.kv_change(), where a pass makes the cache smaller."""
 
     @property
     def rate(self) -> float:
@@ -97,6 +100,7 @@ class Plan:
             "shards": len(self.output.shards),
             "schemes": dict(Counter(s.name for s in self.schemes.values())),
             **structure(self.layout),
+            **({"kvCache": self.kv} if self.kv else {}),
             **({"pruned": dict(pruned)} if (pruned := Counter(str(x.pruned) for x in self.layout.linears() if x.pruned)) else {}),
             **bitmask_result(self.layout),
             "exact": sum(1 for x in self.layout.linears() if x.name not in self.schemes and x.pruned is None),
@@ -119,6 +123,7 @@ class Plan:
             "seconds": self.seconds,
             "units": len(self.layout.units),
             **dict(zip(("parametersBefore", "parametersAfter"), structure(self.layout).get("parameters", ()), strict=False)),
+            **kv_status(self.kv),
             "warnings": [*self.layout.warnings, *self.warnings],
         }
         return {name: value for name, value in plan.items() if value is not None}
@@ -176,7 +181,7 @@ def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None
             memory = Memory(GPU_IDLE_BYTES + around + flow.beside_gpu, GPU_CONTEXT_BYTES + flow.on_gpu)
         else:
             memory = Memory(FLOW_IDLE_BYTES + around + flow.peak)
-    return Plan(layout, schemes, planned, memory, published, flow, operations, warnings)
+    return Plan(layout, schemes, planned, memory, published, flow, operations, warnings, kv_change(layout, passes))
 
 
 def ahead_and_behind(layout: ModelLayout, planned: OutputPlan, limits: Limits) -> int:

@@ -9,6 +9,7 @@ from string import Template
 from typing import Any, TypedDict
 
 from kompressor_worker import report_sections as sections
+from kompressor_worker.report_attention import attention
 from kompressor_worker.report_plots import percent
 from kompressor_worker.report_sections import card, chips, number, size
 from kompressor_worker.report_shape import shape
@@ -60,6 +61,8 @@ class Report(TypedDict, total=False):
     """publish.allocation(): where the zeros are, if not everywhere alike."""
     structure: Mapping[str, Any]
     """structure.section()."""
+    attention: Mapping[str, Any]
+    """kv_memory.section()."""
     evaluation: Mapping[str, Any]
     """evaluate.Evaluation.summary(); `bos`: whether rows begin with that token."""
     gates: Sequence[Mapping[str, Any]]
@@ -92,6 +95,7 @@ def render(report: Report | Mapping[str, Any]) -> bytes:
             sections.pruned(report.get("pruned", {})),
             sections.allocation(report.get("allocation", {}), report.get("pruned", {})),
             shape(report.get("structure", {})),
+            attention(report.get("attention", {})),
             sections.drift(report.get("drift")),
             sections.experts(report.get("blocks", ())),
             sections.costs(report.get("units", ())),

@@ -81,7 +81,7 @@ def loadable(layout: ModelLayout) -> ModelLayout:
     hidden, heads, head = (int(text[size]) for size in OF_ATTENTION)
     if family.whole_heads and hidden % heads:
         reason = f"transformers refuses a {text['model_type']} whose hidden_size is no multiple of num_attention_heads"
-    elif family.derived_head and hidden // heads != head:
+    elif family.derived_head and hidden // heads != head and "TransformersForCausalLM" not in (layout.config.get("architectures") or ()):
         reason = f"vLLM takes hidden_size over num_attention_heads for the head size of a {text['model_type']}, whatever head_dim says"
     else:
         return layout

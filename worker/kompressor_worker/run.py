@@ -17,6 +17,7 @@ from kompressor_worker.digests import digest
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.job import Job
 from kompressor_worker.journal import RELEASE, Journal, open_journal, refuse_usurped
+from kompressor_worker.kv_memory import kv_status
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.measured import measured
 from kompressor_worker.pipeline import Limits
@@ -64,6 +65,7 @@ class Summary:
             result |= {"parametersBefore": parameters[0], "parametersAfter": parameters[1]}
         if "bitmaskLinears" in made:
             result |= {"bitmaskTensors": made["bitmaskLinears"], "bitmaskSavedBytes": made["bitmaskSavedBytes"]}
+        result |= kv_status(self.report.get("attention", {}).get("kvCache", {}))
         result |= measured_result(self.report)
         if self.resumed_from is not None:
             result["resumedFromUnit"] = self.resumed_from

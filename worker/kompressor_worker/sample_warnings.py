@@ -32,6 +32,18 @@ def shape_warnings(spec: CompressionJobSpec, layout: ModelLayout, passes: Sequen
             for s in used
             if s.sequence_length > positions
         ]
+    if needed := max((p.shortest_row for p in passes), default=0):
+        found += [
+            f"{s.SECTION}.sequenceLength {s.sequence_length} is "
+            + (
+                f"below {needed}: no row sees past the window"
+                if s.sequence_length < needed
+                else f"less than {2 * needed}: few tokens see past the window"
+            )
+            + f"; set {2 * needed} or more"
+            for s in used
+            if s.sequence_length < 2 * needed
+        ]
     reducing = any(p.reduces for p in passes)
     if hungry and spec.calibration is not None and (reducing or any("hessian" in p.statistics for p in passes)):
         tokens = spec.calibration.samples * spec.calibration.sequence_length

@@ -65,6 +65,16 @@ def wanted_samples(spec: CompressionJobSpec, passes: Sequence[Pass]) -> list[Sam
     return samples
 
 
+def refuse_short_rows(spec: CompressionJobSpec, passes: Sequence[Pass]) -> None:
+    """Raises UserError where no calibration row can have as many tokens as a pass needs to see something."""
+    for i, (entry, p) in enumerate(zip(spec.passes, passes, strict=True)):
+        if spec.calibration is not None and spec.calibration.sequence_length < p.shortest_row:
+            raise UserError(
+                f"passes[{i}].{next(iter(entry))}: calibration.sequenceLength {spec.calibration.sequence_length} shows nothing of it; set "
+                f"{p.shortest_row} or more, better {2 * p.shortest_row}"
+            )
+
+
 def without_data(hungry: Pass) -> str:
     """What can be done in place of a pass where there is no data."""
     if hungry.prunes:

@@ -20,6 +20,7 @@ from kompressor_worker.batch import Batch
 from kompressor_worker.block import Site
 from kompressor_worker.block_work import batch_tokens, size_of
 from kompressor_worker.calibrated_units import Calibrated
+from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Block
 from kompressor_worker.errors import Terminated
 from kompressor_worker.forward import Projection
@@ -173,11 +174,12 @@ class Survey:
             project.forget()
         self.stream.exclude_nonfinite(unit.name)
 
-        def forward(rows: Sequence[Batch]) -> None:
+        def forward(rows: Sequence[Batch], model: ModelLayout | None = None) -> None:
             other = Projection.as_a_runtime(weights, self.decoder.dtype, self.decoder.device)
-            for part in block.steps:
+            through = block if model is None else Block(Decoder(model, self.decoder.device), block.layer, unit)
+            for part in through.steps:
                 for batch in rows:
-                    block.advance(part, batch, weights, other)
+                    through.advance(part, batch, weights, other)
                     pace(0)
                 other.forget()
 

@@ -40,6 +40,7 @@ REGISTRY: dict[str, str] = {
     "pruneWidth": "kompressor_worker.passes.prune_width:PruneWidth",
     "pruneHidden": "kompressor_worker.passes.prune_hidden:PruneHidden",
     "pruneLayers": "kompressor_worker.passes.prune_layers:PruneLayers",
+    "hybridAttention": "kompressor_worker.passes.hybrid_attention:HybridAttention",
 }
 """Name in the spec to `module:class`, imported when asked for."""
 
@@ -63,6 +64,10 @@ class Pass:
     """The steps (o, down, experts_out) whose input columns it takes away (`reduce`), before anything is measured for the other passes."""
     surveys: int = 0
     """How many times the calibration rows go through the whole source before it can decide what to do (`surveyor`, `decide`)."""
+    survey_repeats: int = 0
+    """How many times more its surveyor takes them through each block."""
+    shortest_row: int = 0
+    """Tokens that a calibration row must have for what it measures to be there."""
     corrects: bool = False
     """Whether it wants calibration rows to go through the original too, beside those that go through what comes out (`Reduction.cross`)."""
     products: float = 0.0

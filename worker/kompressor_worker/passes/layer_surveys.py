@@ -1,4 +1,5 @@
-"""What `pruneLayers` measures of the source: how much each block does, and the linear maps that stand in for runs of blocks."""
+"""What passes that treat layers unlike measure of the source: how much each block does, the linear maps that stand in for runs of blocks,
+and what a sliding window costs each."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kompressor_worker.errors import BadNumerics
-from kompressor_worker.evaluate import LogitComparison, Scored, scored
+from kompressor_worker.architectures import text_config
+from kompressor_worker.errors import BadNumerics, UserError
+from kompressor_worker.evaluate import BlockError, LogitComparison, Scored, scored
 from kompressor_worker.passes.surveyor import SeenBlock, Surveyed, Surveyor
 
 if TYPE_CHECKING:
     from kompressor_worker.batch import Batch
+    from kompressor_worker.layout import ModelLayout
 
 DAMPENING = 0.01
 """Share of the mean diagonal that pulls a map towards the identity."""
@@ -38,14 +41,15 @@ class Influence(Surveyor):
         self.tensors["scores"][seen.layer] = 1.0 - total / count
 
 
-class Divergence(Surveyor):
-    """KL of the logits without a block, for every block: its variant begins as a copy of the rows at its input, and skips it."""
+class Variants(Surveyor):
+    """KL of the logits of variants of the model, on its first rows: each differs in one layer, and begins as a copy of the rows there."""
 
     reads_head = True
 
-    def __init__(self, layers: int, samples: int) -> None:
+    def __init__(self, layers: Sequence[int], samples: int) -> None:
+        """`layers`: which differ, one after the other."""
         super().__init__()
-        self._layers, self._samples = layers, samples
+        self._layers, self._samples = tuple(layers), samples
         self._comparisons: list[LogitComparison] = []
         self._hidden: list[list[Tensor]] = []
 
@@ -53,18 +57,17 @@ class Divergence(Surveyor):
         self._model = model
         count, self._batches = 0, 0
         for batch in model.batches:
-            self._batches, count = self._batches + 1, count + len(batch.lengths)
             if count >= self._samples:
                 break
+            self._batches, count = self._batches + 1, count + len(batch.lengths)
 
-    def block(self, seen: SeenBlock) -> None:
-        for layer in range(seen.layer):
+    def _onward(self, seen: SeenBlock) -> None:
+        """All variants so far through this block."""
+        for layer in (layer for layer in self._layers if layer < seen.layer and self._batches):
             rows = [self._batch(layer, number) for number in range(self._batches)]
             seen.forward(rows)
             for number, batch in enumerate(rows):
                 self.tensors[f"{layer}/{number}"] = batch.state["hidden"]
-        for number in range(self._batches):
-            self.tensors[f"{seen.layer}/{number}"] = seen.before[number]
 
     def _batch(self, layer: int, number: int) -> Batch:
         return replace(self._model.batches[number], state={"hidden": self.tensors[f"{layer}/{number}"]})
@@ -93,13 +96,68 @@ class Divergence(Surveyor):
             return [model.norm(s[p.keep], norm) for s, p in zip(states, parts, strict=True)]
 
         self._hidden = [last([batch.state["hidden"] for batch in model.batches[: self._batches]])]
-        self._hidden += [last([self.tensors[f"{n}/{b}"] for b in range(self._batches)]) for n in range(self._layers)]
+        self._hidden += [last([self.tensors[f"{n}/{b}"] for b in range(self._batches)]) for n in self._layers]
         targets, belongs = torch.cat([p.targets for p in parts]), torch.cat([p.rows for p in parts])
-        self._comparisons = [LogitComparison(targets, belongs, model.vocabulary, softcap=model.softcap) for _ in range(self._layers)]
+        self._comparisons = [LogitComparison(targets, belongs, model.vocabulary, softcap=model.softcap) for _ in self._layers]
+
+    def _kl(self) -> list[float]:
+        return [comparison.result().summary()["kl"] for comparison in self._comparisons]
+
+
+class Divergence(Variants):
+    """KL of the logits without a block, for every block: its variant begins as a copy of the rows at its input, and skips it."""
+
+    def __init__(self, layers: int, samples: int) -> None:
+        super().__init__(range(layers), samples)
+
+    def block(self, seen: SeenBlock) -> None:
+        self._onward(seen)
+        for number in range(self._batches):
+            self.tensors[f"{seen.layer}/{number}"] = seen.before[number]
 
     def found(self) -> dict[str, Tensor]:
-        kl = [comparison.result().summary()["kl"] for comparison in self._comparisons]
-        return {"scores": torch.tensor(kl, dtype=torch.float64)}
+        return {"scores": torch.tensor(self._kl(), dtype=torch.float64)}
+
+
+class Windows(Variants):
+    """What a sliding window costs each layer that has none: the error of its block's output on all rows, and, where `samples` are wanted,
+    the KL of the logits with a window in this layer alone."""
+
+    def __init__(self, windowed: ModelLayout, layers: Sequence[int], samples: int, window: int) -> None:
+        """`windowed`: the source with windows everywhere. `layers`: that have none yet."""
+        super().__init__(layers, samples)
+        self._windowed, self._window = windowed, window
+        self.reads_head = samples > 0
+        self.tensors = {"blockError": torch.zeros(int(text_config(windowed.config)["num_hidden_layers"]), dtype=torch.float64)}
+
+    def begin(self, model: Surveyed) -> None:
+        super().begin(model)
+        longest = max(max(batch.lengths) for batch in model.batches)
+        if longest <= self._window:
+            raise UserError(
+                f"hybridAttention: the longest calibration row has {longest} tokens, none beyond a window of {self._window}; give longer "
+                "documents, or set calibration.packing"
+            )
+
+    def block(self, seen: SeenBlock) -> None:
+        self._onward(seen)
+        if seen.layer not in self._layers:
+            return
+        rows = [replace(batch, state={"hidden": hidden}) for batch, hidden in zip(self._model.batches, seen.before, strict=True)]
+        seen.forward(rows, self._windowed)
+        error = BlockError()
+        for number, batch in enumerate(rows):
+            error.add(seen.positions(seen.after, number), seen.positions([b.state["hidden"] for b in rows], number))
+            if number < self._batches:
+                self.tensors[f"{seen.layer}/{number}"] = batch.state["hidden"]
+        self.tensors["blockError"][seen.layer] = error.value
+
+    def found(self) -> dict[str, Tensor]:
+        scores = {"blockError": self.tensors["blockError"].clone()}
+        if self.reads_head:
+            scores["divergence"] = torch.zeros_like(scores["blockError"])
+            scores["divergence"][list(self._layers)] = torch.tensor(self._kl(), dtype=torch.float64)
+        return scores
 
 
 class Maps(Surveyor):

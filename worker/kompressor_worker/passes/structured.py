@@ -67,6 +67,8 @@ class StructuredPass(Pass):
             raise UserError(
                 f"{self.name}: {pruned} is to have zeros by an earlier pass, and loses some with its shape; put {self.name} first"
             )
+        if layout.windowed:
+            raise UserError(f"{self.name}: an earlier hybridAttention has chosen among layers as they were; put {self.name} first")
         if layout.kv_cache is not None:
             raise UserError(f"{self.name}: an earlier kvCache has scales for the cache as it was; put {self.name} before kvCache")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from kompressor_worker.batch import Batch
     from kompressor_worker.block import Site
+    from kompressor_worker.layout import ModelLayout
     from kompressor_worker.statistics import Statistic
 
 SAMPLE = 512
@@ -34,6 +35,12 @@ class Surveyed:
     """int64 [rows, length] a batch."""
 
 
+class Forward(Protocol):
+    def __call__(self, rows: Sequence[Batch], model: ModelLayout | None = None) -> None:
+        """`model`: by whose config.json, where that is not the source's: windows, positions."""
+        ...
+
+
 @dataclass(frozen=True)
 class SeenBlock:
     """A block of the source after the calibration rows have gone through it."""
@@ -53,7 +60,7 @@ class SeenBlock:
     """at its output."""
     valid: Sequence[Tensor | None]
     """bool [rows, length] a batch: positions that count; None: all."""
-    forward: Callable[[Sequence[Batch]], None]
+    forward: Forward
     """Takes other rows through it."""
 
     def positions(self, hidden: Sequence[Tensor], batch: int) -> Tensor:
