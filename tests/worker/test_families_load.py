@@ -13,7 +13,11 @@ import smaller
 import torch
 
 import jobs
+from independent import tensors_of
 from kompressor_worker.cli import run_cli
+from kompressor_worker.errors import UserError
+from kompressor_worker.job import load_job
+from kompressor_worker.plan import make_plan
 
 LOADABLE = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_vision", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
@@ -135,6 +139,36 @@ def test_from_fp8_blocks(tmp_path: Path) -> None:
 
 
 def test_from_mxfp4(tmp_path: Path) -> None:
+    """gpt-oss keeps its own layout: experts stacked, gate and up interleaved, with biases, decoded as transformers decodes them."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
     source = families.mxfp4_model()
     compress(source, tmp_path / "out", "W8A16")
-    assert torch.isfinite(logits(tmp_path / "out")).all()
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    stacks = [name.removesuffix("_blocks") for name in before if name.endswith("_blocks")]
+    assert len(stacks) == 4
+    for name in stacks:
+        assert torch.equal(after[name], convert_moe_packed_tensors(before[f"{name}_blocks"], before[f"{name}_scales"]))
+        assert torch.equal(after[f"{name}_bias"], before[f"{name}_bias"])
+    original, made = logits(families.tiny_model("gpt_oss")), logits(tmp_path / "out")
+    assert 0 < (made - original).norm() / original.norm() < 0.1, "what MXFP4 and INT8 took together"
+
+
+@pytest.mark.parametrize(
+    ("passes", "said"),
+    [
+        ([{"rtn": {"scheme": "W4A16", "targets": [r"re:.*\.experts$"]}}], "a stack of all experts .*target attention, such as"),
+        ([{"rtn": {"scheme": "MXFP4", "targets": ["model.layers.1.mlp.experts.down_proj"]}}], "means model.layers.1.*stays exact"),
+        ([{"gptq": {"scheme": "W4A16"}}], "model_type 'gpt_oss' cannot be run for calibration .*use passes without calibration"),
+        ([{"kvCache": {}}], "model_type 'gpt_oss' cannot be run for calibration"),
+    ],
+    ids=str,
+)
+def test_what_gpt_oss_cannot_have_is_said(passes: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    body = jobs.manifest(families.mxfp4_model().as_uri(), (tmp_path / "out").as_uri(), passes)
+    if "rtn" not in passes[0]:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text(json.dumps({"ids": [3, 4, 5]}) + "\n")
+        body["spec"]["calibration"] = {"dataset": {"uri": rows.as_uri(), "tokens": "ids"}, "samples": 1, "sequenceLength": 3}
+    with pytest.raises(UserError, match=said):
+        make_plan(load_job(jobs.write(tmp_path / "job.json", body), {}), {})

@@ -65,12 +65,19 @@ def _targeted(linear: LinearLayout, targets: Sequence[str]) -> bool:
 def _refuse_unmatched(field: str, patterns: Sequence[str], layout: ModelLayout, linears: Sequence[LinearLayout]) -> None:
     names = {linear.name for linear in linears}
     names.update(tensor.name.rpartition(".")[0] for stage in layout.stages() for tensor in stage.tensors)
+    stacks = [tensor.name for stage in layout.stages() for tensor in stage.tensors if len(tensor.shape) == 3]
+    names.update(stacks)
     if layout.tied_embeddings:
         names.add("lm_head")  # commonly listed, and absent only because it is tied
     for pattern in patterns:
         pool = {linear.name for linear in linears} if field == "targets" else names
         if pattern == LINEAR or any(matches(pattern, name) for name in pool):
             continue
+        if stack := next((name for name in stacks if matches(pattern, name) or matches(pattern, name.rpartition(".")[0])), None):
+            raise UserError(
+                f"{field}: {pattern!r} means {stack}, a stack of all experts of a layer, which no loader reads quantised by us and which "
+                'stays exact; target attention, such as "re:.*self_attn.*", or "Linear", and leave the experts out'
+            )
         near = difflib.get_close_matches(pattern, sorted(pool), n=1)
         hint = (
             f"did you mean {near[0]}?" if near else 'use a module name such as model.layers.0.mlp.down_proj, "re:.*down_proj$" or "Linear"'
