@@ -92,6 +92,20 @@ RECIPES: dict[str, Recipe] = {
         },
         steps=150,
     ),
+    "qwen2_moe": Recipe(
+        "Qwen2MoeConfig",
+        {
+            **{k: v for k, v in SHAPE.items() if k != "head_dim"},
+            "intermediate_size": 512,
+            "moe_intermediate_size": 128,
+            "shared_expert_intermediate_size": 256,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.01,
+        },
+        steps=80,
+    ),
     "mixtral": Recipe(
         "MixtralConfig",
         {
