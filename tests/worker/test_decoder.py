@@ -61,7 +61,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2MoeConfig",
         {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 80, "qkv_bias": False, "norm_topk_prob": True, "mlp_only_layers": [1]},
     ),
-    "deepseek_v2": ("DeepseekV2Config", {**LATENT, "q_lora_rank": None, "n_shared_experts": 2, "routed_scaling_factor": 1.7}),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {**LATENT, "q_lora_rank": None, "n_routed_experts": 6, "n_shared_experts": 2, "routed_scaling_factor": 1.7},
+    ),
     "deepseek_v2 in groups, stretched": (
         "DeepseekV2Config",
         {**LATENT, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "rope_parameters": {**YARN, "mscale": 0.7}},

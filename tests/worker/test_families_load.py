@@ -53,7 +53,7 @@ def test_loads_in_transformers(family: str, tmp_path: Path) -> None:
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
 SCHEMES = [
     [{"gptq": {"scheme": "W4A16", "groupSize": 32}}],
-    [{"smoothQuant": {}}, {"gptq": {"scheme": "FP8_DYNAMIC"}}],
+    [{"smoothQuant": {}}, {"rtn": {"scheme": "W8A16"}}],
     [{"awq": {"scheme": "W4A16", "groupSize": 32, "grid": 3}}],
 ]
 
@@ -61,7 +61,8 @@ SCHEMES = [
 @pytest.mark.parametrize("passes", SCHEMES, ids=lambda passes: next(iter(passes[0])))
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_calibrated_mixture_is_what_the_job_reports(family: str, passes: list[dict[str, Any]], tmp_path: Path) -> None:
-    """Measured by transformers on the published files: perplexity and KL of the same rows."""
+    """Measured by transformers on the published files: perplexity and KL of the same rows. Weights alone are rounded: transformers expands
+    experts when it loads them, and has no inputs of theirs to round."""
     source = smaller.lively(families.tiny_model(family, dtype="float32", initializer_range=0.1), tmp_path / "source")
     chance = random.Random(3)
     rows = {section: [[chance.randrange(3, 128) for _ in range(24)] for _ in range(32)] for section in ("calibration", "evaluation")}
@@ -73,10 +74,9 @@ def test_a_calibrated_mixture_is_what_the_job_reports(family: str, passes: list[
     assert run_cli(["run", str(jobs.write(tmp_path / "job.json", body))]) == 0
     said = json.loads((tmp_path / "out" / "kompressor.json").read_text())["evaluation"]
     seen = smaller.measure(source, tmp_path / "out", torch.tensor(rows["evaluation"]))
-    print(family, passes, said, seen)
-    assert said["kl"] > 1e-3
+    assert said["kl"] > 1e-4
     assert seen["perplexityAfter"] == pytest.approx(said["perplexityAfter"], rel=1e-3)
-    assert seen["kl"] == pytest.approx(said["kl"], rel=0.02)
+    assert seen["kl"] == pytest.approx(said["kl"], rel=0.01)
 
 
 def warnings_of(folder: Path) -> str:

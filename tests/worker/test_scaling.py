@@ -34,6 +34,8 @@ FAMILIES = [
     "deepseek_v2",
     "deepseek_v3",
 ]
+EXPERTS = ("mlp.gate", "mlp.experts.gate_proj", "mlp.experts.up_proj")
+BESIDE = (*EXPERTS, "mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "self_attn.kv_a_layernorm", "self_attn.kv_b_proj")
 TOKENS = torch.arange(192).view(4, 48) * 7 % 128
 SMOOTH = [{"smoothQuant": {"alpha": 0.6}}]
 AWQ = [{"awq": {"scheme": "W4A16", "groupSize": 32, "grid": 4}}]
@@ -97,7 +99,10 @@ def test_the_function_and_the_statistics_stay_right(family: str, entries: list[d
     linears = {
         "phi3": ("self_attn.qkv_proj", "mlp.gate_up_proj"),
         "mixtral": ("self_attn.q_proj", "block_sparse_moe.gate", "block_sparse_moe.experts.w1", "block_sparse_moe.experts.w3"),
-        "qwen3_moe": ("self_attn.k_proj", "mlp.gate", "mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.gate_proj"),
+        "qwen2_moe": ("self_attn.k_proj", *EXPERTS, "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate"),
+        "qwen3_moe": ("self_attn.k_proj", *EXPERTS, "mlp.gate_proj"),
+        "deepseek_v2": ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa", *BESIDE, "mlp.gate_proj"),
+        "deepseek_v3": ("self_attn.q_a_proj", "self_attn.q_a_layernorm", "self_attn.q_b_proj", *BESIDE, "mlp.up_proj"),
     }.get(family, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"))
     expected |= {f"{name}.weight" for name in linears}
     outputs = {"self_attn.o_proj.weight", "mlp.down_proj.weight", "block_sparse_moe.experts.w2.weight", "mlp.experts.down_proj.weight"}
