@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.architectures import refuse_unknown_forward
@@ -27,7 +28,10 @@ class Assignment:
     """As the passes leave it."""
     schemes: Mapping[str, Scheme]
     """Which linear gets which; the first pass that wants a linear has it."""
-    plan: OutputPlan
+
+    @cached_property
+    def plan(self) -> OutputPlan:
+        return plan_output(self.layout, self.schemes)
 
     @classmethod
     def of(cls, spec: CompressionJobSpec, source: ModelLayout) -> Assignment:
@@ -58,4 +62,4 @@ class Assignment:
             *(shape_warnings(spec, layout, passes, schemes) if flows(spec, passes) else ()),
         )
         layout = replace(layout, warnings=warnings)
-        return cls(spec, source, passes, layout, schemes, plan_output(layout, schemes))
+        return cls(spec, source, passes, layout, schemes)

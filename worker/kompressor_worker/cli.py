@@ -1,4 +1,4 @@
-"""`kompressor run | plan | verify | expand | clean`: spec in, exit code out."""
+"""`kompressor run | plan | fit | verify | expand | clean`: spec in, exit code out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from kompressor_worker import logs
 from kompressor_worker.commands import clean_command, expand_command, plan_command, run_command, verify_command
 from kompressor_worker.errors import GateFailed, KompressorError, OutOfMemory, Terminated
+from kompressor_worker.fit_command import FIT, add_arguments, fit_command
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +157,9 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("manifest", type=Path, help="a CompressionJob, YAML or JSON")
     run.add_argument("--in-cluster", action="store_true", help="report to the CompressionJob resource and the pod's termination log")
     plan.add_argument("--in-cluster", action="store_true", help="report to the pod's termination log")
+    fit = command("fit", fit_command, "say which plans fit a GPU", FIT)
+    place(fit, "the model: s3://bucket/prefix, hf://owner/name, pvc://claim/path, file:///path, or a path")
+    add_arguments(fit)
     verify = command("verify", verify_command, "check a published result", VERIFY)
     place(verify, "s3://bucket/prefix, pvc://claim/path, file:///path, or a path")
     expand = command("expand", expand_command, "turn a result back into a plain checkpoint", EXPAND)

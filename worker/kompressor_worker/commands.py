@@ -85,6 +85,10 @@ def plan_command(args: argparse.Namespace) -> int:
         "output": "already holds this result" if plan["alreadyCompressed"] else "free",
     }
     out.print(table(f"plan of {job.name}", rows))
+    if found.target is not None:
+        from kompressor_worker.fit_command import show
+
+        show(found.target, job.spec.model.source.uri)
     for warning in plan["warnings"]:
         out.print(f"warning: {warning}")
     return 0

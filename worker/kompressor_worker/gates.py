@@ -30,13 +30,20 @@ def check(gates: Sequence[Gate], evaluation: Mapping[str, Any]) -> list[Verdict]
 
 
 def enforce(
-    verdicts: Sequence[Verdict], result: Mapping[str, Any] | None = None, report: str | None = None, published: bool = False
+    verdicts: Sequence[Verdict],
+    result: Mapping[str, Any] | None = None,
+    report: str | None = None,
+    published: bool = False,
+    tried: Sequence[str] = (),
 ) -> None:
     """Raises GateFailed, one line for all gates that are not met, with what was measured (`result`) and where more stands (`report`).
-    `published`: the output holds this result from an earlier job."""
+    `published`: the output holds this result from an earlier job. `tried`: a target's plans, and what was measured of each."""
     if failed := [v["says"] for v in verdicts if not v["met"]]:
         after = "the result of an earlier job with other gates stays published" if published else "nothing was published"
         where = f"; all that was measured: {report}" if report else ""
+        if tried:
+            remedy = "no safer plan that fits is left to try; raise target.maxPerplexityIncrease, or ask for less context or a larger GPU"
+            raise GateFailed(f"target: every plan missed: {' | '.join(tried)}: {remedy}; {after}{where}", result)
         raise GateFailed(f"evaluation: {'; '.join(failed)}: {REMEDY}{after}{where}", result)
 
 

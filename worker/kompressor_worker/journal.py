@@ -61,6 +61,8 @@ class State:
     """Who made which units; none: the fingerprint's device all of them."""
     files: tuple[str, ...] = ()
     """All that publishing writes, once it has begun."""
+    tries: tuple[Mapping[str, Any], ...] = ()
+    """Plans of a target that were carried out before this one and did not keep what they should: their names, and what was measured."""
     job: str = ""
     """The uid of the CompressionJob whose work this is, so that cleaning up after another one leaves it; empty outside of a cluster."""
 
@@ -97,6 +99,10 @@ class Journal:
         except ValueError as error:
             raise self._incomplete(_record_name(unit)) from error
         return record
+
+    def records(self, units: int) -> list[str]:
+        """The names of so many units' records."""
+        return [_record_name(unit) for unit in range(units)]
 
     def write_tail(self, unit: int, tail: bytes) -> str | None:
         if not tail:
@@ -264,7 +270,8 @@ def decode(data: bytes, uri: str) -> State:
             )
         uploads = tuple(Upload(u["name"], u["id"], tuple(Part(**p) for p in u["parts"])) for u in raw.pop("uploads"))
         devices = tuple(Span(**span) for span in raw.pop("devices", ()))
-        state = State(uploads=uploads, devices=devices, files=tuple(raw.pop("files", ())), **raw)
+        files, tries = (tuple(raw.pop(name, ())) for name in ("files", "tries"))
+        state = State(uploads=uploads, devices=devices, files=files, tries=tries, **raw)
         if not (isinstance(state.fingerprint, dict) and type(state.unit) is int and state.unit >= 0):
             raise TypeError(f"fingerprint {state.fingerprint!r}, unit {state.unit!r}")
         return state

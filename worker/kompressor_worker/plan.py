@@ -6,28 +6,29 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kompressor_api.names import Reason
 from kompressor_api.pod import accelerators
-from kompressor_worker.assignment import Assignment
 from kompressor_worker.estimate import FlowBytes, FlowOperations, flow_bytes, flow_operations
 from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_unusable_journal
 from kompressor_worker.kv_memory import kv_change, kv_status
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.pipeline import Limits
-from kompressor_worker.publish import already_published, bitmask_result, refuse_without_room
+from kompressor_worker.publish import bitmask_result, refuse_without_room
 from kompressor_worker.reading import read_layout
 from kompressor_worker.report_sections import duration, size
-from kompressor_worker.run import Summary, judge_published, make_fingerprint
+from kompressor_worker.run import Summary, fingerprints, judge_published
 from kompressor_worker.sample_warnings import size_warnings
-from kompressor_worker.samples import find_samples, flows, wanted_samples
+from kompressor_worker.samples import find_samples, flows
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import OutputPlan
 from kompressor_worker.storage.locations import open_output, open_source
 from kompressor_worker.structure import structure
+from kompressor_worker.target.ladder import Ladder, Rung, published_by, standing
+from kompressor_worker.target.planner import Fit
 from kompressor_worker.tokenizer import ModelTokenizer
 
 IDLE_BYTES = 560 << 20
@@ -67,7 +68,7 @@ class Plan:
     schemes: Mapping[str, Scheme]
     output: OutputPlan
     memory: Memory
-    published: Mapping[str, Any] | None
+    published: Mapping[str, Any] | None = None
     """kompressor.json of the output, where it holds this result already."""
     flow: FlowBytes | None = None
     """Where activations flow: what they take."""
@@ -75,6 +76,8 @@ class Plan:
     warnings: tuple[str, ...] = ()
     kv: Mapping[str, Any] = field(default_factory=dict)
     """kv_memory.kv_change(), where a pass makes the cache smaller."""
+    target: Fit | None = None
+    """Where the passes are chosen for a target: what there was to choose from. The rest is of the plan that is carried out."""
 
     @property
     def rate(self) -> float:
@@ -109,6 +112,7 @@ class Plan:
             "estimatedSeconds": self.seconds,
             **self._flow_as_json(),
             "alreadyCompressed": self.published is not None,
+            **({"target": self.target.as_json()} if self.target else {}),
             "warnings": [*self.layout.warnings, *self.warnings],
         }
 
@@ -124,6 +128,7 @@ class Plan:
             "units": len(self.layout.units),
             **dict(zip(("parametersBefore", "parametersAfter"), structure(self.layout).get("parameters", ()), strict=False)),
             **kv_status(self.kv),
+            "target": self.target.status() if self.target else None,
             "warnings": [*self.layout.warnings, *self.warnings],
         }
         return {name: value for name, value in plan.items() if value is not None}
@@ -135,7 +140,9 @@ class Plan:
             return {"reason": Reason.ALREADY_COMPRESSED, "message": f"{uri} already holds this result", "exitCode": 0, "summary": result}
         status = self.status()
         needs = size(self.memory.host) + ("" if self.memory.gpu is None else f" and {size(self.memory.gpu)} on the GPU")
-        says = f"writes {size(self.output.tensor_bytes)} ({status['ratio']} smaller), needs {needs}, takes about {duration(self.seconds)}"
+        chosen = f"{self.target.ladder[0].name}: " if self.target else ""
+        writes = f"writes {size(self.output.tensor_bytes)} ({status['ratio']} smaller)"
+        says = f"{chosen}{writes}, needs {needs}, takes about {duration(self.seconds)}"
         return {"reason": Reason.VALID, "message": says, "exitCode": 0, "summary": status}
 
     def _flow_as_json(self) -> dict[str, Any]:
@@ -158,30 +165,38 @@ def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None
     stop = stop or threading.Event()
     source = open_source(job.spec.model.source, environ, stop)
     output = open_output(job.spec.output, environ, stop)
-    assigned = Assignment.of(job.spec, read_layout(source))
-    layout, passes, schemes, planned = assigned.layout, assigned.passes, assigned.schemes, assigned.plan
-    data = find_samples(wanted_samples(job.spec, passes), ModelTokenizer(source), environ, stop)
-    fingerprint = make_fingerprint(job.spec, layout, data)
-    published = already_published(output, fingerprint)
+    ladder = Ladder.of(job.spec, read_layout(source))
+    data = find_samples(ladder.samples(), ModelTokenizer(source), environ, stop)
+    prints = fingerprints(ladder, data)
+    found = published_by(output, prints)
+    number, published = found or (standing(output, prints), None)
     if published is not None:
-        judge_published(job.spec, published, output.uri)
+        judge_published(ladder.rungs[number].spec, published, output.uri)
     else:
-        refuse_unusable_journal(output, fingerprint)
-        refuse_without_room(output, planned)
-    limits, flow, operations = limits or Limits(), None, None
-    gpus = accelerators(job.spec.worker.model_dump(by_alias=True, exclude_none=True))
-    memory, warnings = Memory(peak_memory(layout, planned, schemes, limits)), size_warnings(data)
-    if gpus and not flows(job.spec, passes):
-        warnings = (*warnings, "the worker asks for a GPU that it will not use: no pass or evaluation lets activations flow; leave it out")
-    if flows(job.spec, passes):
-        flow = flow_bytes(job.spec, layout, passes, schemes, planned, limits)
-        operations = flow_operations(job.spec, layout, passes, schemes)
-        around = SCRATCH_BYTES + ahead_and_behind(layout, planned, limits)
-        if gpus:
-            memory = Memory(GPU_IDLE_BYTES + around + flow.beside_gpu, GPU_CONTEXT_BYTES + flow.on_gpu)
-        else:
-            memory = Memory(FLOW_IDLE_BYTES + around + flow.peak)
-    return Plan(layout, schemes, planned, memory, published, flow, operations, warnings, kv_change(layout, passes))
+        refuse_unusable_journal(output, prints[number])
+        refuse_without_room(output, ladder.rungs[number].assigned.plan)
+    plans = [_planned(rung, limits or Limits()) for rung in ladder.rungs]
+    memory = Memory(max(plan.memory.host for plan in plans), max(plan.memory.gpu or 0 for plan in plans) or None)
+    return replace(
+        plans[number], memory=memory, published=published, warnings=(*size_warnings(data), *plans[number].warnings), target=ladder.fit
+    )
+
+
+def _planned(rung: Rung, limits: Limits) -> Plan:
+    spec, assigned = rung.spec, rung.assigned
+    layout, passes, schemes, planned = assigned.layout, assigned.passes, assigned.schemes, assigned.plan
+    gpus = accelerators(spec.worker.model_dump(by_alias=True, exclude_none=True))
+    if not flows(spec, passes):
+        unused = "the worker asks for a GPU that it will not use: no pass or evaluation lets activations flow; leave it out"
+        return Plan(layout, schemes, planned, Memory(peak_memory(layout, planned, schemes, limits)), warnings=(unused,) if gpus else ())
+    flow = flow_bytes(spec, layout, passes, schemes, planned, limits)
+    operations = flow_operations(spec, layout, passes, schemes)
+    around = SCRATCH_BYTES + ahead_and_behind(layout, planned, limits)
+    if gpus:
+        memory = Memory(GPU_IDLE_BYTES + around + flow.beside_gpu, GPU_CONTEXT_BYTES + flow.on_gpu)
+    else:
+        memory = Memory(FLOW_IDLE_BYTES + around + flow.peak)
+    return Plan(layout, schemes, planned, memory, None, flow, operations, kv=kv_change(layout, passes))
 
 
 def ahead_and_behind(layout: ModelLayout, planned: OutputPlan, limits: Limits) -> int:

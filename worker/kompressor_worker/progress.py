@@ -25,6 +25,10 @@ class Snapshot:
     phase: str = "Compressing"
     resumed_from: str | None = None
     """The unit at which this worker went on; None if it began at the first."""
+    plan: str = ""
+    """With a target: which of its plans is being carried out."""
+    tries: int = 1
+    """How many of them have been begun, this one included."""
 
     @property
     def percent(self) -> int:
@@ -47,6 +51,7 @@ class Snapshot:
             "bytesPerSecond": round(self.bytes_per_second),
             "etaSeconds": self.eta_seconds,
             "resumedFrom": self.resumed_from,  # null takes away what an earlier worker wrote
+            **({"plan": self.plan, "tries": self.tries} if self.plan else {}),
             "updatedAt": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
 
@@ -64,7 +69,12 @@ class Progress:
         self._began = 0.0
         self._total = self._skipped = self._first = self._behind = 0
         self._resumed: str | None = None
-        self._survey = ""
+        self._survey = self._plan = ""
+        self._try = 1
+
+    def trying(self, number: int, plan: str) -> None:
+        """Before `start`: the plan of a target that is carried out, counted from 1."""
+        self._try, self._plan, self._resumed = number, plan, None
 
     def start(self, layout: ModelLayout, first_unit: int, surveys: int = 0, surveyed: int = 0) -> None:
         """`surveys`: how many times the source is read before the stream, `surveyed` of these are done."""
@@ -106,6 +116,8 @@ class Progress:
                 self._total,
                 (done - self._skipped) / elapsed,
                 resumed_from=self._resumed,
+                plan=self._plan,
+                tries=self._try,
             )
         )
 
@@ -113,7 +125,8 @@ class Progress:
         assert self._layout is not None
         total, units = self._total, len(self._layout.units)
         elapsed = max(1e-6, self._clock() - self._began)
-        self._tell(Snapshot(PUBLISHING, units, units, total, total, (total - self._skipped) / elapsed, "Publishing", self._resumed))
+        rate = (total - self._skipped) / elapsed
+        self._tell(Snapshot(PUBLISHING, units, units, total, total, rate, "Publishing", self._resumed, self._plan, self._try))
 
     def _tell(self, snapshot: Snapshot) -> None:
         for listener in self._listeners:

@@ -17,6 +17,8 @@ def measured_result(report: Mapping[str, Any]) -> dict[str, Any]:
         found["gates"] = gates.status(verdicts)
     if compared := report.get("drift"):
         found["drift"] = drifted(compared)
+    if target := report.get("target"):
+        found["target"] = targeted(target)
     if calibration := report.get("data", {}).get("calibration"):
         found["calibrationDigest"] = calibration["digest"]
     return found
@@ -30,6 +32,22 @@ def evaluated(summary: Mapping[str, Any]) -> dict[str, Any]:
         "kl": f"{summary['kl']:.4g}",
         "topOneAgreement": f"{100 * summary['topOneAgreement']:.4g}%",
         "evaluatedTokens": summary["tokens"],
+    }
+
+
+def targeted(target: Mapping[str, Any]) -> dict[str, Any]:
+    """From `Ladder.section`."""
+    before, after = target["before"], target["after"]
+    cost = {"costPerMillionTokens": f"{after['costPerMillionTokens']:.4g}"} if "costPerMillionTokens" in after else {}
+    return {
+        "plan": target["chosen"],
+        "tries": [f"{each['plan']}: {'kept' if each['met'] else 'missed'}: {each['says']}" for each in target["tries"]],
+        "totalBytes": target["need"]["total"],
+        "memoryBytes": target["memoryBytes"],
+        "bytesPerTokenBefore": before["bytesPerToken"],
+        "bytesPerTokenAfter": after["bytesPerToken"],
+        "tokensPerSecond": f"{after['tokensPerSecond']:.4g}",
+        **cost,
     }
 
 

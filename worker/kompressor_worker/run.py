@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker import gates
 from kompressor_worker.assignment import Assignment
+from kompressor_worker.calibration import Rows
 from kompressor_worker.digests import digest
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.job import Job
@@ -22,15 +23,16 @@ from kompressor_worker.layout import ModelLayout
 from kompressor_worker.measured import measured
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.progress import Progress
-from kompressor_worker.publish import PAGE, REPORT, already_published, build_report, dumps, publish, refuse_without_room
+from kompressor_worker.publish import PAGE, REPORT, build_report, dumps, publish, refuse_without_room
 from kompressor_worker.reading import read_layout
 from kompressor_worker.report_html import render
 from kompressor_worker.results import measured_result
 from kompressor_worker.sample_warnings import size_warnings
 from kompressor_worker.samples import FoundData, find_samples, flows, wanted_samples
 from kompressor_worker.shards import OutputPlan
-from kompressor_worker.storage import JOURNAL, WORK, Output
+from kompressor_worker.storage import JOURNAL, WORK, Output, Source
 from kompressor_worker.storage.locations import open_output, open_source
+from kompressor_worker.target.ladder import Ladder, Rung, missed, published_by, standing, step, with_miss
 from kompressor_worker.tokenizer import ModelTokenizer
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,97 @@ class Summary:
         return result
 
 
+@dataclass
+class Trying:
+    """What the plans of one job share: places, data, and how far each of them is told."""
+
+    job: Job
+    ladder: Ladder
+    source: Source
+    output: Output
+    data: Mapping[str, FoundData]
+    rows: Mapping[str, Rows]
+    limits: Limits
+    progress: Progress
+    stop: threading.Event
+
+    def fingerprint(self, number: int) -> dict[str, str]:
+        return fingerprints(self.ladder, self.data)[number]
+
+    def bound(self, number: int) -> dict[str, str]:
+        """The fingerprint, and on what it must be gone on with."""
+        from kompressor_worker.flow import device_fingerprint
+
+        rung = self.ladder.rungs[number]
+        flowing = flows(rung.spec, rung.assigned.passes)
+        return {**self.fingerprint(number), **({"device": device_fingerprint()} if flowing else {})}
+
+    def open(self, number: int) -> tuple[Journal, Assignment]:
+        from kompressor_worker import survey
+
+        assigned = self.ladder.rungs[number].assigned
+
+        def plan_after(surveys: int) -> OutputPlan:
+            nonlocal assigned
+            assigned = survey.recalled(self.output, surveys, assigned)
+            return assigned.plan
+
+        spec = self.job.spec
+        journal = open_journal(
+            self.output, self.bound(number), self.job.owner, plan_after, bool(spec.worker.allow_device_change), self.job.uid
+        )
+        if journal.resumed_from is not None:
+            log.info("going on at unit %d of %d", journal.resumed_from, len(assigned.layout.units))
+        return journal, assigned
+
+    def recalled(self, number: int, surveys: int) -> Assignment:
+        from kompressor_worker import survey
+
+        return survey.recalled(self.output, surveys, self.ladder.rungs[number].assigned)
+
+    def carry_out(self, number: int, journal: Journal, assigned: Assignment) -> dict[str, Any] | None:
+        """One plan from where the journal stands to the published result: its report; None where it was missed and another one follows."""
+        from kompressor_worker import survey
+        from kompressor_worker.flow import calibrated, surveyed
+        from kompressor_worker.stream import DataFree, Work, stream
+
+        rung, rows = self.ladder.rungs[number], chosen(self.rows, self.ladder.rungs[number])
+        if number < len(journal.state.tries):  # missed, and cut off before the step
+            self._step(number, journal)
+            return None
+        surveys = survey.rounds(assigned.passes)
+        self.progress.trying(number + 1, rung.name)
+        self.progress.start(assigned.layout, journal.state.unit, surveys, journal.state.surveys)
+        for each in range(journal.state.surveys, surveys):
+            self.progress.surveying(each, assigned.source)
+            surveyed(each, assigned, journal, rows, self.limits).run(self.source, self.progress.done, self.stop)
+            assigned = assigned.renewed()
+        self.progress.streaming(assigned.layout, surveys)
+        work = Work(assigned.layout, assigned.passes, assigned.schemes, assigned.plan, self.limits)
+        flowing = calibrated(work, self.output, rows) if flows(rung.spec, assigned.passes) else None
+        stream(work, flowing or DataFree(work), self.source, self.output, journal, self.progress.done, self.stop)
+        self.progress.publishing()
+        found = measured(assigned, rows, chosen(self.data, rung), journal)
+        job = replace(self.job, spec=rung.spec)
+        report = build_report(work, self.fingerprint(number), job.identity, journal, self.source.uri, found)
+        if self.ladder.fit is not None:
+            verdicts = gates.check(rung.spec.evaluation.gates if rung.spec.evaluation else (), report["evaluation"])
+            miss = missed(rung, verdicts, report["evaluation"])
+            if not miss["met"] and number + 1 < len(self.ladder.rungs):
+                log.warning("%s: %s; the next safer plan is tried: %s", rung.name, miss["says"], self.ladder.rungs[number + 1].name)
+                with_miss(journal, miss)
+                self._step(number, journal, flowing.snapshots.left if flowing else ())
+                return None
+            report |= self.ladder.section(number, assigned, [*journal.state.tries, miss])
+        judge(rung.spec, report, self.output, journal)
+        publish(work, self.source, self.output, journal, report)
+        return report
+
+    def _step(self, number: int, journal: Journal, left: Sequence[str] = ()) -> None:
+        before, after = self.ladder.rungs[number : number + 2]
+        step(journal, before, after, self.bound(number + 1), left)
+
+
 def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threading.Event, limits: Limits | None = None) -> Summary:
     """Compresses one model. Raises what kompressor_worker.errors names; publishes nothing unless it returns."""
     began = time.monotonic()
@@ -81,62 +174,42 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     source = open_source(job.spec.model.source, environ, stop)
     output = open_output(job.spec.output, environ, stop)
 
-    assigned = Assignment.of(job.spec, read_layout(source))
+    ladder = Ladder.of(job.spec, read_layout(source))
     tokenizer = ModelTokenizer(source)
-    data = find_samples(wanted_samples(job.spec, assigned.passes), tokenizer, environ, stop)
-    fingerprint = make_fingerprint(job.spec, assigned.source, data)
-    if (report := already_published(output, fingerprint)) is not None:
+    data = find_samples(ladder.samples(), tokenizer, environ, stop)
+    prints = fingerprints(ladder, data)
+    if (found := published_by(output, prints)) is not None:
+        number, report = found
         log.info("%s already holds this result", output.uri)
         if output.read(JOURNAL) is not None:  # who published it was cut off before all was cleared away
             output.cleanup()
-        judge_published(job.spec, report, output.uri)
+        judge_published(ladder.rungs[number].spec, report, output.uri)
         return Summary(report, time.monotonic() - began, already=True)
-    refuse_without_room(output, assigned.plan)
+    number = standing(output, prints)
+    refuse_without_room(output, ladder.rungs[number].assigned.plan)
     if not output.probe():
         warnings.append(f"{output.uri}: the store ignores conditional writes; two workers on this output would not notice each other")
     warnings += size_warnings(data)
-    for warning in [*assigned.layout.warnings, *warnings]:
+    for warning in [*ladder.rungs[number].assigned.layout.warnings, *warnings]:
         log.warning("%s", warning)
 
     rows = {section: found.read(tokenizer, stop) for section, found in data.items()}
-    from kompressor_worker import survey  # torch, only now that the job is known to make sense
-    from kompressor_worker.flow import calibrated, device_fingerprint, surveyed
-    from kompressor_worker.kernels import build
-    from kompressor_worker.stream import DataFree, Work, stream
+    from kompressor_worker.kernels import build  # torch, only now that the job is known to make sense
 
     build.library()  # compiled before the clock of the progress starts
-
-    def plan_after(surveys: int) -> OutputPlan:
-        nonlocal assigned
-        assigned = survey.recalled(output, surveys, assigned)
-        return assigned.plan
-
-    limits, flowing = limits or Limits(), flows(job.spec, assigned.passes)
-    bound = {**fingerprint, "device": device_fingerprint()} if flowing else fingerprint
-    journal = open_journal(output, bound, job.owner, plan_after, bool(job.spec.worker.allow_device_change), job.uid)
-    if journal.resumed_from is not None:
-        log.info("going on at unit %d of %d", journal.resumed_from, len(assigned.layout.units))
-    surveys = survey.rounds(assigned.passes)
-    progress.start(assigned.layout, journal.state.unit, surveys, journal.state.surveys)
+    trying = Trying(job, ladder, source, output, data, rows, limits or Limits(), progress, stop)
+    journal, assigned = trying.open(number)
+    resumed_from = journal.resumed_from
     try:
-        for number in range(journal.state.surveys, surveys):
-            progress.surveying(number, assigned.source)
-            surveyed(number, assigned, journal, rows, limits).run(source, progress.done, stop)
-            assigned = assigned.renewed()
-        progress.streaming(assigned.layout, surveys)
-        work = Work(assigned.layout, assigned.passes, assigned.schemes, assigned.plan, limits)
-        units = calibrated(work, output, rows) if flowing else DataFree(work)
-        stream(work, units, source, output, journal, progress.done, stop)
-        progress.publishing()
-        report = build_report(work, fingerprint, job.identity, journal, source.uri, measured(assigned, rows, data, journal))
-        judge(job.spec, report, output, journal)
-        publish(work, source, output, journal, report)
+        while (made := trying.carry_out(number, journal, assigned)) is None:
+            number += 1
+            assigned = trying.recalled(number, journal.state.surveys)
     except ClaimLost:
         refuse_usurped(output, job.uid)
         if output.read(JOURNAL) is None:  # the other worker is done and gone: what we wrote since then is nobody's
             output.cleanup()
         raise
-    return Summary(report, time.monotonic() - began, resumed_from=journal.resumed_from, warnings=tuple(warnings))
+    return Summary(made, time.monotonic() - began, resumed_from=resumed_from, warnings=tuple(warnings))
 
 
 def judge_published(spec: CompressionJobSpec, report: Mapping[str, Any], uri: str) -> None:
@@ -160,7 +233,18 @@ def judge(spec: CompressionJobSpec, report: dict[str, Any], output: Output, jour
     for upload in journal.state.uploads:
         output.abort(upload.name, upload.id)
     output.cleanup(keep=list(kept))
-    gates.enforce(verdicts, measured_result(report), output.place(f"{WORK}{PAGE}"))
+    tried = [f"{each['plan']}: {each['says']}" for each in report.get("target", {}).get("tries", ())]
+    gates.enforce(verdicts, measured_result(report), output.place(f"{WORK}{PAGE}"), tried=tried)
+
+
+def chosen(sections: Mapping[str, Any], rung: Rung) -> dict[str, Any]:
+    """Of what is there by section of the spec, what this plan reads."""
+    wanted = {sample.SECTION for sample in wanted_samples(rung.spec, rung.assigned.passes)}
+    return {section: found for section, found in sections.items() if section in wanted}
+
+
+def fingerprints(ladder: Ladder, data: Mapping[str, FoundData]) -> list[dict[str, str]]:
+    return [make_fingerprint(rung.spec, rung.assigned.source, chosen(data, rung)) for rung in ladder.rungs]
 
 
 def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout, data: Mapping[str, FoundData]) -> dict[str, str]:
@@ -170,6 +254,7 @@ def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout, data: Mappin
         "source": layout.source_digest,
         "passes": digest(spec.passes),
         "format": spec.output.format,
+        **({} if spec.target is None else {"target": digest(spec.target.model_dump(by_alias=True, exclude_none=True))}),
         **({} if spec.output.sparse_storage == "dense" else {"sparseStorage": spec.output.sparse_storage}),
         RELEASE: version("kompressor"),
         **{section: found.fingerprint for section, found in data.items()},

@@ -42,6 +42,11 @@ class Snapshots:
         self._since = [*self._objects(state.snapshot), *(block_name(n) for n in range(state.snapshot, state.unit))]
         return state.snapshot
 
+    @property
+    def left(self) -> list[str]:
+        """Working objects that are there for a restart."""
+        return list(self._since)
+
     def block(self, unit: int) -> dict[str, Tensor]:
         """The published tensors of a block that the journal counts and no snapshot is behind."""
         return safetensors.torch.load(self._read(block_name(unit)))

@@ -43,12 +43,13 @@ WEIGHTS = (
     Weights("W8A16", "W8A16", 0.001, 0.001),
     Weights("FP8", "FP8_DYNAMIC", 0.003, 0.003),
     Weights("W8A8", "W8A8", 0.005, 0.007),
-    Weights("W4A16", "W4A16", 0.02, 0.04),
+    Weights("W4A16", "W4A16", 0.018, 0.04),
     Weights("NVFP4", "NVFP4", 0.03, 0.03, calibrated=True),
     Weights("MXFP4", "MXFP4", 0.05, 0.05),
 )
 EIGHT = ("W8A16", "FP8")
 SMALL = "W4A16"
+KV: Passes = ({"kvCache": {"scheme": "FP8"}},)
 KV_LOSS = 0.001
 
 
@@ -71,11 +72,10 @@ class Candidate:
     loss: float
     calibrated: bool
 
-    def variants(self, data: bool) -> Iterator[list[dict[str, Any]]]:
+    def variants(self, data: bool) -> Iterator[Passes]:
         before = self.reduction.passes if self.reduction else ()
-        behind: Passes = ({"kvCache": {"scheme": "FP8"}},) if self.kv else ()
         for passes in self.weights.variants(data):
-            yield [dict(entry) for entry in (*before, *passes, *behind)]
+            yield (*before, *passes, *(KV if self.kv else ()))
 
 
 def candidates(reductions: Sequence[Reduction], data: bool) -> list[Candidate]:

@@ -5,8 +5,8 @@ A pure function of spec and headers, so that the preflight, the worker and each 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,12 +19,13 @@ from kompressor_worker.assignment import Assignment
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.report_sections import size
-from kompressor_worker.target.candidates import Candidate, candidates
+from kompressor_worker.target.candidates import KV, Candidate, Passes, candidates
 from kompressor_worker.target.reductions import reductions
 from kompressor_worker.target.serving import RESERVE, Need, Served, Speed
 
 TRIES = 3
 """Plans that one job carries out at most."""
+NO_DATA = "needs calibration, which the job does not have"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Row:
     need: Need | None = None
     speed: Speed | None = None
     fits: bool = False
+    proved: bool = False
+    """Whether its passes were assigned to the model as they are."""
 
     @property
     def name(self) -> str:
@@ -67,8 +70,6 @@ class Fit:
 
     target: TargetSpec
     rows: tuple[Row, ...]
-    longest: int | None
-    """Tokens that the model was made for."""
 
     @property
     def on(self) -> Hardware:
@@ -100,7 +101,10 @@ class Fit:
         smallest = min((row for row in self.rows if row.need), key=lambda row: row.need.total if row.need else 0)
         assert smallest.need is not None and smallest.served is not None
         need, on, served, target = smallest.need, self.on, smallest.served, self.target
-        parts = f"weights {size(need.weights)}, KV cache {size(need.kv)}, activations {size(need.activations)}"
+        parts = (
+            f"weights {size(need.weights)}, KV cache {size(need.kv)}, activations {size(need.activations)}, overhead "
+            f"{size(need.overhead)}, reserve {size(need.reserve)}"
+        )
         asked = f"context {target.context:,}, concurrency {target.requests}"
         changes = []
         if context := served.longest(on, target.requests, target.context):
@@ -110,7 +114,7 @@ class Fit:
         changes.append(f"on a GPU with {size(memory_for(need))}")
         return (
             f"spec.target: nothing fits {on.name} ({size(on.memory)}) at {asked}: the smallest plan, {smallest.name}, takes "
-            f"{size(need.total)} ({parts}, overhead {size(need.overhead)}, reserve {size(need.reserve)}); it would fit {', or '.join(changes)}"
+            f"{size(need.total)} ({parts}); it would fit {', or '.join(changes)}"
         )
 
     def status(self) -> dict[str, Any]:
@@ -148,35 +152,91 @@ def fit(spec: CompressionJobSpec, source: ModelLayout) -> Fit:
     assert target is not None
     longest = longest_context(source)
     if longest is not None and target.context > longest:
-        raise UserError(f"spec.target.context: {target.context:,} is longer than the {longest:,} tokens that the model was made for; ask for less")
-    plain = Assignment.of(spec.model_copy(update={"passes": []}), source)  # what is wrong with the model itself
-    data = spec.calibration is not None
-    rows = [_row(each, spec, source, plain) for each in candidates(reductions(source, target.context), data)]
-    return Fit(target, tuple(rows), longest)
+        raise UserError(
+            f"spec.target.context: {target.context:,} is above the {longest:,} tokens that the model was made for; ask for less"
+        )
+    rows = Weighing(spec, source).rows(candidates(reductions(source, target.context), spec.calibration is not None))
+    found = Fit(target, rows)
+    while unproved := next((row for row in found.ladder if not row.proved), None):
+        found = Fit(target, tuple(Weighing(spec, source).proved(row) if row is unproved else row for row in found.rows))
+    return found
 
 
-def _row(candidate: Candidate, spec: CompressionJobSpec, source: ModelLayout, plain: Assignment) -> Row:
-    target = spec.target
-    assert target is not None
-    on, scheme = target.on, candidate.weights.scheme
-    engine = ENGINES[on.engine]
-    if scheme is not None and not engine.schemes[scheme].on(on.capability):
-        return Row(candidate, refused=engine.schemes[scheme].says(scheme, on))
-    if candidate.kv and not engine.kv_fp8.on(on.capability):
-        return Row(candidate, refused=engine.kv_fp8.says("a KV cache in FP8", on))
-    if candidate.calibrated and spec.calibration is None:
-        return Row(candidate, refused="needs calibration, which the job does not have")
-    refused = ""
-    for passes in candidate.variants(spec.calibration is not None):
+class Weighing:
+    """Candidates on one model. To assign passes to tens of thousands of tensors takes seconds, so what an FP8 cache changes, which is the
+    same for all, is found once and added; a plan that is to be carried out is assigned as it is."""
+
+    def __init__(self, spec: CompressionJobSpec, source: ModelLayout) -> None:
+        assert spec.target is not None
+        self.spec, self.source, self.target = spec, source, spec.target
+        self.on = spec.target.on
+        self.data = spec.calibration is not None
+
+    def rows(self, wanted: Sequence[Candidate]) -> tuple[Row, ...]:
+        """Raises UserError for what is wrong with the model itself."""
+        plain = self._assigned([])
+        scales, no_kv = self._kv(plain)
+        weighed: dict[tuple[str, str], Row] = {}
+        found = []
+        for candidate in sorted(wanted, key=lambda c: c.kv):
+            place = (candidate.weights.name, candidate.reduction.name if candidate.reduction else "")
+            if not candidate.kv:
+                row = self._row(candidate, plain if place == ("16 bits", "") else None)
+                weighed[place] = row
+            elif no_kv:
+                row = Row(candidate, refused=no_kv)
+            else:
+                before = weighed[place]
+                served = before.served.with_small_cache(scales) if before.served else None
+                row = self._weighed(Row(candidate, (*before.passes, *KV), before.refused, served))
+            found.append(row)
+        return tuple(sorted(found, key=lambda row: (row.loss, row.name)))
+
+    def proved(self, row: Row) -> Row:
         try:
-            assigned = Assignment.of(spec.model_copy(update={"passes": passes}), source) if passes else plain
+            served = Served.of(self._assigned(row.passes))
         except UserError as error:
-            refused = refused or str(error)
-            continue
-        served = Served.of(assigned)
-        need, speed = served.need(on, target.context, target.requests), served.speed(on, target.context, target.requests)
-        return Row(candidate, tuple(passes), "", served, need, speed, need.total <= on.memory)
-    return Row(candidate, refused=refused)
+            return Row(row.candidate, refused=str(error), proved=True)
+        return self._weighed(replace(row, served=served, proved=True))
+
+    def _row(self, candidate: Candidate, known: Assignment | None) -> Row:
+        if known is not None:
+            return self._weighed(Row(candidate, (), "", Served.of(known), proved=True))
+        engine, scheme = ENGINES[self.on.engine], candidate.weights.scheme
+        if scheme is not None and (scheme not in engine.schemes or not engine.schemes[scheme].on(self.on.capability)):
+            runs = engine.schemes.get(scheme)
+            return Row(candidate, refused=runs.says(scheme, self.on) if runs else f"{self.on.engine} does not run {scheme}")
+        if candidate.calibrated and not self.data:
+            return Row(candidate, refused=NO_DATA)
+        refused = ""
+        for passes in candidate.variants(self.data):
+            try:
+                return self._weighed(Row(candidate, passes, "", Served.of(self._assigned(passes)), proved=True))
+            except UserError as error:
+                refused = refused or str(error)
+        return Row(candidate, refused=refused)
+
+    def _kv(self, plain: Assignment) -> tuple[int, str]:
+        """Bytes of the scales of an FP8 cache, or why there is none."""
+        runs = ENGINES[self.on.engine].kv_fp8
+        if not runs.on(self.on.capability):
+            return 0, runs.says("a KV cache in FP8", self.on)
+        if not self.data:
+            return 0, NO_DATA
+        try:
+            return Served.of(self._assigned(KV)).weights - Served.of(plain).weights, ""
+        except UserError as error:
+            return 0, str(error)
+
+    def _assigned(self, passes: Passes | Sequence[Mapping[str, Any]]) -> Assignment:
+        return Assignment.of(self.spec.model_copy(update={"passes": [dict(entry) for entry in passes]}), self.source)
+
+    def _weighed(self, row: Row) -> Row:
+        if row.served is None:
+            return row
+        asked = (self.on, self.target.context, self.target.requests)
+        need = row.served.need(*asked)
+        return replace(row, need=need, speed=row.served.speed(*asked), fits=need.total <= self.on.memory)
 
 
 def longest_context(layout: ModelLayout) -> int | None:
@@ -215,4 +275,5 @@ def rounded(value: float) -> float:
 
 
 def _speed(row: Row) -> float:
-    return row.speed.tokens_per_second if row.speed else 0.0
+    """So that a hair's breadth decides nothing."""
+    return float(f"{row.speed.tokens_per_second:.3g}") if row.speed else 0.0

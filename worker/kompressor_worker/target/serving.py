@@ -12,7 +12,7 @@ kernel reaches that: it is a prediction that compares plans, not a measurement.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -21,7 +21,7 @@ from kompressor_worker.architectures import FAMILIES, text_config
 from kompressor_worker.assignment import Assignment
 from kompressor_worker.estimate import is_block, steps_of
 from kompressor_worker.layout import ModelLayout
-from kompressor_worker.passes.shapes import is_routed_expert
+from kompressor_worker.shards import stage_tensors
 from kompressor_worker.structure import operations
 
 RESERVE = 0.08
@@ -99,27 +99,30 @@ class Served:
 
     @classmethod
     def of(cls, assigned: Assignment) -> Served:
-        layout, stages = assigned.layout, assigned.plan.stages
+        layout = assigned.layout
         config = text_config(layout.config)
-        dense, experts = 0, []
-        for unit, placed in zip(layout.units, stages, strict=True):
-            sizes = {t.name: t.stop - t.start for stage in placed for t in stage}
-            routed = sum(size for name, size in sizes.items() if is_expert(name))
-            dense += sum(sizes.values()) - routed
+        kept = [unit for unit in layout.units if not unit.dropped]
+        rows, dense, experts = 0, 0, []
+        for unit in kept:
+            routed = 0
+            for stage in unit.stages:
+                size = sum(t.nbytes for t in stage_tensors(stage, assigned.schemes))
+                if is_expert(stage.name):
+                    routed += size
+                elif any(x.kind == "embedding" for x in stage.linears):
+                    rows += size
+                else:
+                    dense += size
             if routed:
                 count = sum(x.shape[0] for stage in unit.stages for x in stage.linears if x.kind == "router")
                 experts.append((routed, min(1.0, int(config.get("num_experts_per_tok") or 1) / max(1, count))))
-        if not layout.tied_embeddings:  # of the embeddings a step reads a row a token
-            matrices = {x.name for stage in layout.stages() for x in stage.linears if x.kind == "embedding"}
-            dense -= sum(t.stop - t.start for unit in stages for s in unit for t in s if t.name.removesuffix(".weight") in matrices)
-        kept = [unit for unit in layout.units if not unit.dropped]
         blocks = [steps_of(unit, layout) for unit in kept if is_block(unit)]
         flowing = [sum(s.share * (s.columns + sum(x.shape[0] for x in s.linears)) for s in sites) for steps in blocks for sites in steps]
         hidden = int(config.get("hidden_size") or 0)
         inputs = [scheme.inputs for scheme in assigned.schemes.values()]
         return cls(
-            weights=assigned.plan.tensor_bytes,
-            dense=dense,
+            weights=rows + dense + sum(size for size, _ in experts),
+            dense=dense + (rows if layout.tied_embeddings else 0),  # of embeddings alone a step reads a row a token
             experts=tuple(experts),
             caches=caches(layout),
             step=round(ELEMENT * (2 * hidden + max(flowing, default=0.0))),
@@ -127,6 +130,11 @@ class Served:
             operations=operations(kept, config),
             low=bool(inputs) and all(kind != "none" for kind in inputs),
         )
+
+    def with_small_cache(self, scales: int) -> Served:
+        """With keys and values in one byte each; `scales`: bytes of their scales."""
+        caches = tuple(replace(cache, width=cache.width // ELEMENT) for cache in self.caches)
+        return replace(self, weights=self.weights + scales, dense=self.dense + scales, caches=caches)
 
     def need(self, on: Hardware, context: int, requests: int) -> Need:
         batch = batch_tokens(on)
@@ -169,9 +177,9 @@ def batch_tokens(on: Hardware) -> int:
     return next((tokens for memory, tokens in LARGE if on.memory >= memory), ENGINES[on.engine].batch_tokens)
 
 
-def is_expert(tensor: str) -> bool:
-    """One of a routed expert, or of all of a layer's in a stack."""
-    return is_routed_expert(tensor) or ".experts." in tensor
+def is_expert(stage: str) -> bool:
+    """Of a routed expert, or of all of a layer's in a stack."""
+    return ".experts." in stage
 
 
 def caches(layout: ModelLayout) -> tuple[Cache, ...]:
