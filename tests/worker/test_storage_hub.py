@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hub_server import HubServer, Repository
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import OutputSpec, SourceLocation
@@ -89,6 +90,24 @@ def test_the_token_goes_to_the_hub_alone(hub: HubServer) -> None:
     network = [line for line in hub.seen if "/cdn/" in line]
     assert network and all("hf_secret" not in line for line in network)
     assert all(line.endswith("Bearer hf_secret") for line in hub.seen if "/cdn/" not in line)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_login_of_this_machine_is_used_where_no_token_is_given(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    hub.repositories["meta/private"] = Repository(FILES, token="hf_login")
+    (tmp_path / "token").write_text("hf_login")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", not allowed)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if allowed:
+        assert open_hub(hub, "hf://meta/private").read("config.json") == b"{}"
+    else:
+        with pytest.raises(AccessDenied, match="HTTP 401"):
+            open_hub(hub, "hf://meta/private")
+    with pytest.raises(AccessDenied, match="HTTP 401"):
+        open_hub(hub, "hf://meta/private", HF_TOKEN="hf_other")
 
 
 def test_refusals(hub: HubServer) -> None:

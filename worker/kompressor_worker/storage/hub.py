@@ -1,7 +1,8 @@
 """Reading from a hub: `hf://owner/name[/folder]` is a model, `hf://datasets/owner/name[/folder or file]` a dataset, pinned to one commit.
 
-Headers and addresses are huggingface_hub's. The requests are made here, because a range has to be received in place, resumed
-where it broke off, and stopped on SIGTERM, with the certificates of its own location.
+The requests are made here, because a range has to be received in place, resumed where it broke off, and stopped on SIGTERM, with the
+certificates of its own location. Of huggingface_hub its constants are read; the rest of it takes half a second to import, which `kompressor
+plan` would pay in every preflight, so it is asked only for a token that a login has left.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import os
 import threading
 import urllib.request
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 import certifi
 import urllib3
-from huggingface_hub import constants, hf_hub_url
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported, if not by __all__
+from huggingface_hub import constants
 
 from kompressor_worker.errors import AccessDenied, CorruptSource, KompressorError, NotFound, StorageError, UserError
 from kompressor_worker.storage import WORK, ObjectInfo
@@ -46,8 +47,10 @@ class HubSource:
         self._place = place
         self._patience = patience
         self._endpoint = (endpoint_of(place, environ, "HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-        token = place.credentials.get("HF_TOKEN") or environ.get("HF_TOKEN") or None
-        self._headers = build_hf_headers(token=token, library_name="kompressor") | {"accept-encoding": "identity"}
+        token = place.credentials.get("HF_TOKEN") or environ.get("HF_TOKEN") or _left_by_a_login()
+        self._headers = {"user-agent": "kompressor", "accept-encoding": "identity"}
+        if token is not None:
+            self._headers["authorization"] = f"Bearer {token}"
         self._pool = _connect(self._endpoint, place, environ, patience)
         self._addresses: dict[str, str] = {}
         """Where a file was last redirected to; such addresses are signed and run out."""
@@ -121,8 +124,8 @@ class HubSource:
 
     def _open(self, name: str, start: int, stop: int) -> Any:
         """A response whose body is the bytes [start, stop)."""
-        file, kind = self._folder + name, self._type
-        url = hf_hub_url(self.repository, file, repo_type=kind, revision=self.revision, endpoint=self._endpoint)
+        owned = f"{'datasets/' if self._type == 'dataset' else ''}{self.repository}"
+        url = f"{self._endpoint}/{owned}/resolve/{self.revision}/{quote(self._folder + name)}"
         raw = self._request(url, {"range": f"bytes={start}-{stop - 1}"}, f"reading {name}")
         sent = int(raw.headers.get("content-length", stop - start))
         if (raw.status != 206 and start) or sent < stop - start:
@@ -204,6 +207,17 @@ class _Answer(Exception):
 
     def __init__(self, raw: Any) -> None:
         super().__init__(f"HTTP {raw.status} {raw.headers.get('x-error-message', raw.reason)}")
+
+
+def _left_by_a_login() -> str | None:
+    """The token of `hf auth login` or of a CI's identity, unless HF_HUB_DISABLE_IMPLICIT_TOKEN says not to use it."""
+    given = any(os.environ.get(name) for name in ("HF_OIDC_RESOURCE", "HUGGING_FACE_HUB_TOKEN")) or Path(constants.HF_TOKEN_PATH).exists()
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN or not given:
+        return None
+    from huggingface_hub import get_token
+
+    token: str | None = get_token()
+    return token
 
 
 def _untrusted(cause: BaseException) -> bool:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CONNECTIONS = 32
 """Connections kept for one location: those of all reading and writing threads, or each request would dial anew."""
+
+
+@cache
+def _descriptions() -> Any:
+    """What botocore reads of the service from its files, once for all locations: most of what a client costs."""
+    return botocore.session.get_session().get_component("data_loader")
 
 
 class S3Store:
@@ -59,7 +66,10 @@ class S3Store:
 
     def _connect(self) -> S3Client:
         place, environ = self.place, self._environ
+        described = botocore.session.get_session()
+        described.register_component("data_loader", _descriptions())
         session = boto3.session.Session(
+            botocore_session=described,
             aws_access_key_id=place.credentials.get("AWS_ACCESS_KEY_ID"),
             aws_secret_access_key=place.credentials.get("AWS_SECRET_ACCESS_KEY"),
             aws_session_token=place.credentials.get("AWS_SESSION_TOKEN"),
