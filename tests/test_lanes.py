@@ -18,10 +18,31 @@ def test_every_file_is_run_once() -> None:
     assert ran == Counter(TESTS.rglob("test_*.py"))
 
 
-def test_what_fails_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for name, body in {"good/test_a.py": "pass", "bad/test_b.py": "assert 'this' == 'that'", "test_c.py": "pass"}.items():
+def test_what_fails_is_said_and_in_the_end_said_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    broken = """import os
+import pytest
+@pytest.fixture
+def gone():
+    raise OSError("no such thing")
+def test_it():
+    assert 'this' == 'that'
+def test_fixture(gone):
+    pass
+@pytest.mark.parametrize("n", [1, 2])
+def test_many(n):
+    assert n == 1, "first line\\nsecond line"
+"""
+    good, dies = "def test_it():\n    pass\n", "import os\ndef test_it():\n    os._exit(3)\n"
+    for name, body in {"bad/test_b.py": broken, "dies/test_d.py": dies, "good/test_a.py": good, "test_c.py": good}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"def test_it():\n    {body}\n")
-    assert run_all(suites(tmp_path), lanes=2) == {"good": 0, "bad": 1, "the rest": 0}
+        (tmp_path / name).write_text(body)
+    assert run_all(suites(tmp_path), lanes=2) == {"bad": 1, "dies": 3, "good": 0, "the rest": 0}
     said = capfd.readouterr().out
-    assert "'this' == 'that'" in said and "-- bad: FAILED in" in said and "-- good: passed in" in said
+    assert "-- bad: FAILED in" in said and "-- good: passed in" in said and "second line" in said
+    again = sorted(line for line in said.splitlines()[-4:])
+    assert [line.rpartition("/")[2] for line in again if "test_b" in line] == [
+        'test_b.py::test_fixture: failed on setup with "OSError: no such thing"',
+        "test_b.py::test_it: AssertionError: assert 'this' == 'that'",
+        "test_b.py::test_many[2]: AssertionError: first line",
+    ]
+    assert all(line.startswith("-- FAILED ") for line in again) and "-- FAILED dies: pytest ended with exit code 3" in again

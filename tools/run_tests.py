@@ -4,7 +4,8 @@
     LANES=1 python tools/run_tests.py           # one folder after the other
     python tools/run_tests.py -k resume -x      # one pytest with these arguments
 
-A control plane ends with its folder, and does not idle beside all that comes later. What a folder's tests say is shown when they end.
+A control plane ends with its folder, and does not idle beside all that comes later. What a folder's tests say is shown when they end; at
+the very end every test that failed is named again with its reason, for that is what people and logs that are cut off see.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTE = 60.0
@@ -26,6 +29,8 @@ LONGEST = ("worker", "chaos", "e2e", "operator")
 """Are begun first, so that none is left to run alone at the end."""
 BESIDE = "the rest"
 """Files that lie in no folder."""
+WIDEST = 300
+"""Characters of a reason."""
 
 
 def suites(tests: Path) -> dict[str, list[str]]:
@@ -41,12 +46,14 @@ class Running:
     name: str
     process: subprocess.Popen[bytes]
     output: IO[bytes]
+    results: IO[bytes]
+    """junit's XML, once it has ended."""
     began: float
 
 
 def run_all(wanted: Mapping[str, Sequence[str]], lanes: int) -> dict[str, int]:
-    """Exit codes by name. What each says is printed when it has ended; whatever ends this, nothing goes on."""
-    waiting, running, codes = list(wanted.items()), list[Running](), dict[str, int]()
+    """Exit codes by name. What each says is printed when it has ended, and at the end what failed; whatever ends this, nothing goes on."""
+    waiting, running, codes, failed = list(wanted.items()), list[Running](), dict[str, int](), list[str]()
     told = time.monotonic()
     try:
         while waiting or running:
@@ -59,22 +66,45 @@ def run_all(wanted: Mapping[str, Sequence[str]], lanes: int) -> dict[str, int]:
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 codes[one.name] = one.process.returncode
-                one.output.seek(0)
-                sys.stdout.write(one.output.read().decode(errors="replace"))
-                say(f"{one.name}: {'passed' if one.process.returncode == 0 else 'FAILED'} in {time.monotonic() - one.began:.0f} s")
+                failed += show(one)
     finally:
         for one in running:
             one.process.send_signal(signal.SIGINT)  # as Ctrl-C does: fixtures are taken down
         for one in running:
             one.process.wait()
+            failed += show(one)
+        for line in failed:
+            say(line)
     return codes
 
 
 def start(name: str, paths: Sequence[str]) -> Running:
     output = tempfile.TemporaryFile()  # noqa: SIM115  # read once its process has ended
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *paths]
+    results = tempfile.NamedTemporaryFile(suffix=".xml")  # noqa: SIM115
+    junit = ["-o", "junit_family=xunit1", f"--junit-xml={results.name}"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *junit, *paths]
     say(f"{name}: begun")
-    return Running(name, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT), output, time.monotonic())
+    process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    return Running(name, process, output, results, time.monotonic())
+
+
+def show(ended: Running) -> list[str]:
+    """Prints what it said; returns a line for each test that failed, or for a pytest that ended otherwise: which one, and why."""
+    ended.output.seek(0)
+    sys.stdout.write(ended.output.read().decode(errors="replace"))
+    code = ended.process.returncode
+    say(f"{ended.name}: {'passed' if code == 0 else 'FAILED'} in {time.monotonic() - ended.began:.0f} s")
+    named = list(failures(Path(ended.results.name)))
+    return named or ([f"FAILED {ended.name}: pytest ended with exit code {code}"] if code else [])
+
+
+def failures(results: Path) -> Iterator[str]:
+    """Of junit's XML; nothing where pytest was killed before it could write it."""
+    with suppress(ElementTree.ParseError):
+        for case in ElementTree.parse(results).iter("testcase"):
+            for problem in (*case.iter("failure"), *case.iter("error")):
+                said = (problem.get("message") or problem.text or problem.tag).strip()
+                yield f"FAILED {case.get('file')}::{case.get('name')}: {said.splitlines()[0][:WIDEST]}"
 
 
 def say(line: str) -> None:
