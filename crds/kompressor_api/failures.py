@@ -97,6 +97,9 @@ ADVICE: Mapping[Reason, str] = {
     ),
     Reason.VOLUME_NOT_MOUNTED: "create what is named in the job's namespace, or bind its claim; the pod starts by itself then",
     Reason.RECIPE_NOT_FOUND: "create the recipe that spec.recipeRef names, or correct its kind and name",
+    Reason.OPERATOR_OUTDATED: (
+        "the operator is older than the CRD: bring it to the same version with `helm upgrade`, and the job goes on by itself"
+    ),
     Reason.FORBIDDEN: "allow it in the operator's role, or in the admission policy that is named; the operator tries again",
     Reason.RESOURCES_BELOW_PLAN: "raise spec.worker.resources to what the plan estimates, or expect smaller memory plans",
     Reason.CLEANUP_FAILED: "delete what is left at output.uri by hand",

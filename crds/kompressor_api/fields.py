@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StringConstraints
 
-__all__ = ["Count", "Flag", "Message", "Model", "Name", "Number", "Short", "Text", "Time", "Uri", "Warnings"]
+__all__ = ["UNSTORED", "Count", "Flag", "Message", "Model", "Name", "Number", "Short", "Text", "Time", "Uri", "Warnings"]
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 Uri = Annotated[str, StringConstraints(pattern=r"^((s3|hf|pvc)://[^/\s][^\s]*|file:///[^\s]*)$", max_length=1024)]
@@ -16,6 +16,11 @@ Flag = Annotated[bool, Strict()]
 Count = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 """A YAML number; the API server does not take "0.1" or true for one either."""
+
+
+UNSTORED = "x-unstored"
+"""In a field's `json_schema_extra`: its default is the models' alone, not the CRD's, which would write it into every object. For fields
+that are younger than a release: during an upgrade that release's operator would meet a name that nobody wrote and it does not know."""
 
 
 def _clip(limit: int) -> BeforeValidator:

@@ -161,6 +161,8 @@ class Reason(StrEnum):
     """A container beside the worker's: an init container or sidecar that ends before the worker can start, or one that fails the pod."""
     VOLUME_NOT_MOUNTED = "VolumeNotMounted"
     RECIPE_NOT_FOUND = "RecipeNotFound"
+    OPERATOR_OUTDATED = "OperatorOutdated"
+    """The spec has a field that the installed CRD knows and the operator does not."""
     FORBIDDEN = "Forbidden"
     """The API server refuses what the operator asks for: its role, or an admission policy."""
     # the ends

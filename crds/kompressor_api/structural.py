@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from kompressor_api.fields import UNSTORED
+
 __all__ = ["PRESERVE", "Schema", "SchemaError", "structural"]
 
 Schema = dict[str, Any]
@@ -36,6 +38,8 @@ def structural(model: type[BaseModel], where: str, *, keep_unknown: bool) -> Sch
 
 def _convert(node: Schema, definitions: Mapping[str, Schema], where: str, keep_unknown: bool) -> Schema:
     node = _resolve(node, definitions, where)
+    if node.pop(UNSTORED, False):
+        node["description"] = f"{node.get('description', '')} Default: {node.pop('default')}."
     if node.get("x-kubernetes-int-or-string"):
         return node
     unknown = set(node) - _KEPT - _READ
@@ -108,7 +112,7 @@ def _resolve(node: Schema, definitions: Mapping[str, Schema], where: str) -> Sch
 
 def _int_or_string(choices: list[Schema], node: Schema) -> Schema:
     string = next(c for c in choices if c["type"] == "string")
-    kept = {k: v for k, v in {**string, **node}.items() if k in ("pattern", "maxLength", "description", "default")}
+    kept = {k: v for k, v in {**string, **node}.items() if k in ("pattern", "maxLength", "description", "default", UNSTORED)}
     kept.setdefault(*_FALLBACK["string"])
     return {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True, **kept}
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from kompressor_api.datasets import CalibrationSpec, DriftSpec, EvaluationSpec, Sample
-from kompressor_api.fields import Count, Flag, Message, Model, Name, Short, Text, Time, Uri, Warnings
+from kompressor_api.fields import UNSTORED, Count, Flag, Message, Model, Name, Short, Text, Time, Uri, Warnings
 from kompressor_api.locations import CaBundle, Location, SourceLocation, canonical_endpoint, canonical_uri, refuse_overlap
 from kompressor_api.pod import PlainDict, Resources, Toleration
 from kompressor_api.recipe import PassEntry, RecipeRef, RecipeSpec, RecipeStatus
@@ -67,6 +67,7 @@ class OutputSpec(Location):
     )
     sparse_storage: Literal["dense", "bitmask"] = Field(
         default="dense",
+        json_schema_extra={UNSTORED: True},
         description=(
             "How linears that are pruned and not quantised are stored. dense: with their zeros, as every loader reads them. bitmask: by "
             "what is left of them, little more than half the size at 50%; no current loader reads it, kompressor expand makes it dense."
@@ -159,6 +160,7 @@ class CompressionJobSpec(Model):
     worker: WorkerSpec = Field(default_factory=WorkerSpec, description="The pod that does the work.")
     preflight: Literal["Job", "Skip"] = Field(
         default="Job",
+        json_schema_extra={UNSTORED: True},
         description="Job: a small pod checks credentials, source, data and passes before the worker is started. Skip: the worker does.",
     )
     queue_name: Name | None = Field(
@@ -172,6 +174,7 @@ class CompressionJobSpec(Model):
     )
     deletion_policy: Literal["Retain", "Delete"] = Field(
         default="Retain",
+        json_schema_extra={UNSTORED: True},
         description="What becomes of the output when this resource is deleted. Delete: what this job wrote goes too, and nothing else.",
     )
     suspend: Flag = Field(default=False, description="Stop the worker at its last committed block; false goes on from there.")

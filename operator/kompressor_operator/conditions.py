@@ -84,7 +84,7 @@ class Verdict:
     reason: str
     message: str
     validated: bool | None = True
-    """None: a preflight is still looking."""
+    """None: nobody knows yet; a preflight is still looking, unless `validated_message` says otherwise, for the reason of the verdict."""
     validated_message: str = ""
     """What the Validated condition says; empty for its usual words."""
     note: Event | None = None
@@ -125,14 +125,16 @@ def _validated(job: CompressionJob, verdict: Verdict) -> State:
     if verdict.validated is False:
         return False, verdict.reason, verdict.validated_message or verdict.message
     if verdict.validated is None or (not known and _unseen(job, verdict)):
-        return None, Reason.PREFLIGHT, verdict.validated_message or "the preflight has not told yet what it found"
+        if verdict.validated_message:
+            return None, verdict.reason, verdict.validated_message
+        return None, Reason.PREFLIGHT, "the preflight has not told yet what it found"
     return True, Reason.VALID, verdict.validated_message or known or "the spec is valid"
 
 
 def _unseen(job: CompressionJob, verdict: Verdict) -> bool:
     """Is a preflight wanted that has not told its outcome?"""
     told = (*job.status, *verdict.facts)
-    return job.spec.get("preflight") == "Job" and verdict.phase is not Phase.COMPLETE and not {"plan", "jobName"} & {*told}
+    return job.preflight and verdict.phase is not Phase.COMPLETE and not {"plan", "jobName"} & {*told}
 
 
 def status_patch(job: CompressionJob, verdict: Verdict, now: datetime) -> Manifest:

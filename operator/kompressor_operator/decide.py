@@ -14,7 +14,7 @@ from kompressor_operator.conditions import Event, Verdict
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.observed import ChildJob, CompressionJob, Manifest, Observed
 from kompressor_operator.settings import Settings
-from kompressor_operator.validation import PassParameters
+from kompressor_operator.validation import Location, PassParameters
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class View:
     """The spec as the worker is told, read from the job's ConfigMap or just put together from its recipe; None if nobody has asked."""
     recipe: Manifest | None = None
     """Which recipe `resolved` was made with: what status.recipe is to say."""
+    misspelt: bool = False
+    """The API server does not know either what we do not know in the spec."""
     kueue: bool | None = None
     """Does the cluster have Kueue? None: not known yet."""
     tries: int = 0
@@ -70,6 +72,8 @@ class Decision:
     """True: not yet, put ours on and decide again. False: take it off, after all else."""
     resolve: bool = False
     """Not yet: read the recipe, or the ConfigMap that was made from it, and decide again with `View.resolved`."""
+    unknown: tuple[Location, ...] = ()
+    """Not yet: does the API server know these places, which we do not? Then the operator is the one to be corrected, else decide again."""
     dry_run: Attempt | None = None
     """Let the API server judge the Job of this attempt before anything is created."""
     create: tuple[Manifest, ...] = ()

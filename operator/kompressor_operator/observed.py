@@ -15,7 +15,7 @@ from typing import Any
 from kompressor_api import names
 from kompressor_api.names import Condition, Step
 from kompressor_api.pod import accelerators
-from kompressor_api.v1alpha1 import RetrySpec
+from kompressor_api.v1alpha1 import CompressionJobSpec, RetrySpec
 from kompressor_operator.object_meta import moment, number, owner_uid, step_of
 from kompressor_operator.pods import ChildPod
 
@@ -68,6 +68,11 @@ class CompressionJob:
     def retry_limit(self) -> int:
         limit = (self.spec.get("retry") or {}).get("limit")
         return RetrySpec().limit if limit is None else int(limit)
+
+    @property
+    def preflight(self) -> bool:
+        """Is one wanted? Of a field that is younger than a release the CRD holds no default."""
+        return (self.spec.get("preflight") or CompressionJobSpec.model_fields["preflight"].default) == "Job"
 
     @property
     def ttl(self) -> int | None:

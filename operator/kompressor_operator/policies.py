@@ -25,7 +25,7 @@ from kompressor_operator.recipes import resolve
 from kompressor_operator.retries import SMALLER_PLANS, again, counted, next_attempt, out_of_time, pause
 from kompressor_operator.suspension import may_unsuspend, queued, resuming, stops_by, suspended, waits
 from kompressor_operator.troubles import LOST_AFTER, lost
-from kompressor_operator.validation import invalid
+from kompressor_operator.validation import merely_unknown, problems_of, told
 from kompressor_operator.worker_pod import worker_image
 
 
@@ -45,7 +45,10 @@ def refused(view: View) -> Decision | None:
     """A spec that cannot work never gets a Job. One that has a Job was accepted, perhaps by an older operator."""
     if view.observed.jobs or view.job.status.get("jobName"):
         return None
-    problem = invalid(view.told.spec, view.passes, view.job.beside)
+    problems = problems_of(view.told.spec, view.passes, view.job.beside)
+    if (unknown := merely_unknown(problems)) and not view.misspelt:
+        return Decision(unknown=unknown)
+    problem = told(problems)
     if problem and view.recipe:
         problem = f"with {view.recipe['kind']} {view.recipe['name']}: {problem}"
     return Decision(verdict=invalid_spec(view, problem)) if problem else None

@@ -38,7 +38,7 @@ ON_THE_WAY = (Reason.PENDING, Reason.COMPRESSING)
 def preflight(view: View) -> Decision | None:
     """Run it, tell how it is doing, and end what cannot work or is done already. What is fine is left to the start."""
     job, status = view.observed.preflight, view.job.status
-    if view.job.spec.get("preflight") != "Job" or view.observed.jobs or status.get("jobName") or status.get("plan"):
+    if not view.job.preflight or view.observed.jobs or status.get("jobName") or status.get("plan"):
         return None
     if job is None:
         return _begin(view)

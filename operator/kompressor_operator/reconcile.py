@@ -18,6 +18,7 @@ from kompressor_operator.conditions import Event, Verdict, blocked_patch, event_
 from kompressor_operator.decide import Decision, Involved, Policy, View, decide
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.metrics import Metrics
+from kompressor_operator.newer import Served, outdated
 from kompressor_operator.observed import ChildJob, CompressionJob, Key, Manifest, Warned, ours
 from kompressor_operator.pods import ChildPod
 from kompressor_operator.policies import POLICIES
@@ -32,8 +33,8 @@ from kompressor_operator.work import RetryLater
 
 log = logging.getLogger(__name__)
 
-LOOKS = 6
-"""Times that one reconcile may ask for more before it decides: each of confirm, look, finalizer and resolve once, and one to spare."""
+LOOKS = 7
+"""Times that one reconcile may ask for more before it decides: each of confirm, look, finalizer, resolve and unknown once, one to spare."""
 CREATION_TRIES = 8
 """Tries after which a clean-up Job that is refused is given up: about half a minute, so that nothing hangs for a full quota."""
 
@@ -61,6 +62,7 @@ class Reconciler:
     tries: Callable[[Key], int] = field(default=lambda key: 0)
     """How often this key has failed since its last success."""
     metrics: Metrics = field(default_factory=Metrics)
+    served: Served = field(default_factory=Served)
 
     async def reconcile(self, key: Key) -> float | None:
         """Make the world as the spec wants it, one step, and say so. Returns seconds after which to look again, if at all.
@@ -107,6 +109,10 @@ class Reconciler:
         if decision.resolve:
             found = await fetch(self.cluster, view.job)
             return found if isinstance(found, Refusal) else replace(view, resolved=found.spec, recipe=found.recipe)
+        if decision.unknown:
+            if await self.served.all_known(self.cluster, decision.unknown):
+                return outdated(decision.unknown)
+            return replace(view, misspelt=True)
         return view
 
     async def _conclude(self, view: View, decision: Decision) -> float | None:

@@ -22,10 +22,14 @@ class Refusal:
     message: str
     final: bool = False
     """The spec itself is at fault, and cannot be changed."""
+    judged: bool = True
+    """False: whether the spec is valid cannot be told yet."""
 
     def verdict(self, now: datetime) -> Verdict:
         phase = Phase.FAILED if self.final else Phase.PENDING
         facts = {"completionTime": stamp(now)} if self.final else {}
+        if not self.judged:
+            return Verdict(phase, self.reason, self.message, validated=None, validated_message=self.message)
         return Verdict(phase, self.reason, self.message, validated=not self.final, facts=facts)
 
 

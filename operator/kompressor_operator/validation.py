@@ -27,6 +27,9 @@ PassParameters = Mapping[str, Sequence[str]]
 SHOWN = 5
 """Problems listed in one message."""
 
+Location = tuple[str | int, ...]
+"""Where something stands in the resource: ("spec", "passes", 0, "rtn")."""
+
 UNION_MEMBERS = frozenset({"int", "str", "float", "bool", "constrained-str"})
 """What pydantic adds to the place of a value that fits no member of a union."""
 
@@ -35,6 +38,8 @@ UNION_MEMBERS = frozenset({"int", "str", "float", "bool", "constrained-str"})
 class Problem:
     path: str
     text: str
+    unknown: Location | None = None
+    """If it is that we do not know this name: where it stands."""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.text}"
@@ -47,10 +52,20 @@ def known_passes() -> PassParameters:
     return json.loads(table.read_text()) if table.is_file() else {}
 
 
-def invalid(spec: Manifest, passes: PassParameters, beside: Mapping[str, Any] | None = None) -> str:
-    """All that is wrong with the spec, and with what stands `beside` it, in one message; empty if nothing is."""
-    problems = [*_stray_problems(beside or {}), *_model_problems(spec), *_pass_problems(spec, passes), *_cluster_problems(spec)]
-    problems += _template_problems(spec)
+def problems_of(spec: Manifest, passes: PassParameters, beside: Mapping[str, Any] | None = None) -> list[Problem]:
+    """All that is wrong with the spec, and with what stands `beside` it."""
+    found = [*_stray_problems(beside or {}), *_model_problems(spec), *_pass_problems(spec, passes), *_cluster_problems(spec)]
+    return [*found, *_template_problems(spec)]
+
+
+def merely_unknown(problems: Sequence[Problem]) -> tuple[Location, ...]:
+    """Where the names stand that we do not know, if nothing else is wrong."""
+    places = tuple(problem.unknown for problem in problems if problem.unknown is not None)
+    return places if len(places) == len(problems) else ()
+
+
+def told(problems: Sequence[Problem]) -> str:
+    """In one message; empty if there are none."""
     if not problems:
         return ""
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -71,7 +86,7 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
 def _stray_problems(beside: Mapping[str, Any]) -> Iterable[Problem]:
     for name, value in sorted(beside.items()):
         hint = "it belongs under spec" if name in field_names(()) else did_you_mean(name, [*names.TOP_LEVEL, *field_names(())])
-        yield Problem(name, f"unknown field beside spec (value {_short(value)}); {hint}")
+        yield Problem(name, f"unknown field beside spec (value {_short(value)}); {hint}", unknown=(name,))
 
 
 def _model_problems(spec: Manifest) -> list[Problem]:
@@ -84,12 +99,13 @@ def _model_problems(spec: Manifest) -> list[Problem]:
 
 
 def _problem(details: Mapping[str, Any]) -> Problem:
-    location: tuple[str | int, ...] = details["loc"]
+    location: Location = details["loc"]
     if details["type"] not in ("extra_forbidden", "missing") and location and location[-1] in UNION_MEMBERS:
         location = location[:-1]
     path, value = dotted("spec", location), _short(details.get("input"))
     if details["type"] == "extra_forbidden":
-        return Problem(path, f"unknown field (value {value}); {did_you_mean(str(location[-1]), field_names(location[:-1]))}")
+        hint = did_you_mean(str(location[-1]), field_names(location[:-1]))
+        return Problem(path, f"unknown field (value {value}); {hint}", unknown=("spec", *location))
     if details["type"] == "missing":
         return Problem(path, "is required")
     if details["type"] == "value_error":
@@ -105,11 +121,11 @@ def _pass_problems(spec: Manifest, known: PassParameters) -> Iterable[Problem]:
         for name, parameters in entry.items() if isinstance(entry, dict) else ():
             path = f"spec.passes[{index}].{name}"
             if name not in known:
-                yield Problem(path, f"unknown pass; {did_you_mean(name, known)}")
+                yield Problem(path, f"unknown pass; {did_you_mean(name, known)}", unknown=("spec", "passes", index, name))
                 continue  # its parameters cannot be judged
             for key in sorted(set(parameters) - set(known[name])) if isinstance(parameters, dict) else ():
-                hint = did_you_mean(key, known[name])
-                yield Problem(f"{path}.{key}", f"unknown parameter (value {_short(parameters[key])}); {hint}")
+                text = f"unknown parameter (value {_short(parameters[key])}); {did_you_mean(key, known[name])}"
+                yield Problem(f"{path}.{key}", text, unknown=("spec", "passes", index, name, key))
 
 
 def _cluster_problems(spec: Manifest) -> Iterable[Problem]:

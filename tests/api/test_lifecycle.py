@@ -84,6 +84,8 @@ def test_defaults_are_written_into_the_resource(server: Server) -> None:
     assert created["spec"]["suspend"] is False
     assert created["spec"]["retry"] == {"limit": 4}
     assert "worker" not in created["spec"], "an empty object says nothing"
+    later = {"preflight", "deletionPolicy"} & created["spec"].keys() | {"sparseStorage"} & created["spec"]["output"].keys()
+    assert not later, "an operator from before a field must not meet it where nobody wrote it"
     bundle = {"uri": "s3://a/b", "caBundle": {"configMap": "ca"}}
     assert server.create(manifest("open", output=bundle)).object["spec"]["output"]["caBundle"]["key"] == "ca.crt"
 

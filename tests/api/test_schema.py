@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from pydantic import BaseModel, Field
 
 from generate_crds import generate, passes_of_worker, stale
 from kompressor_api import names
+from kompressor_api.fields import UNSTORED
 from kompressor_api.names import MUTABLE
 from kompressor_api.schema import SIZE_LIMIT, SchemaError, crd, structural
 from kompressor_api.v1alpha1 import CompressionJobSpec, Model, Progress, Result, StatusCondition
@@ -152,6 +154,36 @@ def test_stale_files_are_shown_as_a_diff(tmp_path: Path) -> None:
     assert "+new" in stale({"missing": "new\n"}, tmp_path)
 
 
+def of_the_release_before() -> dict[str, Any]:
+    """Its CRD's schema of the spec."""
+    with tarfile.open(ROOT / "tests/e2e/previous/kompressor-0.1.0.tgz") as chart:
+        file = chart.extractfile("kompressor/files/compressionjobs.yaml")
+        assert file is not None
+        (version,) = yaml.safe_load(file)["spec"]["versions"]
+    spec: dict[str, Any] = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    return spec
+
+
+def unheard_of(now: dict[str, Any], then: dict[str, Any], path: str) -> Iterator[str]:
+    """Fields that the API server writes into objects which an older operator may meet. What is in a field that only a user can have written
+    is theirs."""
+    for name, child in now.get("properties", {}).items():
+        if name in then.get("properties", {}):
+            yield from unheard_of(child, then["properties"][name], f"{path}.{name}")
+        elif "default" in child:
+            yield f"{path}.{name}"
+    for inside in ("items", "additionalProperties"):
+        if isinstance(now.get(inside), dict):
+            yield from unheard_of(now[inside], then.get(inside, {}), f"{path}[]")
+
+
+def test_no_default_is_a_name_that_the_release_before_does_not_know() -> None:
+    assert list(unheard_of(FIELDS["spec"], of_the_release_before(), "spec")) == []
+    with_one = json.loads(json.dumps(FIELDS["spec"]))
+    with_one["properties"]["output"]["properties"]["sparseStorage"]["default"] = "dense"
+    assert list(unheard_of(with_one, of_the_release_before(), "spec")) == ["spec.output.sparseStorage"]
+
+
 class Wide(Model):
     """A pass with every kind of parameter."""
 
@@ -161,6 +193,7 @@ class Wide(Model):
     names: dict[str, str] = Field(default_factory=dict, description="A map.")
     either: int | str = Field(default=1, description="A choice of two types.")
     free: dict[str, Any] = Field(default_factory=dict, description="Anything.")
+    late: int | str = Field(default="5%", description="Younger than a release.", json_schema_extra={UNSTORED: True})
 
 
 def test_every_kind_of_parameter() -> None:
@@ -174,7 +207,9 @@ def test_every_kind_of_parameter() -> None:
         "names": {"type": "object", "maxProperties": 64, "additionalProperties": {"type": "string", "maxLength": 1024}},
         "either": {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True, "maxLength": 1024, "default": 1},
         "free": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+        "late": {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True, "maxLength": 1024},
     }
+    assert fields["late"]["description"] == "Younger than a release. Default: 5%."
     entry = crd({"wide": Wide})["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["passes"]
     assert entry["items"]["maxProperties"] == entry["items"]["minProperties"] == 1
     assert entry["items"]["properties"]["wide"]["description"] == "A pass with every kind of parameter."

@@ -194,6 +194,13 @@ MUTATIONS = (
         "test_recipes.py::test_what_was_read_first_is_what_counts",
     ),
     Mutation(
+        "a name that the API server knows ends no job",
+        "policies.py",
+        "    if (unknown := merely_unknown(problems)) and not view.misspelt:\n",
+        "    if (unknown := merely_unknown(problems)) and False:\n",
+        "test_newer_crd.py::test_what_the_api_server_is_asked_for",
+    ),
+    Mutation(
         "no preflight where there is a plan",
         "preflight.py",
         ' or status.get("jobName") or status.get("plan"):\n',

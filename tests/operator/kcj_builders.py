@@ -25,6 +25,7 @@ SPEC: dict[str, Any] = {
     "model": {"source": {"uri": "s3://models/llama", "credentialsSecret": "models"}},
     "output": {"uri": "s3://models/llama-w4", "credentialsSecret": "results", "format": "compressed-tensors"},
     "passes": [{"rtn": {"scheme": "W4A16", "groupSize": 128}}],
+    "preflight": "Skip",
     "retry": {"limit": 4},
     "suspend": False,
 }
@@ -103,12 +104,13 @@ def judge(
     warnings: list[tuple[str, str]] | None = None,
     now: datetime = NOW,
     kueue: bool | None = None,
+    misspelt: bool = True,
 ) -> Decision:
-    """What the policies say, by default on what was read just now."""
+    """What the policies say, by default on what was read just now, and of names that the API server does not know either."""
     observed = observe([c for c in children if isinstance(c, ChildJob)], [c for c in children if isinstance(c, ChildPod)], live=live)
     if warnings is not None:
         observed = replace(observed, warnings=tuple(Warned(reason, message, now) for reason, message in warnings))
-    return decide(View(job, observed, now, SETTINGS, PASSES, kueue=kueue), POLICIES)
+    return decide(View(job, observed, now, SETTINGS, PASSES, kueue=kueue, misspelt=misspelt), POLICIES)
 
 
 def condition(kind: str, status: str = "True", **fields: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from kompressor_operator.manifests import Attempt
 from kompressor_operator.observed import Manifest
 from kompressor_operator.planner import preflight_job
 from kompressor_operator.pod_template import CONTAINER_KEYS, POD_KEYS, merge
-from kompressor_operator.validation import invalid
+from kompressor_operator.validation import problems_of, told
 
 KEYS = POD_KEYS | CONTAINER_KEYS
 BASE: Manifest = {
@@ -284,11 +284,11 @@ def test_the_preflight_takes_identity_and_network_but_not_where_gpus_are() -> No
 )
 def test_what_the_api_server_would_never_see_is_refused_before(template: Manifest, said: str) -> None:
     job = kcj(worker={"podTemplate": template})
-    assert said in invalid(job.spec, PASSES)
+    assert said in told(problems_of(job.spec, PASSES))
 
 
 def test_a_podtemplate_of_nothing_changes_nothing() -> None:
     for template in ({}, {"metadata": None, "spec": None}, {"spec": {}}):
-        assert invalid(kcj(worker={"podTemplate": template}).spec, PASSES) == ""
+        assert problems_of(kcj(worker={"podTemplate": template}).spec, PASSES) == []
         with_it, without = (manifests.worker_job(kcj(worker=w), Attempt(), SETTINGS) for w in ({"podTemplate": template}, {}))
         assert with_it == without

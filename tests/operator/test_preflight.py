@@ -24,7 +24,7 @@ TOLD = {"observedGeneration": 1, "conditions": [condition("Ready", "False", reas
 
 
 def job(status: dict[str, Any] | None = None, **spec: Any) -> CompressionJob:
-    return kcj(status=status, **({"preflight": "Job"} | spec))
+    return kcj(status=status, **({"preflight": None} | spec))
 
 
 def looking(**fields: Any) -> ChildJob:
@@ -50,11 +50,12 @@ def test_it_comes_first_with_what_it_needs_and_says_nothing_yet() -> None:
     assert [c["kind"] for c in decision.create] == ["ConfigMap", "Role", "ServiceAccount", "Job"]
     assert decision.create[-1]["metadata"]["labels"]["kompressor.io/step"] == "preflight"
     assert decision.start is None and decision.verdict is None and decision.dry_run is None and decision.again_after == 3
+    assert len(judge(job(preflight="Job")).create) == 4, "it is the default, which no CRD writes into the spec"
     resumed = judge(job(TOLD))
     assert resumed.verdict and resumed.verdict.phase is Phase.VALIDATING, "what was told before must not stand"
 
 
-@pytest.mark.parametrize("about", [kcj(), kcj(preflight="Skip"), job({"jobName": "llama-1"}), job({"plan": PLAN})])
+@pytest.mark.parametrize("about", [kcj(preflight="Skip"), job({"jobName": "llama-1"}), job({"plan": PLAN})])
 def test_it_is_skipped_or_over(about: CompressionJob) -> None:
     decision = judge(about)
     assert decision.start is not None and decision.create == ()

@@ -124,7 +124,7 @@ async def test_a_strangers_config_map_is_a_conflict() -> None:
 def view(about: CompressionJob, *children: ChildJob | ChildPod, spec: Manifest | None = None) -> Decision:
     observed = observe([c for c in children if isinstance(c, ChildJob)], [c for c in children if isinstance(c, ChildPod)], live=True)
     recipe = {"kind": "CompressionRecipe", "name": "gptq-4"} if spec else None
-    return decide(View(about, observed, NOW, SETTINGS, PASSES | {"gptq": ["scheme"]}, spec, recipe), POLICIES)
+    return decide(View(about, observed, NOW, SETTINGS, PASSES | {"gptq": ["scheme"]}, spec, recipe, misspelt=True), POLICIES)
 
 
 LOOKING = child(0, name="llama-preflight", step=Step.PREFLIGHT)

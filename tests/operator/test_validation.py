@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from kcj_builders import PASSES, SPEC
 
-from kompressor_operator.validation import did_you_mean, field_names, invalid, known_passes
+from kompressor_operator.validation import did_you_mean, field_names, known_passes, merely_unknown, problems_of, told
 
 
 def problems(known: dict[str, list[str]] = PASSES, /, **changed: Any) -> str:
-    return invalid(copy.deepcopy(SPEC) | changed, known)
+    return told(problems_of(copy.deepcopy(SPEC) | changed, known))
 
 
 def test_a_good_spec_has_no_problem() -> None:
@@ -56,7 +56,7 @@ def test_it_says_where_what_and_how_else(changed: dict[str, Any], expected: str)
 
 @pytest.mark.parametrize("spec", [{}, {"model": 3}, {"passes": 3}, {"passes": [3]}, {"output": "s3://a"}, {"model": {"source": []}}])
 def test_nonsense_is_refused_and_never_a_crash(spec: dict[str, Any]) -> None:
-    assert invalid(spec, PASSES)
+    assert told(problems_of(spec, PASSES))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,21 @@ def test_nonsense_is_refused_and_never_a_crash(spec: dict[str, Any]) -> None:
     ],
 )
 def test_what_stands_beside_the_spec_is_refused(stray: dict[str, Any], expected: str) -> None:
-    assert invalid(copy.deepcopy(SPEC), PASSES, stray).startswith(expected)
+    assert told(problems_of(copy.deepcopy(SPEC), PASSES, stray)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "places"),
+    [
+        ({"someday": 1}, [("spec", "someday")]),
+        ({"worker": {"tolerations": [{"ky": "gpu"}]}}, [("spec", "worker", "tolerations", 0, "ky")]),
+        ({"passes": [{"rtn": {"zz": 1}}, {"awq": {}}]}, [("spec", "passes", 0, "rtn", "zz"), ("spec", "passes", 1, "awq")]),
+        ({"someday": 1, "retry": {"limit": -1}}, []),
+        ({}, []),
+    ],
+)
+def test_names_that_we_do_not_know_and_nothing_else(changed: dict[str, Any], places: list[Any]) -> None:
+    assert list(merely_unknown(problems_of(copy.deepcopy(SPEC) | changed, PASSES))) == places
 
 
 def test_one_complaint_a_place_and_not_too_many() -> None:
