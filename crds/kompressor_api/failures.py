@@ -95,6 +95,10 @@ ADVICE: Mapping[Reason, str] = {
     Reason.CONTAINER_FAILED: (
         "read its log with `kubectl logs POD -c CONTAINER`, and correct it in spec.worker.podTemplate or in the webhook that adds it"
     ),
+    Reason.CONTAINER_LINGERS: (
+        "end it, such as with `kubectl exec POD -c CONTAINER -- kill 1`, and the job goes on by itself; for the next one make it a "
+        "sidecar: an init container with restartPolicy: Always, which ends with the worker"
+    ),
     Reason.VOLUME_NOT_MOUNTED: "create what is named in the job's namespace, or bind its claim; the pod starts by itself then",
     Reason.RECIPE_NOT_FOUND: "create the recipe that spec.recipeRef names, or correct its kind and name",
     Reason.OPERATOR_OUTDATED: (

@@ -159,6 +159,8 @@ class Reason(StrEnum):
     """The kubelet cannot start the container, for another reason than image or Secret."""
     CONTAINER_FAILED = "ContainerFailed"
     """A container beside the worker's: an init container or sidecar that ends before the worker can start, or one that fails the pod."""
+    CONTAINER_LINGERS = "ContainerLingers"
+    """The worker has ended, and a container beside it has not: the pod goes on, and with it the Job."""
     VOLUME_NOT_MOUNTED = "VolumeNotMounted"
     RECIPE_NOT_FOUND = "RecipeNotFound"
     OPERATOR_OUTDATED = "OperatorOutdated"

@@ -40,7 +40,7 @@ class Terminated:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A container other than the worker's. With neither `waiting_reason` nor `ended` it runs, and the worker waits for it."""
+    """A container other than the worker's. With neither `waiting_reason` nor `ended` it runs, and the worker waits for it, or has ended."""
 
     who: str
     """As messages call it: `init container fetch`, `sidecar proxy`, `container logs`."""
@@ -49,6 +49,10 @@ class Beside:
     waiting_message: str = ""
     ended: Terminated | None = None
     """How it ended, if not well; of a crash loop: the last time."""
+
+    @property
+    def runs(self) -> bool:
+        return not self.waiting_reason and self.ended is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +94,7 @@ class ChildPod:
         labels = meta.get("labels") or {}
         conditions = {c["type"]: c for c in status.get("conditions") or ()}
         scheduled, disruption = conditions.get("PodScheduled", {}), conditions.get("DisruptionTarget", {})
-        containers = status.get("containerStatuses") or ()
-        worker: Object = next((c for c in containers if c["name"] == names.WORKER_CONTAINER), {})
+        worker, _ = _apart(status)
         waiting = _waiting(worker)
         ready, inside = conditions.get("Ready", {}), conditions.get("ContainersReady", {})
         stuck = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
@@ -139,9 +142,19 @@ def _beside(spec: Object, status: Object) -> Beside | None:
             found.append(_in_the_way(f"init container {seen['name']}", seen, awaited=True))
         elif pending and not seen.get("started"):  # later on it is restarted beside the worker, and does not decide how the pod ends
             found.append(_sidecar(f"sidecar {seen['name']}", seen))
-    others = (seen for seen in status.get("containerStatuses") or () if seen["name"] != names.WORKER_CONTAINER)
-    found += [_in_the_way(f"container {seen['name']}", seen, awaited=False) for seen in others]
-    return next((beside for beside in found if beside), None)
+    worker, others = _apart(status)
+    over = status.get("phase") == "Running" and _terminated(worker, "state") is not None
+    beside = [_in_the_way(f"container {seen['name']}", seen, awaited=over) for seen in others]
+    if over:  # what ended before it changes nothing any more
+        beside.sort(key=lambda one: one is None or not one.runs)
+    return next((one for one in (*found, *beside) if one), None)
+
+
+def _apart(status: Object) -> tuple[Object, list[Object]]:
+    """The worker's container, and the others that are neither init containers nor sidecars."""
+    containers = status.get("containerStatuses") or ()
+    others = [c for c in containers if c["name"] != names.WORKER_CONTAINER]
+    return next((c for c in containers if c["name"] == names.WORKER_CONTAINER), {}), others
 
 
 def _sidecar(who: str, seen: Object) -> Beside | None:

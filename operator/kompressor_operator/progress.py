@@ -13,7 +13,7 @@ from kompressor_operator.manifests import OUT_OF_MEMORY_CODES
 from kompressor_operator.object_meta import moment
 from kompressor_operator.observed import ChildJob
 from kompressor_operator.pods import ChildPod
-from kompressor_operator.troubles import LOST_AFTER, Trouble, creation_trouble, due, lost, mount_trouble, start_trouble
+from kompressor_operator.troubles import LOST_AFTER, Trouble, creation_trouble, due, end_trouble, lost, mount_trouble, start_trouble
 
 NO_POD_SECONDS = 3.0
 """A Job without a pod for this long deserves a look at its events; usually the pod is there within milliseconds."""
@@ -21,6 +21,8 @@ NO_RETRY_SECONDS = 30.0
 """After a failure the Job controller waits on purpose: ten seconds, and twice as long each time."""
 NO_START_SECONDS = 10.0
 """A scheduled pod that does not start for this long deserves one too; pulling an image takes its time."""
+NO_END_SECONDS = 10.0
+"""What runs beside a worker may still have something to write when that has ended."""
 LOOK_AGAIN_SECONDS = 60.0
 
 
@@ -67,11 +69,21 @@ def _of_pod(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
     trouble = start_trouble(pod) if pod.phase == "Pending" else None
     if trouble:
         return _troubled(trouble, None)
-    if pod.phase != "Pending":
-        after = f", after {job.failed} failed" if job.failed else ""
-        message = f"pod {pod.name} on node {pod.node} compresses (attempt {job.attempt}{after}){retry_note(job.memory_plan)}"
-        return Phase.COMPRESSING, Reason.COMPRESSING, message, None
-    return _starting(view, job, pod)
+    if pod.phase == "Pending":
+        return _starting(view, job, pod)
+    over = _since_the_worker(view, pod)
+    if over is not None and over >= NO_END_SECONDS:
+        return _troubled(end_trouble(pod), None)
+    after = f", after {job.failed} failed" if job.failed else ""
+    message = f"pod {pod.name} on node {pod.node} compresses (attempt {job.attempt}{after}){retry_note(job.memory_plan)}"
+    return Phase.COMPRESSING, Reason.COMPRESSING, message, None if over is None else NO_END_SECONDS - over
+
+
+def _since_the_worker(view: View, pod: ChildPod) -> float | None:
+    """Seconds from its end, where another container keeps the pod running."""
+    if pod.ended or pod.terminated is None or pod.beside is None or not pod.beside.runs:
+        return None
+    return (view.now - moment(pod.terminated.finished_at)).total_seconds()
 
 
 def _starting(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
@@ -80,7 +92,7 @@ def _starting(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
         return *_before_running(view, job), NO_START_SECONDS - age
     if not pod.node:
         return Phase.PENDING, Reason.PENDING, f"pod {pod.name} waits for a node", None
-    if pod.beside and not (pod.beside.waiting_reason or pod.beside.ended):
+    if pod.beside and pod.beside.runs:
         return Phase.PENDING, Reason.PENDING, f"pod {pod.name} on node {pod.node}: the worker waits for {pod.beside.who}, which runs", None
     if view.observed.warnings is None:
         return Involved("Pod", pod.name, pod.uid)

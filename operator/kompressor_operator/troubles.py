@@ -76,6 +76,13 @@ def start_trouble(pod: ChildPod) -> Trouble | None:
     return None
 
 
+def end_trouble(pod: ChildPod) -> Trouble:
+    """The worker has ended, and its pod has not, for a container that still runs."""
+    assert pod.beside is not None and pod.terminated is not None
+    said = f"pod {pod.name}: the worker has ended with exit code {pod.terminated.exit_code}, and {pod.beside.who} still runs"
+    return _trouble(Reason.CONTAINER_LINGERS, pod.step, said)
+
+
 def mount_trouble(pod: ChildPod, warnings: Sequence[Warned]) -> Trouble | None:
     """A volume that does not come, such as a caBundle whose ConfigMap is missing."""
     for warned in warnings:

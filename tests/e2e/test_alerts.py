@@ -65,7 +65,7 @@ FAILED = ("kompressor_jobs_finished_total", 'reason="CorruptSource", outcome="fa
 LEFT: tuple[tuple[str, str], dict[str, str]] = ("kompressor_cleanup_total", 'outcome="failed"'), {}
 HELD_UP = (
     *("ImagePullFailed", "Unschedulable", "SecretMissing", "QuotaExceeded", "NodeLost", "NameConflict", "PodRefused"),
-    *("ContainerNotStarted", "ContainerFailed", "VolumeNotMounted", "RecipeNotFound", "OperatorOutdated", "Forbidden"),
+    *("ContainerNotStarted", "ContainerFailed", "ContainerLingers", "VolumeNotMounted", "RecipeNotFound", "OperatorOutdated", "Forbidden"),
 )
 LOOKS = "kompressor_reconciles_total"
 TABLE: dict[str, list[Case]] = {

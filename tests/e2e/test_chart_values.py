@@ -88,7 +88,10 @@ def test_schema_knows_exactly_the_values() -> None:
         ({"worker__gpuResource": "gpu"}, "at '/worker/gpuResource'"),
         ({"worker__sharedMemory": "8G!"}, "at '/worker/sharedMemory'"),
         ({"planner__image": {"digest": "latest"}}, "at '/planner/image/digest'"),
-        ({"metrics__serviceMonitor": {"interval": "often"}}, "at '/metrics/serviceMonitor/interval'"),
+        *(
+            ({"metrics__serviceMonitor": {"interval": i}}, "at '/metrics/serviceMonitor/interval'")
+            for i in ("often", "30s1m", "1m1m", "30", "")
+        ),
         ({"metrics__port": 1}, "additional properties 'port' not allowed"),
         ({"admissionPolicy__allowed": {"outputPrefixes": ["s3://models"]}}, "at '/admissionPolicy/allowed/outputPrefixes/0'"),
         ({"admissionPolicy__allowed": {"outputEndpoints": ["https://s3.example.com"]}}, "at '/admissionPolicy/allowed/outputEndpoints/0'"),

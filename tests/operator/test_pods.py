@@ -141,6 +141,22 @@ def test_a_container_that_fails_the_pod_of_a_worker_that_succeeded() -> None:
     assert own.verdict and own.verdict.reason == "CorruptSource", "where the worker failed too, it has the word"
 
 
+def test_a_container_that_goes_on_after_the_worker_is_named_after_a_while() -> None:
+    def verdict(at: float, *beside: Object, worker: int = 0) -> tuple[str, str, float | None]:
+        one = pod(ended(worker, at=at), beside=beside, phase="Running")
+        decision = judge(kcj(), child(), one)
+        assert decision.verdict
+        return decision.verdict.reason, decision.verdict.message, decision.again_after
+
+    assert verdict(4, seen("logs", RUNS))[::2] == ("Compressing", 6)
+    for code in (0, 65):
+        reason, said, _ = verdict(10, seen("done", ended(2)), seen("logs", RUNS), worker=code)
+        assert reason == "ContainerLingers" and f"exit code {code}, and container logs still runs; end it, such as with" in said
+    assert verdict(60, seen("logs", ended(0)))[::2] == ("Compressing", None), "the pod is about to end"
+    running = judge(kcj(), child(), pod(RUNS, beside=(seen("logs", RUNS),), phase="Running")).verdict
+    assert running and running.reason == "Compressing"
+
+
 def test_a_pod_that_was_taken_away_while_it_initialised_is_not_its_containers_fault() -> None:
     stopped = seen("fetch", ended(143))
     deleted = pod(QUEUED, stopped, phase="Failed", metadata={"deletionTimestamp": stamp(ago(1))})

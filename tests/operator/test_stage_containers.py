@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from stage import IMAGE, SUCCEED, Operator, Stage, eventually, gone
+from stage import HELD, IMAGE, SUCCEED, Operator, Stage, eventually, gone
 
 from kompressor_api import names
 
@@ -44,6 +44,17 @@ def test_an_init_container_that_holds_the_worker_up_is_named(stage: Stage, opera
     status = stage.until("ContainerFailed", "crashes")
     assert "(spec.retry.limit 0): pod " in stage.message("crashes") and "init container fetch ended" in stage.message("crashes")
     assert status["attempt"] == 1 and status["failures"] >= 1 and stage.conditions("crashes")["Failed"] == "True"
+
+
+def test_a_container_that_outlives_the_worker_is_named_and_ends_with_the_job(stage: Stage, operator: Operator) -> None:
+    logs = {"name": "logs", "image": "worker:1", "command": ["sh", "-c", f"{HELD}; held go"], "securityContext": RESTRICTED}
+    ours = [{"name": n, "valueFrom": {"fieldRef": {"fieldPath": p}}} for n, p in {"POD_NAMESPACE": "metadata.namespace"}.items()]
+    logs |= {"env": [*ours, {"name": "PLAY", "value": "play"}]}
+    stage.play(SUCCEED, worker={"podTemplate": {"spec": {"containers": [logs]}}})
+    stage.until("ContainerLingers")
+    assert "exit code 0, and container logs still runs; end it" in stage.message() and stage.conditions()["Reconciling"] == "True"
+    stage.cue("go")
+    stage.until("Completed")
 
 
 def test_what_the_pod_of_a_clean_up_waits_for_is_told_while_it_waits(stage: Stage, operator: Operator) -> None:
