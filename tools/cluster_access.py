@@ -53,7 +53,7 @@ class Cluster:
             "HELM_DATA_HOME": str(self.scratch / "helm" / "data"),
         }
 
-    def kubectl(self, *arguments: str | Path, stdin: str | None = None, timeout: float = 120) -> str:
+    def kubectl(self, *arguments: str | Path, stdin: str | None = None, timeout: float = 240) -> str:
         """Runs kubectl as the administrator and returns what it printed; raises CommandError."""
         return self._run("kubectl", arguments, stdin, timeout)
 

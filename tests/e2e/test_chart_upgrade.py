@@ -79,7 +79,7 @@ class Seen:
 
     def until(self, name: str, *reasons: str) -> None:
         told = lambda: json.dumps(self.cluster.get("kcj", name, "-n", "team-a").get("status"), indent=1)  # noqa: E731
-        wait_until(lambda: self.reason(name) in reasons, f"{name}: {reasons}", 120, told)
+        wait_until(lambda: self.reason(name) in reasons, f"{name}: {reasons}", tell=told)
 
 
 def images(wanted: Cluster) -> None:

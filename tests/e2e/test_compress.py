@@ -27,6 +27,7 @@ from kompressor_worker.kernels import build
 from models import held_out_tokens, perplexity, trained_model
 from processes import free_port
 from s3 import S3Server
+from waiting import PATIENCE
 
 pytestmark = pytest.mark.cluster
 
@@ -217,7 +218,7 @@ def test_a_result_that_is_there_already_needs_no_worker(published: Callable[...,
     before = installed.bucket.files("llama-w4a16")
     same = {"uri": installed.bucket.uri("llama-w4a16"), "endpoint": installed.bucket.server.endpoint, "credentialsSecret": "models-s3"}
     installed.apply("already", "llama", [{"rtn": {"scheme": "W4A16", "groupSize": 64}}], output=same)
-    status = installed.wait("already", "Complete", 120)
+    status = installed.wait("already", "Complete")
     conditions = {c["type"]: c for c in status["conditions"]}
     assert conditions["Complete"]["reason"] == "AlreadyCompressed" and conditions["Validated"]["status"] == "True"
     assert status["result"]["resultDigest"] == installed.status("llama-w4a16")["result"]["resultDigest"]
@@ -289,7 +290,7 @@ def test_failures_are_told(installed: Installed, trained_llama: Path, name: str,
     if "model" in change:
         change["model"]["source"] |= endpoint
     installed.apply(name, "llama", change.pop("passes", jobs.RTN_W4), **change)
-    status = installed.wait(name, "Failed", 120)
+    status = installed.wait(name, "Failed")
     conditions = {c["type"]: c for c in status["conditions"]}
     assert conditions["Failed"]["reason"] == reason
     assert conditions["Stalled"]["status"] == "True"
@@ -311,8 +312,8 @@ def test_early_truth_and_deletion(installed: Installed, trained_llama: Path) -> 
     both = ["compress", "preflight"]
     for name, reason, steps in (("no-image", "ImagePullFailed", both), ("no-secret", "SecretMissing", ["preflight"])):
         path = "{.status.conditions[?(@.type=='Ready')].reason}"
-        installed.cluster.kubectl("wait", f"kcj/{name}", f"--for=jsonpath={path}={reason}", "--timeout=60s")
+        installed.cluster.kubectl("wait", f"kcj/{name}", f"--for=jsonpath={path}={reason}", f"--timeout={PATIENCE:.0f}s")
         assert installed.steps(name) == steps
         selector = f"kompressor.io/job-uid={installed.cluster.get('kcj', name)['metadata']['uid']}"
         installed.cluster.kubectl("delete", "kcj", name, "--wait=true")
-        installed.cluster.kubectl("wait", "job", "-l", selector, "--for=delete", "--timeout=60s")
+        installed.cluster.kubectl("wait", "job", "-l", selector, "--for=delete", f"--timeout={PATIENCE:.0f}s")

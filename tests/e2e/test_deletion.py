@@ -8,7 +8,7 @@ import pytest
 from test_compress import Installed, installed  # noqa: F401  (a fixture)
 
 import jobs
-from waiting import eventually
+from waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -24,7 +24,7 @@ def test_deleted_when_complete_and_in_the_middle_nothing_of_it_stays(installed: 
     bucket.server.client().put_object(Bucket=bucket.name, Key="whole/theirs.txt", Body=b"2")
     installed.apply("half", "source", jobs.RTN_W4, preflight="Skip", deletionPolicy="Delete")
     eventually(lambda: "model.layers.5" in installed.log("half"))
-    cluster.kubectl("delete", "kcj", "whole", "half", "--wait=true", "--timeout=120s", timeout=130)
+    cluster.kubectl("delete", "kcj", "whole", "half", "--wait=true", f"--timeout={PATIENCE:.0f}s")
     assert bucket.names("whole") == ["theirs.txt"] and bucket.names("half") == [] and bucket.uploads("half") == []
     assert bucket.names("whole-beside") == bucket.names("half-beside") == ["theirs.txt"], "a prefix that only begins alike"
     assert bucket.names("source"), "and the source is nobody's to delete"

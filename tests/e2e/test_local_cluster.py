@@ -24,7 +24,7 @@ import local_cluster
 from control_plane import COMPONENTS
 from local_cluster import CommandError, LocalCluster, StartError
 from s3 import S3Server
-from waiting import eventually
+from waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.cluster
 TOOLS = Path(local_cluster.__file__).parent
@@ -147,11 +147,11 @@ def test_stop_leaves_no_process_behind(tmp_path: Path, bare: LocalCluster) -> No
     stopping = time.monotonic()
     cluster.stop()
     took = time.monotonic() - stopping
-    watch.wait(10)
+    watch.wait(PATIENCE)
     assert processes_with(f"{tmp_path}/") == processes_with(" ".join(endless)) == []
     assert len(processes_with(f"{bare.root}/")) >= len(COMPONENTS), "the other cluster is untouched"
     print(f"started in {started - began:.1f} s, stopped in {took:.1f} s")
-    assert took < 15
+    assert took < 45, "the API server by itself would wait for the watch, a minute long"
 
 
 def test_a_killed_parent_takes_cluster_and_pods_along(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_killed_parent_takes_cluster_and_pods_along(tmp_path: Path) -> None:
         eventually(lambda: [found for found in processes_with(" ".join(endless)) if found.startswith("sleep")])
         assert len(processes_with(f"{tmp_path}/")) > len(COMPONENTS)
         parent.send_signal(signal.SIGKILL)
-    assert eventually(lambda: not processes_with(f"{tmp_path}/") + processes_with(" ".join(endless)), 15)
+    assert eventually(lambda: not processes_with(f"{tmp_path}/") + processes_with(" ".join(endless)))
 
 
 def test_a_node_runs_a_job_and_sees_only_its_own_secrets(bare: LocalCluster) -> None:
@@ -187,7 +187,7 @@ def test_a_node_runs_a_job_and_sees_only_its_own_secrets(bare: LocalCluster) -> 
     bare.apply(wanted)
     bare.start_node("node-1")
     try:
-        bare.kubectl("wait", "--for=condition=Complete", "job/runs", "--timeout=60s")
+        bare.kubectl("wait", "--for=condition=Complete", "job/runs", f"--timeout={PATIENCE:.0f}s")
         assert bare.kubectl("logs", "job/runs") == "python 3\nsesame\n"
         as_node = ["--kubeconfig", str(bare.root / "nodes" / "node-1" / "kubeconfig")]
         with pytest.raises(CommandError, match="no relationship found between node 'node-1' and this object"):
@@ -209,7 +209,7 @@ def test_up_stays_and_down_ends_it(tmp_path: Path) -> None:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(TOOLS / "local_cluster.py"), *arguments]
-        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=PATIENCE)
 
     assert run("status").returncode == 1
     try:

@@ -19,11 +19,12 @@ from agent.environment import ConfigError, environment, expand
 from agent.logs import LogQuery, read
 from cluster_access import Cluster
 from local_cluster import CommandError, LocalCluster
-from waiting import eventually
+from waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.cluster
 Object = dict[str, Any]
 IMAGE = "node-agent-test/python:1"
+WAIT = f"--timeout={PATIENCE:.0f}s"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def node(cluster: Cluster) -> Iterator[LocalCluster]:
     cluster.kubectl("create", "namespace", "agent")
     eventually(lambda: cluster.kubectl("get", "serviceaccount", "-n", "agent", "--ignore-not-found", "default"))
     yield cluster
-    cluster.kubectl("delete", "namespace", "agent", "--grace-period=1", timeout=60)
+    cluster.kubectl("delete", "namespace", "agent", "--grace-period=1")
 
 
 def pod(name: str, script: str, *, program: str = "sh", spec: Object | None = None, **container: Any) -> Object:
@@ -48,14 +49,14 @@ def status(cluster: Cluster, name: str) -> Object:
     return found
 
 
-def ended(cluster: Cluster, name: str, seconds: float = 20) -> tuple[str, Object]:
+def ended(cluster: Cluster, name: str) -> tuple[str, Object]:
     """(phase, terminated state of the main container), once there is one."""
 
     def look() -> tuple[str, Object] | None:
         seen = status(cluster, name)
         return (seen["phase"], main(seen)["state"]["terminated"]) if seen["phase"] in ("Succeeded", "Failed") else None
 
-    return eventually(look, seconds)
+    return eventually(look)
 
 
 def main(seen: Object) -> Object:
@@ -128,7 +129,7 @@ at("/dev/termination-log").write_text(json.dumps(seen))
     node.apply(
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": {"template": template, "podReplacementPolicy": "Failed"}}
     )
-    node.kubectl("wait", "-n", "agent", "--for=condition=Complete", "job/things", "--timeout=30s")
+    node.kubectl("wait", "-n", "agent", "--for=condition=Complete", "job/things", WAIT)
 
     found = node.get("pods", "-n", "agent", "-l", "job-name=things")["items"][0]
     state = main(found["status"])["state"]["terminated"]
@@ -268,7 +269,7 @@ http.server.HTTPServer((os.environ["IP"], 18080), Handler).serve_forever()
     node.apply(pod("probed", script, program="python", spec={"restartPolicy": "Always"}, **container))
 
     def becomes(ready: str) -> None:
-        node.kubectl("wait", "-n", "agent", f"--for=condition=Ready={ready}", "pod/probed", "--timeout=20s")
+        node.kubectl("wait", "-n", "agent", f"--for=condition=Ready={ready}", "pod/probed", WAIT)
 
     becomes("true")
     web = f"http://{status(node, 'probed')['podIP']}:18080"
@@ -341,7 +342,7 @@ def test_containers_outlive_a_killed_agent_and_are_taken_up(fragile: LocalCluste
     fragile.apply(pod("stays", script, spec=HERE, resources=gpu), pod("goes", script, spec=HERE))
     runs = {}
     for name in ("stays", "goes"):
-        fragile.kubectl("wait", "-n", "agent", "--for=condition=Ready", f"pod/{name}", "--timeout=20s")
+        fragile.kubectl("wait", "-n", "agent", "--for=condition=Ready", f"pod/{name}", WAIT)
         runs[name] = run_of(fragile, name)
     fragile.apply(pod("refused", "exit 0", spec={"nodeName": "node-7"}, resources=gpu))  # past the scheduler, which knows that none is free
     refused = eventually(lambda: (s := status(fragile, "refused")).get("reason") and s)
@@ -363,11 +364,11 @@ def test_containers_outlive_a_killed_agent_and_are_taken_up(fragile: LocalCluste
 
 def test_a_lost_node_keeps_its_pod_terminating(fragile: LocalCluster) -> None:
     fragile.apply(pod("isolated", "trap 'exit 75' TERM; while :; do sleep 0.05; done", spec=HERE))
-    fragile.kubectl("wait", "-n", "agent", "--for=condition=Ready", "pod/isolated", "--timeout=20s")
+    fragile.kubectl("wait", "-n", "agent", "--for=condition=Ready", "pod/isolated", WAIT)
     run = run_of(fragile, "isolated")
     kill_agent(fragile)
-    fragile.kubectl("wait", "--for=condition=Ready=Unknown", "node/node-7", "--timeout=60s")
-    lost = eventually(lambda: (p := fragile.get("pod", "isolated", "-n", "agent"))["metadata"].get("deletionTimestamp") and p, 30)
+    fragile.kubectl("wait", "--for=condition=Ready=Unknown", "node/node-7", WAIT)
+    lost = eventually(lambda: (p := fragile.get("pod", "isolated", "-n", "agent"))["metadata"].get("deletionTimestamp") and p)
     assert lost["status"]["phase"] == "Running" and main(lost["status"])["state"].get("running")
     assert Path(f"/proc/{state_of(run).pid}").exists(), "cut off, not dead: what fencing is for"
     fragile.start_node("node-7", *FRAGILE)

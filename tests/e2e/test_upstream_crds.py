@@ -23,6 +23,7 @@ from cluster_access import Cluster, CommandError
 from kompressor_api import names
 from test_docs import commands
 from upstream_crds import CRDS, upstream_crd
+from waiting import PATIENCE
 
 pytestmark = pytest.mark.cluster
 
@@ -44,7 +45,7 @@ def crds(cluster: Cluster) -> Iterator[Cluster]:
     made = wanted.keys() - {one["metadata"]["name"] for one in cluster.get("crds")["items"]}
     for name in made:
         cluster.kubectl("apply", "--server-side", "-f", wanted[name])
-    cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", *(f"crd/{name}" for name in wanted))
+    cluster.kubectl("wait", "--for=condition=Established", f"--timeout={PATIENCE:.0f}s", *(f"crd/{name}" for name in wanted))
     cluster.kubectl("create", "namespace", NAMESPACE)
     yield cluster
     cluster.kubectl("delete", "namespace", NAMESPACE)
