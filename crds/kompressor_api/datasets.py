@@ -6,17 +6,19 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from kompressor_api.fields import Count, Flag, Model, Number
+from kompressor_api.fields import UNSTORED, Count, Flag, Model, Number
 from kompressor_api.locations import SourceLocation
 from kompressor_api.names import Role
 
-__all__ = ["CalibrationSpec", "Dataset", "DriftSpec", "EvaluationSpec", "Gate", "Sample", "one_gate_a_metric"]
+__all__ = ["MIN_TOKENS_PER_EXPERT", "CalibrationSpec", "Dataset", "DriftSpec", "EvaluationSpec", "Gate", "Sample", "one_gate_a_metric"]
 
 Column = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 Percent = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,3})(\.[0-9]{1,6})?%$", max_length=12)]
 
 MAX_SAMPLES = 1_000_000
 MAX_SEQUENCE_LENGTH = 1_048_576
+MIN_TOKENS_PER_EXPERT = 256
+"""Two groups of 128 columns."""
 
 
 class Dataset(SourceLocation):
@@ -80,6 +82,17 @@ class CalibrationSpec(Sample):
 
     ROLE = Role.DATA
     SECTION = "calibration"
+
+    min_tokens_per_expert: Count = Field(
+        default=MIN_TOKENS_PER_EXPERT,
+        ge=0,
+        le=2**31 - 1,
+        json_schema_extra={UNSTORED: True},
+        description=(
+            "In a mixture of experts: an expert that fewer tokens of the data are routed to is measured on all of them, so that its "
+            "weights are not judged by a handful; what is computed always follows the true routing. 0: none is."
+        ),
+    )
 
 
 class Gate(Model):

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from independent import tensors_of
 from kompressor_worker.activations import Activations, Spill
-from kompressor_worker.block_work import Place, Streams
+from kompressor_worker.block_work import Finished, Place, Streams
 from kompressor_worker.calibrated import Engine
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.formats.compressed_tensors import decode
-from kompressor_worker.layout import ModelLayout
+from kompressor_worker.layout import ModelLayout, StageLayout
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.reading import read_layout
 from kompressor_worker.schemes import Scheme
@@ -72,12 +72,17 @@ def compressed(
     engine = Engine(decoder, passes, schemes, Streams(calibration=stream))
     made = Compressed(state, {}, [])
     for layer, unit in enumerate(u for u in layout.units if ".layers." in u.name):
-        finished = engine.block(Place(layer, layer), unit, {t.name: state[t.name] for stage in unit.stages for t in stage.tensors})
-        state |= finished.weights
-        for name, encoded in finished.encoded.items():
-            state[f"{name}.weight"] = decode(name, encoded.tensors, finished.schemes[name], decoder.dtype)
-            made.encoded |= encoded.tensors
-        made.records.append(finished.record)
+
+        def write(number: int, finished: Finished) -> None:
+            state.update(finished.weights)
+            for name, encoded in finished.encoded.items():
+                state[f"{name}.weight"] = decode(name, encoded.tensors, finished.schemes[name], decoder.dtype)
+                made.encoded.update(encoded.tensors)
+
+        def load(stage: StageLayout) -> dict[str, Tensor]:
+            return {t.name: state[t.name] for t in stage.tensors}
+
+        made.records.append(engine.block(Place(layer, layer), unit, load, write))
     return made
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from independent import tensors_of
 from kompressor_worker.activations import Activations, Spill
-from kompressor_worker.block_work import Place, Streams
+from kompressor_worker.block_work import Finished, Place, Streams
 from kompressor_worker.calibrated import Engine
 from kompressor_worker.decoder import Decoder
-from kompressor_worker.layout import ModelLayout
+from kompressor_worker.layout import ModelLayout, StageLayout
 from kompressor_worker.passes import build_passes
 from kompressor_worker.publish import published_config
 from kompressor_worker.reading import read_layout
@@ -50,12 +50,18 @@ def publish(source: Path, folder: Path, entries: Sequence[Mapping[str, Any]], to
     stream = Activations.of("calibration", list(tokens), decoder.dtype, embeddings.shape[1], Spill(1 << 30), torch.device("cpu"))
     stream.embed(0, decoder.embed(embeddings))
     engine = Engine(decoder, passes, schemes, Streams(calibration=stream))
-    for layer, unit in enumerate(u for u in layout.units if ".layers." in u.name):
-        finished = engine.block(Place(layer, layer), unit, {t.name: state[t.name] for s in unit.stages for t in s.tensors if t.stored})
-        state |= finished.weights
+
+    def load(stage: StageLayout) -> dict[str, Tensor]:
+        return {t.name: state[t.name] for t in stage.tensors if t.stored}
+
+    def write(number: int, finished: Finished) -> None:
+        state.update(finished.weights)
         for name, encoded in finished.encoded.items():
             del state[f"{name}.weight"]
-            state |= encoded.tensors
+            state.update(encoded.tensors)
+
+    for layer, unit in enumerate(u for u in layout.units if ".layers." in u.name):
+        engine.block(Place(layer, layer), unit, load, write)
     plan = plan_output(layout, schemes)
     planned = {t.name: (DTYPES[t.dtype], t.shape) for unit in plan.stages for stage in unit for t in stage}
     assert planned == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}

@@ -115,10 +115,9 @@ def ours(folder: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32)
     for number, unit in enumerate(u for u in layout.units if ".layers." in u.name):
         block = Block(decoder, number, unit)
         for step in block.steps:
-            given = block.inputs(step, batch, weights)
-            for site in sites_of(block, step, ("range",)):
-                if site.name in given:
-                    site.statistics.add(given[site.name])
+            sites = {site.name: site for site in sites_of(block, step, ("range",))}
+            for name, x in block.inputs(step, batch, weights):
+                sites[name].statistics.add(x)
             block.advance(step, batch, weights, project)
     return batch.state["hidden"]
 
@@ -158,9 +157,10 @@ def test_padding_and_excluded_rows_count_in_no_statistic(tmp_path: Path) -> None
     block = Block(decoder, 0, layout.units[1])
     weights = load_file(next(tmp_path.glob("*.safetensors")))
     batch = Batch((5, 3, 4), {"hidden": torch.randn(3, 5, 64)}, excluded=(False, False, True))
-    (x,) = block.inputs(block.steps[0], batch, weights).values()
+    ((_, x),) = block.inputs(block.steps[0], batch, weights)
     assert len(x) == 5 + 3
-    assert len(block.inputs(block.steps[0], Batch((5, 5, 5), batch.state), weights)[block.steps[0].layout.name]) == 15
+    ((name, x),) = block.inputs(block.steps[0], Batch((5, 5, 5), batch.state), weights)
+    assert name == block.steps[0].layout.name and len(x) == 15
 
 
 def test_a_decoder_whose_function_is_unknown_is_refused(tmp_path: Path) -> None:

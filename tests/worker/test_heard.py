@@ -104,7 +104,15 @@ def test_no_piece_is_long(entries: list[dict[str, Any]], wide: Path, small_piece
     heard = [0.0]
     with Meter() as meter:
         engine = Engine(decoder, passes, schemes, Streams(calibration=stream))
-        engine.block(Place(0, 0), unit, {t.name: state[t.name] for s in unit.stages for t in s.tensors}, lambda _: heard.append(meter.work))
+        written: list[int] = []
+        engine.block(
+            Place(0, 0),
+            unit,
+            lambda stage: {t.name: state[t.name] for t in stage.tensors},
+            lambda number, _: written.append(number),
+            lambda _: heard.append(meter.work),
+        )
+    assert written == list(range(len(unit.stages)))
     gaps = [after - before for before, after in zip(heard, [*heard[1:], meter.work], strict=True)]
     assert max(gaps) < SHARE * meter.work, f"{max(gaps) / meter.work:.0%} of the work in one piece"
 

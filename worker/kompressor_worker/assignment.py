@@ -11,6 +11,7 @@ from kompressor_worker.architectures import refuse_unknown_forward
 from kompressor_worker.formats import bitmask
 from kompressor_worker.formats.readers import reader_warnings, storage_warnings
 from kompressor_worker.layout import ModelLayout
+from kompressor_worker.parts import mixture_warnings
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.resizing import loadable
 from kompressor_worker.sample_warnings import shape_warnings
@@ -60,6 +61,7 @@ class Assignment:
             *(storage_warnings(layout, schemes) if spec.output.sparse_storage == "bitmask" else ()),
             *unused_samples(spec, passes),
             *(shape_warnings(spec, layout, passes, schemes) if flows(spec, passes) else ()),
+            *(mixture_warnings(layout, passes, schemes) if flows(spec, passes) else ()),
         )
         layout = replace(layout, warnings=warnings)
         return cls(spec, source, passes, layout, schemes)

@@ -112,8 +112,8 @@ class Reduction:
 class Stage:
     layout: StageLayout
     weights: dict[str, torch.Tensor]
-    """Decoded source tensors by full name; with calibration those of the whole block, so that a scale can be folded elsewhere. A pass
-    that encodes a linear leaves its weight here; the stream drops it afterwards."""
+    """Decoded source tensors by full name; with calibration those of a part of the block and its norms, and of the whole block where a pass
+    folds scales (`Pass.folds`). A pass that encodes a linear leaves its weight here; the stream drops it afterwards."""
     schemes: dict[str, Scheme] = field(default_factory=dict)
     """Linear name to scheme, decided from headers before the stream began."""
     encoded: dict[str, Encoded] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -54,35 +54,84 @@ class Streams:
 
 @dataclass
 class Finished:
-    """A block as it will be published, and what there is to say of it."""
+    """A stage as it will be published."""
 
     weights: dict[str, Tensor]
     """What is not encoded, by full name."""
     encoded: dict[str, Encoded]
     schemes: dict[str, Scheme]
     pruned: dict[str, Pruned] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PartWork:
+    """A part of a block on its way; it ends with it."""
+
+    weights: dict[str, Tensor]
+    """Full names; also those of the block's norms. Passes change them."""
+    schemes: dict[str, Scheme]
+    current: dict[str, Tensor]
+    """The weights as they are now, decoded where they are encoded: what propagates."""
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    pruned: dict[str, Pruned] = field(default_factory=dict)
+
+    def take_up(self) -> None:
+        """What passes changed without encoding it propagates from now on."""
+        encoded = {f"{name}.weight" for name in self.encoded}
+        self.current |= {name: tensor for name, tensor in self.weights.items() if name not in encoded}
+
+    def published(self) -> dict[str, Tensor]:
+        """Its tensors as the files hold them, by name."""
+        return {**self.weights, **{name: tensor for e in self.encoded.values() for name, tensor in e.tensors.items()}}
+
+    def of(self, stage: StageLayout) -> Finished:
+        linears, names = {x.name for x in stage.linears}, {t.name for t in stage.tensors}
+        names -= {f"{name}.weight" for name in self.encoded}
+        plain = {name: tensor for name, tensor in self.weights.items() if name in names}
+        encoded = {name: e for name, e in self.encoded.items() if name in linears}
+        pruned = {name: p for name, p in self.pruned.items() if name in linears}
+        return Finished(plain, encoded, self.schemes, pruned)
 
 
 @dataclass
 class BlockWork:
-    """A block on its way."""
+    """A block on its way: what lasts from one part to the next."""
 
     block: Block
-    finished: Finished
-    current: dict[str, Tensor]
-    """The weights as they are now, decoded where they are encoded: what propagates."""
     observer: KvObserver
     notes: dict[str, Any] = field(default_factory=dict)
     drift: dict[str, Any] = field(default_factory=dict)
     reduced: dict[str, Any] = field(default_factory=dict)
     expert_tokens: list[int] = field(default_factory=list)
     """In a mixture, where something is measured: calibration tokens routed to each expert."""
+    unrouted: frozenset[int] = frozenset()
+    """Experts that are measured on all tokens, since too few are routed to them."""
 
-    def take_up(self) -> None:
-        """What passes changed without encoding it propagates from now on."""
-        encoded = {f"{name}.weight" for name in self.finished.encoded}
-        self.current |= {name: tensor for name, tensor in self.finished.weights.items() if name not in encoded}
+    def count(self, tokens: Mapping[int, int], least: int) -> None:
+        """`tokens` that each expert gets; those with fewer than `least` are measured on all."""
+        self.expert_tokens = [tokens[number] for number in sorted(tokens)]
+        self.unrouted = frozenset(number for number, count in tokens.items() if count < least)
+
+    def note(self, stage: str, notes: Mapping[str, Any]) -> None:
+        """Those of a mixture's experts are told together."""
+        self.notes[stage] = joined(self.notes[stage], notes) if stage in self.notes else dict(notes)
+
+    def record(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if any(self.expert_tokens):
+            found["expertTokens"] = self.expert_tokens
+        if self.unrouted:
+            found["expertsOnAllTokens"] = sorted(self.unrouted)
+        return found | {name: said for name, said in (("notes", self.notes), ("reduced", self.reduced), ("drift", self.drift)) if said}
+
+
+def joined(a: Any, b: Any) -> Any:
+    """Two notes of the same form: names are put together, lists go on, and of two numbers the larger one counts."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return {**a, **{key: joined(a[key], value) if key in a else value for key, value in b.items()}}
+    if isinstance(a, list) and isinstance(b, list):
+        return [*a, *b]
+    return max(a, b) if isinstance(a, int | float) and isinstance(b, int | float) else b
 
 
 def size_of_unit(unit: UnitLayout) -> int:

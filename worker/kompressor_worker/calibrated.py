@@ -1,14 +1,16 @@
 """The block-sequential engine: one decoder block through measuring, passes and propagation, and the evaluation beside it.
 
-Within a block the steps go one after the other: a step's input is measured with everything before it already compressed, the passes
-change its weights, and the output that reaches the next step is computed from what will be published. So one forward a block serves any
-number of passes; only passes that fold scales across steps need the whole block measured first, and its forward a second time.
+A block goes part by part (parts.py): the original's rows through the part as it was, then passes, then the result's rows through what came
+out; then it is written, and the next one is read. Within a part the steps go one after the other: a step's input is measured with
+everything before it already compressed, the passes change its weights, and the output that reaches the next step is computed from what will
+be published. So one forward a block serves any number of passes; only passes that fold scales across steps need the whole block, measured
+first, and its forward a second time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,23 +19,33 @@ from torch import Tensor
 from kompressor_worker.activations import Activations
 from kompressor_worker.batch import Batch
 from kompressor_worker.block import Stage
-from kompressor_worker.block_work import BlockWork, Finished, Place, Streams, batch_tokens, columns_of, output_error, size_of, size_of_unit
+from kompressor_worker.block_work import (
+    BlockWork,
+    Finished,
+    PartWork,
+    Place,
+    Streams,
+    batch_tokens,
+    columns_of,
+    output_error,
+    size_of,
+    size_of_unit,
+)
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Block, Cache, Step
-from kompressor_worker.drift import compare
 from kompressor_worker.formats.compressed_tensors import decode
 from kompressor_worker.forward import KvObserver, Projection, Published, kv_rounding
-from kompressor_worker.layout import UnitLayout
+from kompressor_worker.layout import StageLayout, UnitLayout
+from kompressor_worker.measuring import Measuring
 from kompressor_worker.memory import give_back_freed_memory, peak_bytes
 from kompressor_worker.pace import Pace, unheard
+from kompressor_worker.parts import Part, held, parts_of, plain, together
 from kompressor_worker.passes import Pass
 from kompressor_worker.reshaping import Reshaper
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.sites import join, sites_of
-from kompressor_worker.statistics import Statistic, Statistics
 
 KvHook = Callable[[Batch], Cache | None]
-DRIFT_STATISTICS: tuple[Statistic, ...] = ("histogram", "range")
 
 
 def effective(
@@ -42,92 +54,141 @@ def effective(
     return {**weights, **{f"{name}.weight": decode(name, tensors, scheme, dtype).to(device) for name, scheme in schemes.items()}}
 
 
+Load = Callable[[StageLayout], dict[str, Tensor]]
+"""The tensors of a stage by full name, on the device; called once for each, in order, and they are the caller's to change."""
+Write = Callable[[int, Finished], None]
+"""Takes a stage (its number in the block) that is done."""
+
+
 class Engine:
-    """Runs blocks. Everything that lasts from one to the next is in the streams."""
+    """Runs blocks, part by part. Everything that lasts from one block to the next is in the streams."""
 
     def __init__(
-        self, decoder: Decoder, passes: Sequence[Pass], schemes: Mapping[str, Scheme], streams: Streams, source: Decoder | None = None
+        self,
+        decoder: Decoder,
+        passes: Sequence[Pass],
+        schemes: Mapping[str, Scheme],
+        streams: Streams,
+        source: Decoder | None = None,
+        least_tokens: int = 0,
     ) -> None:
-        """`source`: of the model as it was, where `decoder` is of one of other sizes."""
+        """`source`: of the model as it was, where `decoder` is of one of other sizes. `least_tokens`: experts that get fewer of the
+        calibration data's are measured on all of them."""
         self.decoder, self.passes, self.schemes, self.streams = decoder, passes, schemes, streams
-        self.source = source or decoder
-        self._drift = frozenset[Statistic](DRIFT_STATISTICS if streams.deployment is not None else ())
-        self._wanted = frozenset(s for p in passes for s in p.statistics) | self._drift
+        self.source, self.least_tokens = source or decoder, least_tokens
+        self._measuring = Measuring(streams, decoder, least_tokens, lambda work: self._pace(work))
+        self._wanted = frozenset(s for p in passes for s in p.statistics) | self._measuring.drift
         self._kv = any(p.kv for p in passes)
         self._whole = any(p.whole_block for p in passes)
         self._pace = Pace(0, 0, unheard)
 
-    def block(self, at: Place, unit: UnitLayout, weights: dict[str, Tensor], tell: Callable[[int], None] = unheard) -> Finished:
-        """`weights`: all tensors of the block by full name, model dtype; they are this call's to change. `tell` hears of the unit's source
-        bytes, batch by batch, and may raise. Raises BadNumerics."""
+    def block(self, at: Place, unit: UnitLayout, load: Load, write: Write, tell: Callable[[int], None] = unheard) -> dict[str, Any]:
+        """Takes a block from `load` to `write`; what there is to say of it. `tell` hears of the unit's source bytes, batch by batch, and
+        may raise. Raises BadNumerics."""
         began = time.monotonic()
-        block = Block(self.decoder, at.result, unit)
+        block = Block(self.decoder, at.result, unit, self.together(unit))
         self._pace = self._paced(block, unit, tell, replayed=False)
-        self._original(at, unit, weights)
-        stored = dict(weights)
-        for p in self.passes:
-            self._pace(0)
-            p.transform(unit, weights)
-        reduced = self._reshape(at, unit, stored, weights)
-        schemes = {x.name: self.schemes[x.name] for stage in unit.stages for x in stage.linears if x.name in self.schemes}
-        work = BlockWork(block, Finished(weights, {}, schemes), dict(weights), KvObserver(self.decoder.kv_heads, self.decoder.device))
-        work.reduced = reduced
-        for steps in [block.steps] if self._whole else [(step,) for step in block.steps]:
-            self._compress(work, steps)
-        self._evaluate(work)
+        work = BlockWork(block, KvObserver(self.decoder.kv_heads, self.decoder.device))
+        reshaper = self._reshaper(at, unit)
+        original, norms = Block(self.source, at.source, unit.as_stored()), dict[str, Tensor]()
+        for part in parts_of(unit, self.passes, self.schemes):
+            stored = self._loaded(unit, part, load, norms)
+            self._original(original, part, stored, reference=reshaper is None)
+            self._part(work, unit, part, stored, reshaper, write)
+            del stored  # before the next part is read
         for stream in self.streams.through_compressed():
             stream.exclude_nonfinite(unit.name)
         self._pace.finish()
         give_back_freed_memory()
-        return self._finish(work, began)
+        return self._record(work, began)
 
-    def replay(
-        self,
-        at: Place,
-        unit: UnitLayout,
-        weights: dict[str, Tensor],
-        published: Mapping[str, Tensor],
-        tell: Callable[[int], None] = unheard,
-    ) -> None:
-        """The same for the streams, with a block that is done already: `published` tensors by full name."""
-        block = Block(self.decoder, at.result, unit)
+    def replay(self, at: Place, unit: UnitLayout, load: Load, published: Load, tell: Callable[[int], None] = unheard) -> None:
+        """The same for the streams, with a block that is done already: `published` as `load`, of what was written."""
+        block = Block(self.decoder, at.result, unit, self.together(unit))
         self._pace = self._paced(block, unit, tell, replayed=True)
-        self._original(at, unit, weights, reference=True)
-        schemes = {x.name: self.schemes[x.name] for stage in unit.stages for x in stage.linears if x.name in self.schemes}
-        plain = {name: tensor for name, tensor in published.items() if name in weights or name.endswith("_scale")}
-        current = effective(plain, published, schemes, self.decoder.dtype, self.decoder.device)
-        for stream in self.streams.through_compressed():
-            self._flow(block, block.steps, stream, self._runtime(current))
-        if self.streams.compressed is not None:
-            self._flow(
-                block, block.steps, self.streams.compressed, Published(current, schemes, published), kv_rounding(unit.name, published)
-            )
+        original, norms = Block(self.source, at.source, unit.as_stored()), dict[str, Tensor]()
+        made: dict[str, Tensor] = {}
+        for part in parts_of(unit, self.passes, self.schemes):
+            self._original(original, part, self._loaded(unit, part, load, norms), reference=True)
+            self._replayed(block, unit, part, self._loaded(unit, part, published, made, dropped=False))
         for stream in self.streams.through_compressed():
             stream.exclude_nonfinite(unit.name)
         self._pace.finish()
 
-    def pass_by(self, at: Place, unit: UnitLayout, weights: dict[str, Tensor], tell: Callable[[int], None] = unheard) -> None:
+    def _replayed(self, block: Block, unit: UnitLayout, part: Part, made: Mapping[str, Tensor]) -> None:
+        schemes, steps = self._schemes_of(unit, part), steps_in(block, part)
+        names = {t.name for stage in (*plain(unit), *part.of(unit)) for t in stage.tensors}
+        exact = {name: tensor for name, tensor in made.items() if name in names}
+        current = effective(exact, made, schemes, self.decoder.dtype, self.decoder.device)
+        for stream in self.streams.through_compressed():
+            self._flow(block, steps, stream, self._runtime(current))
+        if self.streams.compressed is not None:
+            rounding = kv_rounding(unit.name, made)
+            self._flow(block, steps, self.streams.compressed, Published(current, schemes, made), rounding)
+
+    def pass_by(self, at: Place, unit: UnitLayout, load: Load, tell: Callable[[int], None] = unheard) -> None:
         """A block that the result does not have: the original's rows alone go through it."""
         tokens = sum(t.numel() for s in self.streams.of_the_original() for t in s.tokens)
         self._pace = Pace(unit.source_bytes, size_of_unit(unit) * tokens, tell)
-        self._original(at, unit, weights, reference=True)
+        original, norms = Block(self.source, at.source, unit.as_stored()), dict[str, Tensor]()
+        for part in parts_of(unit):
+            self._original(original, part, self._loaded(unit, part, load, norms), reference=True)
         self._pace.finish()
 
-    def _original(self, at: Place, unit: UnitLayout, weights: Mapping[str, Tensor], reference: bool = False) -> None:
-        """Rows through the block as it was: the evaluation's, and the reference's unless they go along while it is reshaped."""
-        block = Block(self.source, at.source, unit.as_stored())
-        if self.streams.original is not None:
-            self._flow(block, block.steps, self.streams.original, Projection(weights))
-        if self.streams.reference is not None and reference:
-            self._flow(block, block.steps, self.streams.reference, self._runtime(weights))
+    def together(self, unit: UnitLayout) -> bool:
+        """Whether all experts of a mixture are in memory at once."""
+        return held(self.passes) is not None or together(unit, self.schemes) is not None
 
-    def _reshape(self, at: Place, unit: UnitLayout, stored: Mapping[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Any]:
-        """Fewer heads and neurons, where that is asked for: what there is to say of it, by linear."""
+    def _loaded(self, unit: UnitLayout, part: Part, load: Load, norms: dict[str, Tensor], dropped: bool = True) -> dict[str, Tensor]:
+        """A part's tensors, and what of the block belongs to no linear, which `norms` gathers."""
+        weights: dict[str, Tensor] = {}
+        for stage in part.of(unit):
+            if dropped or not stage.dropped:
+                found = load(stage)
+                weights |= found
+                norms |= found if not stage.linears else {}
+        return {**norms, **weights}
+
+    def _schemes_of(self, unit: UnitLayout, part: Part) -> dict[str, Scheme]:
+        return {x.name: self.schemes[x.name] for stage in part.of(unit) for x in stage.linears if x.name in self.schemes}
+
+    def _original(self, block: Block, part: Part, weights: Mapping[str, Tensor], reference: bool) -> None:
+        """Rows through a part as it was: the evaluation's, and the reference's unless they go along while it is reshaped."""
+        steps = steps_in(block, part)
+        if self.streams.original is not None:
+            self._flow(block, steps, self.streams.original, Projection(weights))
+        if self.streams.reference is not None and reference:
+            self._flow(block, steps, self.streams.reference, self._runtime(weights))
+
+    def _reshaper(self, at: Place, unit: UnitLayout) -> Reshaper | None:
+        """Fewer heads and neurons, where that is asked for."""
         if self.streams.calibration is None or not any(p.reduces for p in self.passes):
-            return {}
-        reshaper = Reshaper(self.source, self.passes, self.streams.calibration, self.streams.reference, self._pace)
-        reshaper.block(at.source, unit, stored, weights)
-        return reshaper.notes
+            return None
+        streams = self.streams.calibration, self.streams.reference
+        return Reshaper(self.source, self.decoder, self.passes, *streams, self._pace, self.least_tokens, at.source, unit)
+
+    def _part(
+        self, work: BlockWork, unit: UnitLayout, part: Part, stored: dict[str, Tensor], reshaper: Reshaper | None, write: Write
+    ) -> None:
+        """From the weights as they were, which are used up, to those that are published, and the streams of the result through them."""
+        weights = stored if reshaper is None else dict(stored)
+        for p in self.passes:
+            self._pace(0)
+            p.transform(unit, weights)
+        if reshaper is not None:
+            reshaper.part(part, stored, weights)
+            work.reduced |= reshaper.notes
+        done = PartWork(weights, self._schemes_of(unit, part), dict(weights))
+        steps = steps_in(work.block, part)
+        for bunch in [steps] if self._whole else [(step,) for step in steps]:
+            self._compress(work, done, bunch)
+        if self.streams.compressed is not None:
+            tensors = done.published()
+            rounding = kv_rounding(work.block.prefix[:-1], tensors)
+            self._flow(work.block, steps, self.streams.compressed, Published(done.current, done.schemes, tensors), rounding)
+        for number in part.stages:
+            if not unit.stages[number].dropped:
+                write(number, done.of(unit.stages[number]))
 
     def _paced(self, block: Block, unit: UnitLayout, tell: Callable[[int], None], replayed: bool) -> Pace:
         """Work is counted in multiply-adds: a forward through a step is one a weight and token, a product with a Hessian one a weight and
@@ -142,85 +203,42 @@ class Engine:
                 expected += sum(size_of(step.layout) for step in block.steps[:-1]) * sum(t.numel() for t in self.streams.calibration.tokens)
         return Pace(unit.source_bytes, expected, tell)
 
-    def _compress(self, work: BlockWork, steps: Sequence[Step]) -> None:
+    def _compress(self, work: BlockWork, part: PartWork, steps: Sequence[Step]) -> None:
         """These steps through all passes, and the activations through what comes out."""
-        stages = [self._stage(work, step) for step in steps]
+        stages = [self._stage(work, part, step) for step in steps]
         join([site for stage in stages for site in stage.sites])
-        self._measure(work, steps, stages, self._wanted)
-        for site in (site for stage in stages for site in stage.sites if site.children):
-            work.expert_tokens = [child.statistics.rows for child in site.children if not child.same_as]
+        self._measuring.measure(work, part, steps, stages)
         for p in self.passes:
             for stage in stages if not p.kv else ():
-                self._refresh(work, steps, stages, p)
+                self._measuring.refresh(work, part, steps, stages, p.statistics)
                 p.apply(stage)
                 self._pace(p.products * size_of(stage.layout) * columns_of(stage.layout))
         for stage in stages:
-            work.finished.encoded |= stage.encoded
-            work.finished.pruned |= stage.pruned
+            part.encoded |= stage.encoded
+            part.pruned |= stage.pruned
             if stage.notes:
-                work.notes[stage.layout.name] = stage.notes
+                work.note(stage.layout.name, stage.notes)
             for name, encoded in stage.encoded.items():
-                decoded = decode(name, encoded.tensors, work.finished.schemes[name], self.decoder.dtype).to(self.decoder.device)
-                work.current[f"{name}.weight"] = decoded
-        work.take_up()
+                decoded = decode(name, encoded.tensors, part.schemes[name], self.decoder.dtype).to(self.decoder.device)
+                part.current[f"{name}.weight"] = decoded
+        part.take_up()
         for stream in self.streams.through_compressed():
             observer = work.observer if stream is self.streams.calibration and self._kv else None
-            self._flow(work.block, steps, stream, self._runtime(work.current), observer.of if observer else None)
+            self._flow(work.block, steps, stream, self._runtime(part.current), observer.of if observer else None)
+        if any(step.name == "router" for step in steps) and self._wanted:
+            self._measuring.count(work)
         for name in () if self._whole else [name for stage in stages for name in stage.encoded]:
-            del work.finished.weights[f"{name}.weight"]  # no other step looks at it
+            del part.weights[f"{name}.weight"]  # no other step looks at it
         for p in self.passes:
             for stage in stages if p.kv else ():  # now that keys and values have been seen as the published weights make them
                 p.apply(stage)
 
-    def _stage(self, work: BlockWork, step: Step) -> Stage:
-        schemes = {x.name: self.schemes[x.name] for x in step.layout.linears if x.name in self.schemes}
-        sites = sites_of(work.block, step, self._wanted) if self.streams.calibration is not None else ()
+    def _stage(self, work: BlockWork, part: PartWork, step: Step) -> Stage:
+        schemes = {x.name: part.schemes[x.name] for x in step.layout.linears if x.name in part.schemes}
+        wanted = self._measuring.drift if step.name == "router" else self._wanted  # passes look at its input only in whole blocks
+        sites = sites_of(work.block, step, wanted) if self.streams.calibration is not None else ()
         kv = work.observer.seen if step.name == "o" and self._kv else {}
-        return Stage(step.layout, work.finished.weights, schemes, sites=sites, kv=kv, heard=lambda: self._pace(0))
-
-    def _measure(self, work: BlockWork, steps: Sequence[Step], stages: Sequence[Stage], wanted: Collection[Statistic]) -> None:
-        """One forward through these steps but for the last one's linears."""
-        if self.streams.calibration is None or not wanted:
-            return
-        sites = [{site.name: site.statistics for site in stage.sites} for stage in stages]
-        self._observe(work, steps, self.streams.calibration, sites)
-        if self.streams.deployment is not None:
-            apart = [{site.name: site.statistics for site in sites_of(work.block, step, self._drift)} for step in steps]
-            self._observe(work, steps, self.streams.deployment, apart)
-            for calibrated, deployed in zip(sites, apart, strict=True):
-                found = {name: compare(calibrated[name], seen) for name, seen in deployed.items()}
-                work.drift |= {name: site for name, site in found.items() if site is not None}
-
-    def _observe(self, work: BlockWork, steps: Sequence[Step], stream: Activations, sites: Sequence[Mapping[str, Statistics]]) -> None:
-        project = self._runtime(work.current)
-        for batch in stream.batches:
-            shadow = Batch(batch.lengths, dict(batch.state), batch.excluded)
-            for number, (step, seen) in enumerate(zip(steps, sites, strict=True)):
-                for name, x in work.block.inputs(step, shadow, work.current).items():
-                    seen[name].add(x)
-                self._pace(0)
-                if number + 1 < len(steps):
-                    work.block.advance(step, shadow, work.current, project)
-                    self._pace(size_of(step.layout) * batch_tokens(batch))
-
-    def _refresh(self, work: BlockWork, steps: Sequence[Step], stages: Sequence[Stage], p: Pass) -> None:
-        """Measures again what an earlier pass has made wrong and this one wants."""
-        stale = frozenset(s for stage in stages for site in stage.sites for s in site.statistics.stale) & p.statistics
-        if not stale or self.streams.calibration is None:
-            return
-        work.take_up()
-        fresh = [{site.name: site.statistics for site in sites_of(work.block, step, stale)} for step in steps]
-        self._observe(work, steps, self.streams.calibration, fresh)
-        for stage, measured in zip(stages, fresh, strict=True):
-            for site in stage.sites:
-                site.statistics.renew(measured[site.name])
-
-    def _evaluate(self, work: BlockWork) -> None:
-        if self.streams.compressed is None:
-            return
-        tensors = {**work.finished.weights, **{n: t for e in work.finished.encoded.values() for n, t in e.tensors.items()}}
-        rounding = kv_rounding(work.block.prefix[:-1], tensors)
-        self._flow(work.block, work.block.steps, self.streams.compressed, Published(work.current, work.finished.schemes, tensors), rounding)
+        return Stage(step.layout, part.weights, schemes, sites=sites, kv=kv, heard=lambda: self._pace(0))
 
     def _runtime(self, weights: Mapping[str, Tensor]) -> Projection:
         return Projection.as_a_runtime(weights, self.decoder.dtype, self.decoder.device)
@@ -240,19 +258,17 @@ class Engine:
             hidden = p.turn(hidden)
         return hidden
 
-    def _finish(self, work: BlockWork, began: float) -> Finished:
-        finished = work.finished
-        finished.record = {"cost": {"seconds": round(time.monotonic() - began, 3), "peakBytes": peak_bytes(self.decoder.device.type)}}
-        if any(work.expert_tokens):
-            finished.record["expertTokens"] = work.expert_tokens
-        if work.notes:
-            finished.record["notes"] = work.notes
-        if work.reduced:
-            finished.record["reduced"] = work.reduced
-        if work.drift:
-            finished.record["drift"] = work.drift
+    def _record(self, work: BlockWork, began: float) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "cost": {"seconds": round(time.monotonic() - began, 3), "peakBytes": peak_bytes(self.decoder.device.type)}
+        }
+        record |= work.record()
         if self.streams.original is not None and self.streams.compressed is not None:
-            finished.record["outputError"] = output_error(self.streams.original, self.streams.compressed, self._turned)
+            record["outputError"] = output_error(self.streams.original, self.streams.compressed, self._turned)
         if self.streams.calibration is not None:
-            finished.record["excludedRows"] = len(self.streams.calibration.excluded)
-        return finished
+            record["excludedRows"] = len(self.streams.calibration.excluded)
+        return record
+
+
+def steps_in(block: Block, part: Part) -> list[Step]:
+    return [step for step in block.steps if step.stages[-1] in part.stages]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kompressor_worker import kernels, tensors
 from kompressor_worker.block import Encoded, Stage
-from kompressor_worker.block_work import Place
+from kompressor_worker.block_work import Finished, Place
 from kompressor_worker.calibrated import Engine
 from kompressor_worker.formats import bitmask, compressed_tensors
 from kompressor_worker.journal import Journal
@@ -70,13 +70,16 @@ class Calibrated:
         layout = self.work.layout.units[unit]
         kind = kind_of(layout)
         if layout.dropped:
-            yield from (whole(stage) for stage in layout.stages if self.engine.streams.of_the_original())
+            yield from (whole(stage) for stage in layout.stages if self.engine.streams.of_the_original() and self._read(stage))
             return
         if kind == "other":
             yield from self._plain.loads(unit)
             return
         for stage, placed in zip(layout.stages, self.work.plan.stages[unit], strict=True):
-            matrix = None if kind == "block" else matrix_of(stage)
+            if kind == "block":
+                yield from [whole(stage)] if self._read(stage) else []
+                continue
+            matrix = matrix_of(stage)
             if matrix is None or matrix.name in self.work.schemes:
                 yield from (whole(stage) for _ in [0] if any(t.stored for t in stage.tensors))
                 continue
@@ -129,10 +132,7 @@ class Calibrated:
                 if layout.dropped:
                     self._pass_by(unit, incoming, step)
                     return
-                weights = self.block_weights(layout, incoming)
-                published = self.snapshots.block(unit)
-                bitmask.unpack_linears([x for stage in layout.stages for x in stage.linears], published)
-                self.engine.replay(self._places[unit], layout, weights, published, step)
+                self.engine.replay(self._places[unit], layout, self.reader(incoming), self.snapshots.reader(unit, layout), step)
             case _:
                 for _ in self._plain.loads(unit):
                     next(incoming)
@@ -145,8 +145,9 @@ class Calibrated:
                 self._embeddings(unit, incoming, writer, step)
                 return NOTHING
             case "block" if layout.dropped:
+                pieces = self.snapshots.pieces(unit, writer.submit)
                 self._pass_by(unit, incoming, step)
-                return self.snapshots.carry(unit, {}, {})
+                return self.snapshots.carry(unit, {}, pieces)
             case "block":
                 return self._block(unit, incoming, writer, step)
             case "head":
@@ -203,40 +204,53 @@ class Calibrated:
             if writer is not None:
                 writer.record_digest(source.name, hasher.hexdigest())
 
-    def block_weights(self, layout: UnitLayout, incoming: Iterator[Loaded]) -> dict[str, Tensor]:
-        weights: dict[str, Tensor] = {}
-        for stage in layout.stages:
-            if any(t.stored for t in stage.tensors):
-                views = next(incoming).views
-                weights |= {t.name: decode(t, views) for t in stage.tensors if t.stored}
-        for name, value in weights.items():
-            refuse_nonfinite(name, kernels.nonfinite(value))
-        return {name: value.to(self.engine.decoder.device) for name, value in weights.items()}
+    def reader(self, incoming: Iterator[Loaded]) -> Callable[[StageLayout], dict[str, Tensor]]:
+        """The stages of a block as `loads` asked for them, one after the other."""
+
+        def load(stage: StageLayout) -> dict[str, Tensor]:
+            if not self._read(stage):
+                return {}
+            views = next(incoming).views
+            weights = {t.name: decode(t, views) for t in stage.tensors if t.stored}
+            for name, value in weights.items():
+                refuse_nonfinite(name, kernels.nonfinite(value))
+            return {name: value.to(self.engine.decoder.device) for name, value in weights.items()}
+
+        return load
+
+    def _read(self, stage: StageLayout) -> bool:
+        """Whether anything of it is wanted: of an expert that goes, where the original's rows flow, or a pass changes weights by others."""
+        wanted = not stage.dropped or self.engine.streams.of_the_original() or any(p.transforms for p in self.work.passes)
+        return bool(wanted) and any(t.stored for t in stage.tensors)
 
     def _pass_by(self, unit: int, incoming: Iterator[Loaded], step: Step) -> None:
         layout = self.work.layout.units[unit]
         if not self.engine.streams.of_the_original():
             step(layout.source_bytes)
         else:
-            self.engine.pass_by(self._places[unit], layout, self.block_weights(layout, incoming), step)
+            self.engine.pass_by(self._places[unit], layout, self.reader(incoming), step)
 
     def _block(self, unit: int, incoming: Iterator[Loaded], writer: Writer, step: Step) -> Carry:
-        layout = self.work.layout.units[unit]
-        finished = self.engine.block(self._places[unit], layout, self.block_weights(layout, incoming), step)
-        made = {name: value for e in finished.encoded.values() for name, value in e.tensors.items()}
-        plain = {f"{name}.weight" for name in finished.encoded}
-        made |= {name: value.cpu().contiguous() for name, value in finished.weights.items() if name not in plain}
-        for stage, placed in zip(layout.stages, self.work.plan.stages[unit], strict=True):
+        layout, placed = self.work.layout.units[unit], self.work.plan.stages[unit]
+        pieces = self.snapshots.pieces(unit, writer.submit)
+
+        def write(number: int, finished: Finished) -> None:
+            stage = layout.stages[number]
+            made = {name: value.cpu().contiguous() for name, value in finished.weights.items()}
             for linear in stage.linears:
                 if pruned := finished.pruned.get(linear.name):
                     writer.record_pruned(linear, pruned)
                 if encoded := finished.encoded.get(linear.name):
+                    made |= encoded.tensors
                     writer.record_linear(linear, finished.schemes[linear.name], encoded)
             bitmask.pack_linears(stage.linears, made)
-            for place in placed:
+            for place in placed[number]:
                 writer.write(place, as_bytes(made[place.name], place))
-        published = {place.name: made[place.name] for placed in self.work.plan.stages[unit] for place in placed}
-        return self.snapshots.carry(unit, {"block": finished.record}, published)
+            if pieces is not None:
+                pieces.add(number, {place.name: made[place.name] for place in placed[number]})
+
+        record = self.engine.block(self._places[unit], layout, self.reader(incoming), write, step)
+        return self.snapshots.carry(unit, {"block": record}, pieces)
 
     # ---- the head
 

@@ -6,7 +6,7 @@ output is computed, with what will be published. State between steps is a dict o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,10 @@ from kompressor_worker.decoder import Decoder
 from kompressor_worker.latent_attention import LatentAttention
 from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
 from kompressor_worker.mixture import Routing, Rule
+from kompressor_worker.parts import is_shared
+
+MIXTURE = ("router", "shared_gate_up", "shared_down", "experts_in", "experts_out")
+"""Steps of a mixture: they go by the positions that count, [tokens, ...]."""
 
 
 class Linear(Protocol):
@@ -36,25 +40,43 @@ Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
+class RoutedExpert:
+    """One expert of a mixture, as this block's routing knows it."""
+
+    number: int
+    name: str
+    """Full module name."""
+    gate_up: tuple[LinearLayout, ...]
+    down: LinearLayout
+
+
+@dataclass(frozen=True)
 class Step:
     """A group of linears that share their place in the block."""
 
     name: str
-    """qkv, o, gate_up, down; experts_in, shared_gate_up, shared_down, experts_out; latents, queries, keys_values in place of qkv."""
+    """qkv (or latents, queries, keys_values), o, gate_up, down; router, shared_gate_up, shared_down, experts_in, experts_out."""
     layout: StageLayout
-    """Its linears (in a mixture those of all experts), and tensors."""
+    """Its linears, and tensors."""
+    stages: tuple[int, ...]
+    """Numbers of the unit's stages that they are of."""
+    experts: tuple[RoutedExpert, ...] = ()
+    """For experts_in and experts_out: one, or all of them."""
 
 
 class Block:
     """One decoder block: its steps, and its function over them."""
 
-    def __init__(self, decoder: Decoder, layer: int, unit: UnitLayout) -> None:
+    def __init__(self, decoder: Decoder, layer: int, unit: UnitLayout, together: bool = False, routed_as: Decoder | None = None) -> None:
+        """`together`: a mixture's experts in two steps, each with all of them and the first one with the router, instead of two for each
+        expert. `routed_as`: of a model that sends a token to another number of experts."""
         self.decoder, self.layer = decoder, layer
         self.prefix = f"{unit.name}."
-        self.steps = tuple(steps_of(unit))
-        self._sparse = any(step.name == "experts_in" for step in self.steps)
+        self.steps = tuple(steps_of(unit, together))
+        self.experts = len({expert.number for step in self.steps for expert in step.experts})
+        self._routed_as = routed_as or decoder
         before = "pre_feedforward_layernorm" if decoder.family.post_norms else "post_attention_layernorm"
-        self.norms = {"qkv": "input_layernorm", "gate_up": before, "experts_in": before, "shared_gate_up": before}
+        self.norms = {"qkv": "input_layernorm"} | dict.fromkeys(("gate_up", "router", "experts_in", "shared_gate_up"), before)
         self.latent = LatentAttention(decoder, self.prefix) if decoder.family.latent else None
         if self.latent is not None:
             self.norms |= {"latents": "input_layernorm", **latent_attention.NORMS}
@@ -63,24 +85,28 @@ class Block:
             if decoder.family.post_norms
             else {}
         )
-        self.router = unit.name + "." + decoder.family.experts.router if decoder.family.experts and self._sparse else ""
-        self.shared_gate = self.prefix + decoder.family.experts.shared_gate if decoder.family.experts and self._sparse else ""
+        self.router = self.prefix + decoder.family.experts.router if decoder.family.experts and self.experts else ""
+        self.shared_gate = self.prefix + decoder.family.experts.shared_gate if decoder.family.experts and self.experts else ""
 
     # ---- the function
 
-    def inputs(self, step: Step, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By site, what the step's linears get, [n, columns] in the model's dtype: the positions that count."""
+    def inputs(
+        self, step: Step, batch: Batch, weights: Mapping[str, Tensor], linear: Linear | None = None, unrouted: Collection[int] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(site, what the step's linears get of it), [n, columns] in the model's dtype: the positions that count. Experts in `unrouted` get
+        all of them instead of those that are routed there; `linear` then has their weights."""
+        if step.name in MIXTURE:
+            yield from self._mixture_inputs(step, batch, weights, linear, unrouted)
+            return
         x = self._input(step, batch, weights)
-        if step.name == "experts_in":
-            routing = self._route(batch, x, weights)
-            return {self.router: x} | {self.expert(e): x[rows] for e, rows in routing.tokens_by_expert()}
-        if step.name == "experts_out":
-            return {self.expert(e): x[rows] for e, rows in Routing.of(batch.state).rows_by_expert()}
         valid = batch.valid(x.shape[1], x.device)
-        return {step.layout.name: x.flatten(0, 1) if valid is None else x[valid]}
+        yield step.layout.name, x.flatten(0, 1) if valid is None else x[valid]
 
     def advance(self, step: Step, batch: Batch, weights: Mapping[str, Tensor], linear: Linear, cache: Cache | None = None) -> None:
         """The step's outputs, up to the input of the next one."""
+        if step.name in MIXTURE:
+            self._advance_mixture(step, batch, weights, linear)
+            return
         x = self._input(step, batch, weights).to(linear.dtype)
         state, dtype = batch.state, self.decoder.dtype
         match step.name:
@@ -91,46 +117,26 @@ class Block:
                 self.latent.advance(step, x, state, x.shape[1], self.layer, linear)
             case "gate_up":
                 state["product"] = self._gated(step.layout.linears, x, linear).to(dtype)
-            case "shared_gate_up":
-                state["shared_product"] = self._gated(step.layout.linears, x, linear).to(dtype)
-                if (gate := weights.get(f"{self.shared_gate}.weight")) is not None:
-                    state["shared_gate"] = torch.sigmoid(x.float() @ gate.float().T)
-            case "shared_down":
-                y = linear(step.layout.linears[0].name, x)
-                state["shared"] = (y * state.pop("shared_gate") if "shared_gate" in state else y).to(dtype)
-                del state["shared_product"]
-            case "experts_in":
-                state["product"] = self._experts_in(step, x, batch, weights, linear).to(dtype)
             case "o":
-                self._add(step, batch, linear(step.layout.linears[0].name, x), weights)
+                self._add(step.name, batch, linear(step.layout.linears[0].name, x), weights)
                 del state["attention"]
             case "down":
-                self._add(step, batch, linear(step.layout.linears[0].name, x), weights)
+                self._add(step.name, batch, linear(step.layout.linears[0].name, x), weights)
                 del state["product"]
-            case "experts_out":
-                y = self._experts_out(step, x, batch, linear)
-                self._add(step, batch, y + state.pop("shared") if "shared" in state else y, weights)
-                for name in ("product", "experts", "gates"):
-                    del state[name]
 
     def _input(self, step: Step, batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:
-        """[rows, length, columns]; in a mixture [tokens, columns] of the positions that count. In the model's dtype."""
+        """[rows, length, columns], in the model's dtype."""
         if step.name == "o":
             return batch.state["attention"]
-        if step.name == "shared_down":
-            return batch.state["shared_product"]
+        if step.name == "down":
+            return batch.state["product"]
         if self.latent is not None and step.name in latent_attention.NORMS:
             return self.latent.input(step, batch.state, weights)
-        if step.name in ("down", "experts_out"):
-            return batch.state["product"]
-        x = self.decoder.norm(batch.state["hidden"], weights[f"{self.prefix}{self.norms[step.name]}.weight"]).to(self.decoder.dtype)
-        if step.name != "experts_in":
-            return x
-        valid = batch.valid(x.shape[1], x.device)
-        return x.flatten(0, 1) if valid is None else x[valid]
+        norm = weights[f"{self.prefix}{self.norms[step.name]}.weight"]
+        return self.decoder.norm(batch.state["hidden"], norm).to(self.decoder.dtype)
 
-    def _add(self, step: Step, batch: Batch, y: Tensor, weights: Mapping[str, Tensor]) -> None:
-        if name := self._after.get(step.name):
+    def _add(self, step: str, batch: Batch, y: Tensor, weights: Mapping[str, Tensor]) -> None:
+        if name := self._after.get(step):
             y = self.decoder.norm(y, weights[f"{self.prefix}{name}.weight"])
         batch.state["hidden"] = (batch.state["hidden"].float() + y).to(self.decoder.dtype)
 
@@ -157,71 +163,140 @@ class Block:
 
     # ---- the mixture
 
-    def _route(self, batch: Batch, x: Tensor, weights: Mapping[str, Tensor]) -> Routing:
-        """Which experts each token goes to; kept in the state, so that both steps go by the same answer."""
+    def _mixture_inputs(
+        self, step: Step, batch: Batch, weights: Mapping[str, Tensor], linear: Linear | None, unrouted: Collection[int]
+    ) -> Iterator[tuple[str, Tensor]]:
+        x = self._normed(batch, weights)
+        match step.name:
+            case "shared_gate_up":
+                yield step.layout.name, x
+            case "shared_down":
+                yield step.layout.name, batch.state["shared_product"]
+            case "router":
+                yield self.router, x
+            case "experts_in":
+                routing = self._route(batch, weights)
+                if len(step.stages) > len(step.experts):
+                    yield self.router, x
+                for expert in step.experts:
+                    yield expert.name, x if expert.number in unrouted else x[routing.of_expert(expert.number)[0]]
+            case "experts_out":
+                for expert, rows in self._parts(step, batch):
+                    if expert.number in unrouted:
+                        assert linear is not None, "unrouted tokens take the expert's weights"
+                        yield expert.name, self._gated(expert.gate_up, x.to(linear.dtype), linear).to(self.decoder.dtype)
+                    else:
+                        yield expert.name, batch.state["product"][rows]
+
+    def _advance_mixture(self, step: Step, batch: Batch, weights: Mapping[str, Tensor], linear: Linear) -> None:
+        """Every step adds to the same sum, which joins the hidden states behind the last one."""
+        state, dtype = batch.state, self.decoder.dtype
+        x = self._normed(batch, weights)
+        match step.name:
+            case "router":
+                self._route(batch, weights)
+            case "shared_gate_up":
+                state["shared_product"] = self._gated(step.layout.linears, x.to(linear.dtype), linear).to(dtype)
+                if (gate := weights.get(f"{self.shared_gate}.weight")) is not None:
+                    state["shared_gate"] = torch.sigmoid(x.float() @ gate.float().T)
+            case "shared_down":
+                y = linear(step.layout.linears[0].name, state.pop("shared_product").to(linear.dtype))
+                self._mixed(batch).add_(y * state.pop("shared_gate") if "shared_gate" in state else y)
+            case "experts_in":
+                routing = self._route(batch, weights)
+                tokens = [routing.of_expert(expert.number)[0] for expert in step.experts]
+                width = step.experts[0].down.shape[1]
+                product = x.new_empty(sum(map(len, tokens)), width)
+                for (expert, rows), at in zip(self._parts(step, batch), tokens, strict=True):
+                    if not len(at):
+                        continue
+                    product[rows] = self._gated(expert.gate_up, x[at].to(linear.dtype), linear).to(dtype)
+                state["product"] = product
+            case "experts_out":
+                self._experts_out(step, batch, linear)
+        if step is self.steps[-1]:
+            self._join(batch, weights)
+
+    def _normed(self, batch: Batch, weights: Mapping[str, Tensor]) -> Tensor:
+        """What the mixture reads, [tokens, hidden] of the positions that count, in the model's dtype; kept in the state."""
+        if "normed" not in batch.state:
+            norm = weights[f"{self.prefix}{self.norms['router']}.weight"]
+            x = self.decoder.norm(batch.state["hidden"], norm).to(self.decoder.dtype)
+            valid = batch.valid(x.shape[1], x.device)
+            batch.state["normed"] = x.flatten(0, 1) if valid is None else x[valid]
+        return batch.state["normed"]
+
+    def _route(self, batch: Batch, weights: Mapping[str, Tensor]) -> Routing:
+        """Which experts each token goes to; kept in the state, so that all steps go by the same answer."""
         if "experts" not in batch.state:
-            logits = x.float() @ weights[f"{self.router}.weight"].float().T
             experts = self.decoder.family.experts
             assert experts is not None
+            logits = self._normed(batch, weights).float() @ weights[f"{self.router}.weight"].float().T
             correction = weights.get(self.prefix + experts.correction) if experts.correction else None
-            batch.state |= Routing.choose(logits, Rule.of(experts.scoring, self.decoder.config), correction).state()
+            batch.state |= Routing.choose(logits, Rule.of(experts.scoring, self._routed_as.config), correction).state()
         return Routing.of(batch.state)
 
-    def _experts_in(self, step: Step, x: Tensor, batch: Batch, weights: Mapping[str, Tensor], linear: Linear) -> Tensor:
-        routing = self._route(batch, x, weights)
-        pairs = expert_linears(step.layout.linears, 2)
-        width = step.layout.linears[0].shape[0]
-        product = x.new_empty(routing.assignments, width)
-        for (expert, tokens), (_, rows) in zip(routing.tokens_by_expert(), routing.rows_by_expert(), strict=True):
-            product[rows] = self._gated(pairs[expert], x[tokens], linear)
-        return product
+    def _parts(self, step: Step, batch: Batch) -> Iterator[tuple[RoutedExpert, slice]]:
+        """Where each of the step's experts has its tokens in `product`."""
+        routing, start = Routing.of(batch.state), 0
+        for expert in step.experts:
+            count = len(routing.of_expert(expert.number)[0])
+            yield expert, slice(start, start + count)
+            start += count
 
-    def _experts_out(self, step: Step, x: Tensor, batch: Batch, linear: Linear) -> Tensor:
-        routing, hidden = Routing.of(batch.state), batch.state["hidden"]
-        downs = expert_linears(step.layout.linears, 1)
-        out = x.new_zeros(len(routing.experts), hidden.shape[-1], dtype=torch.float32)
-        gates = routing.gates_by_expert()
-        for (expert, tokens), (_, rows) in zip(routing.tokens_by_expert(), routing.rows_by_expert(), strict=True):
-            out.index_add_(0, tokens, linear(downs[expert][0].name, x[rows]) * gates[rows, None])
-        valid = batch.valid(hidden.shape[1], hidden.device)
-        if valid is None:
-            return out.view(hidden.shape)
-        whole = out.new_zeros(hidden.shape)
-        whole[valid] = out
-        return whole
+    def _mixed(self, batch: Batch) -> Tensor:
+        """fp32 [tokens, hidden]: the sum of what has been said so far, changed in place."""
+        if "mixed" not in batch.state:
+            batch.state["mixed"] = torch.zeros_like(batch.state["normed"], dtype=torch.float32)
+        return batch.state["mixed"]
 
-    def expert(self, number: int) -> str:
-        experts = self.decoder.family.experts
-        assert experts is not None
-        return self.prefix + experts.expert.format(expert=number)
+    def _experts_out(self, step: Step, batch: Batch, linear: Linear) -> None:
+        out, product, routing = self._mixed(batch), batch.state.pop("product"), Routing.of(batch.state)
+        for expert, rows in self._parts(step, batch):
+            tokens, gates = routing.of_expert(expert.number)
+            if len(tokens):
+                out.index_add_(0, tokens, linear(expert.down.name, product[rows].to(linear.dtype)) * gates[:, None])
+
+    def _join(self, batch: Batch, weights: Mapping[str, Tensor]) -> None:
+        out, hidden = self._mixed(batch), batch.state["hidden"]
+        if (valid := batch.valid(hidden.shape[1], hidden.device)) is not None:
+            whole = out.new_zeros(hidden.shape)
+            whole[valid] = out
+            out = whole
+        self._add("experts_out", batch, out.view(hidden.shape), weights)
+        for name in ("normed", "experts", "gates", "mixed"):
+            del batch.state[name]
 
 
-def steps_of(unit: UnitLayout) -> list[Step]:
-    """A block's stages with linears, in the order of its function. A mixture's experts are two steps, each with all of them; a shared
-    expert's are between the two, for it reads what the experts read."""
+def steps_of(unit: UnitLayout, together: bool) -> list[Step]:
+    """A block's stages with linears, in the order of its function. A shared expert's are behind the router, for it reads what the experts
+    read."""
     found: list[Step] = []
-    experts: list[StageLayout] = []
+    routers: list[Step] = []
     beside: list[Step] = []
-    for stage in unit.stages:
+    experts: list[tuple[int, RoutedExpert]] = []
+    for number, stage in enumerate(unit.stages):
         name = stage.name.rpartition(".")[2]
-        if any(x.kind == "router" for x in stage.linears) or name.isdecimal():
-            experts.append(stage)
+        if stage.expert is not None:
+            if unit.stored or not stage.dropped:
+                *gate_up, down = stage.linears
+                experts.append((number, RoutedExpert(stage.expert if unit.stored else int(name), stage.name, tuple(gate_up), down)))
+        elif any(x.kind == "router" for x in stage.linears):
+            routers.append(Step("router", stage, (number,)))
         elif stage.linears:
-            (beside if name.startswith("shared_") else found).append(Step(name, stage))
-    if experts:
-        router, *each = experts
-        tensors = tuple(t for stage in experts for t in stage.tensors)
-        ins = tuple(x for stage in each for x in stage.linears[:-1])
-        outs = tuple(stage.linears[-1] for stage in each)
-        base = router.name.rpartition(".")[0]
-        found += [
-            Step("experts_in", StageLayout(f"{base}.gate_up", tensors, ins)),
-            *beside,
-            Step("experts_out", StageLayout(f"{base}.down", (), outs)),
-        ]
-    return found
-
-
-def expert_linears(linears: tuple[LinearLayout, ...], each: int) -> list[tuple[LinearLayout, ...]]:
-    """Those of one expert after the other."""
-    return [linears[i : i + each] for i in range(0, len(linears), each)]
+            (beside if is_shared(stage) else found).append(Step(name, stage, (number,)))
+    if not experts:
+        return found
+    (router,) = routers
+    base = router.layout.name.rpartition(".")[0]
+    ins, outs = [], []
+    for bunch in [experts] if together else [[each] for each in experts]:
+        numbers, routed = tuple(number for number, _ in bunch), tuple(expert for _, expert in bunch)
+        with_router = (*router.stages, *numbers) if together else numbers
+        tensors = tuple(t for number in with_router for t in unit.stages[number].tensors)
+        linears = tuple(x for expert in routed for x in expert.gate_up)
+        ins.append(Step("experts_in", StageLayout(f"{base}.gate_up", tensors, linears), with_router, routed))
+        outs.append(Step("experts_out", StageLayout(f"{base}.down", (), tuple(x.down for x in routed)), numbers, routed))
+    if together:
+        return [*found, *ins, *beside, *outs]
+    return [*found, router, *beside, *(step for pair in zip(ins, outs, strict=True) for step in pair)]

@@ -15,8 +15,8 @@ from math import prod
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.architectures import text_config
 from kompressor_worker.layout import DTYPE_BYTES, LinearLayout, ModelLayout, StageLayout, UnitLayout
+from kompressor_worker.parts import held, parts_of
 from kompressor_worker.passes import Pass
-from kompressor_worker.passes.shapes import is_routed_expert
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import OutputPlan
@@ -92,7 +92,7 @@ class FlowBytes:
     spilled: int
     """The rest of them, in files."""
     block: int
-    """One block as stored, changed, decoded and encoded."""
+    """The largest part of a block (parts.py) as stored, changed, decoded and encoded."""
     step: int
     """A step's weights in fp32, and what a batch of rows is on its way through it."""
     statistics: int
@@ -137,20 +137,28 @@ def is_block(unit: UnitLayout) -> bool:
 
 
 def steps_of(unit: UnitLayout, layout: ModelLayout) -> list[list[Site]]:
-    """A block's steps, each with its sites: as decoder_block.steps_of and sites.sites_of, without torch."""
+    """A block's steps, each with its sites: as decoder_block.steps_of and sites.sites_of, without torch; a mixture's experts together."""
+    stages = [stage for stage in unit.stages if unit.stored or not stage.dropped]
+    return steps_in(stages, sum(stage.expert is not None for stage in stages), layout)
+
+
+def steps_in(stages: Sequence[StageLayout], experts: int, layout: ModelLayout) -> list[list[Site]]:
+    """Of a part of a block that has so many experts in all."""
     steps: list[list[Site]] = []
-    experts: list[StageLayout] = []
-    for stage in unit.stages:
+    routed = [stage for stage in stages if stage.expert is not None]
+    for stage in stages:
         linears = [x for x in stage.linears if x.kind == "linear"]
-        if linears and is_routed_expert(linears[0].name):
-            experts.append(stage)
-        elif linears:
+        if linears and stage.expert is None:
             steps.append([Site(linears[0].shape[1], tuple(linears))])
-    if experts:
-        share = min(1.0, int(text_config(layout.config).get("num_experts_per_tok") or 1) / len(experts))
+    if routed:
+        share = min(1.0, top_k(layout) / experts)
         parts = (slice(None, -1), slice(-1, None))
-        steps += [[Site(e.linears[part][0].shape[1], e.linears[part], share) for e in experts] for part in parts]
+        steps += [[Site(e.linears[part][0].shape[1], e.linears[part], share) for e in routed] for part in parts]
     return steps
+
+
+def top_k(layout: ModelLayout) -> int:
+    return int(text_config(layout.config).get("num_experts_per_tok") or 1)
 
 
 def flow_bytes(
@@ -169,32 +177,44 @@ def flow_bytes(
     changed = any(p.transforms or p.prunes or p.reduces or (p.statistics and (p.whole_block or not p.products)) for p in passes)
     reducing = {name for p in passes for name in p.reduces}
     hidden = int(text_config(layout.source_config)["hidden_size"])
-    between = block = step = statistics = 0
+    between = block = step = statistics = mixture = 0
+    surveyed = any(p.surveys_whole_blocks for p in passes)
     for unit, placed in zip(layout.units, planned.stages, strict=True):
         if not is_block(unit):
             continue
-        steps = steps_of(unit.as_stored(), layout)
-        # between two steps flows what the output projections read: theirs are the steps of one linear
-        between = max([between, *(round(s.columns * s.share * len(sites)) for sites in steps[1::2] for s in sites[:1])])
-        decoded = sum(t.nbytes for stage in unit.stages for t in stage.tensors)
-        quantised = sum(prod(x.shape) for stage in unit.stages for x in stage.linears if x.name in schemes)
-        made = sum(t.stop - t.start for stage in placed for t in stage)
-        recoded = decoded if any(t.encoding != "plain" for stage in unit.stages for t in stage.tensors) else 0
-        block = max(block, unit.source_bytes + recoded + (decoded if changed else 0) + quantised * size + made)
-        wide = [4 * sum(s.weights for s in sites) for sites in steps]
-        sums = [4 * sum(s.columns**2 for s in sites) for sites in steps]
-        trials = 4 * TRIAL_COPIES * max(s.weights for sites in steps for s in sites)
-        widened = sum(wide[:-1]) + trials if whole else max(wide)
-        step = max(step, widened + max(batch_bytes(sites, tokens.length) for sites in steps))
-        if hessians:
-            factors = 4 * COPIES * max(s.columns for sites in steps for s in sites) ** 2
-            statistics = max(statistics, (sum(sums) if whole else max(sums)) + factors)
-        if reducing:
-            statistics = max(
-                statistics, *(sum(sums[1::2]) + 4 * REDUCING_COPIES * s.columns**2 for sites in steps[1::2] for s in sites[:1])
-            )
+        stored = unit.as_stored()
+        experts = sum(stage.expert is not None for stage in unit.stages)
+        if experts:  # in the model's dtype what the experts read, in fp32 the sum of what they say, and where each token goes
+            mixture = hidden * (size + 4) + top_k(layout) * 12
+        for part in parts_of(unit, passes, schemes):
+            stages, made = part.of(unit), sum(t.stop - t.start for number in part.stages for t in placed[number])
+            loaded, decoded = sum(s.source_bytes for s in stages), sum(t.nbytes for s in stages for t in s.tensors)
+            quantised = sum(prod(x.shape) for s in stages for x in s.linears if x.name in schemes)
+            recoded = decoded if any(t.encoding != "plain" for s in stages for t in s.tensors) else 0
+            block = max(block, loaded + recoded + (decoded if changed else 0) + quantised * size + made)
+            steps = steps_in(part.of(stored), experts, layout)
+            if not steps:
+                continue
+            # between two steps flows what the output projections read: theirs are the steps of one linear
+            between = max([between, *(round(s.columns * s.share * len(sites)) for sites in steps[1::2] for s in sites[:1])])
+            wide = [4 * sum(s.weights for s in sites) for sites in steps]
+            sums = [4 * sum(s.columns**2 for s in sites) for sites in steps]
+            trials = 4 * TRIAL_COPIES * max(s.weights for sites in steps for s in sites)
+            widened = sum(wide[:-1]) + trials if whole else max(wide)
+            step = max(step, widened + max(batch_bytes(sites, tokens.length) for sites in steps))
+            if hessians:
+                factors = 4 * COPIES * max(s.columns for sites in steps for s in sites) ** 2
+                statistics = max(statistics, (sum(sums) if whole else max(sums)) + factors)
+            if reducing:
+                statistics = max(
+                    statistics, *(sum(sums[1::2]) + 4 * REDUCING_COPIES * s.columns**2 for sites in steps[1::2] for s in sites[:1])
+                )
+        if surveyed:
+            recoded = any(t.encoding != "plain" for s in unit.stages for t in s.tensors)
+            block = max(block, unit.source_bytes + (sum(t.nbytes for s in unit.stages for t in s.tensors) if recoded else 0))
     together = max(tokens.evaluation, max(tokens.calibration, tokens.drift) if whole else tokens.calibration + tokens.drift)
     flowing = size * max(2 * tokens.streams * hidden + together * between, surveyed_states(passes) * tokens.calibration * hidden)
+    flowing += mixture * (together if held(passes) else tokens.streams)
     kept = min(flowing, limits.activations)
     head = tokens.evaluation * (2 * hidden * size + SCORED_BYTES) + 2 * limits.slice + 2 * TILE_BYTES if tokens.evaluation else 0
     restored = size * hidden * max(tokens.calibration, tokens.evaluation, tokens.drift)

@@ -29,8 +29,9 @@ from kompressor_worker.stream import Work
 from kompressor_worker.survey import Survey
 
 
-def calibrated(work: Work, output: Output, rows: Mapping[str, Rows]) -> Calibrated:
-    """`rows` by section of the spec: calibration, drift, evaluation. Raises UserError for a decoder that cannot be run."""
+def calibrated(work: Work, output: Output, rows: Mapping[str, Rows], least_tokens: int = 0) -> Calibrated:
+    """`rows` by section of the spec: calibration, drift, evaluation. `least_tokens`: experts with fewer are measured on all. Raises
+    UserError for a decoder that cannot be run."""
     device = compute_device()
     decoder = Decoder(work.layout, device)
     source = decoder if work.layout.config == work.layout.source_config else Decoder(as_it_was(work.layout), device)
@@ -49,8 +50,8 @@ def calibrated(work: Work, output: Output, rows: Mapping[str, Rows]) -> Calibrat
         deployment=stream("deployment", "drift"),
         reference=stream("reference", "calibration", source) if any(p.corrects for p in work.passes) else None,
     )
-    engine = Engine(decoder, work.passes, work.schemes, streams, source)
-    return Calibrated(work, engine, Snapshots(streams, output, work.limits.snapshot_seconds))
+    engine = Engine(decoder, work.passes, work.schemes, streams, source, least_tokens)
+    return Calibrated(work, engine, Snapshots(streams, output, work.limits.snapshot_seconds, work))
 
 
 def surveyed(number: int, assigned: Assignment, journal: Journal, rows: Mapping[str, Rows], limits: Limits) -> Survey:
@@ -61,7 +62,7 @@ def surveyed(number: int, assigned: Assignment, journal: Journal, rows: Mapping[
     stream = Activations.of("calibration", rows["calibration"].tokens, decoder.dtype, int(decoder.config.hidden_size), spill, device)
     streams = Streams(calibration=stream)
     work = Work(source, (), {}, plan_output(source, {}), limits)
-    units = Calibrated(work, Engine(decoder, (), {}, streams), Snapshots(streams, journal.output, limits.snapshot_seconds))
+    units = Calibrated(work, Engine(decoder, (), {}, streams), Snapshots(streams, journal.output, limits.snapshot_seconds, work))
     return Survey(number, units, assigned.passes, journal)
 
 

@@ -128,6 +128,8 @@ class UnitLayout:
     stages: tuple[StageLayout, ...]
     dropped: bool = False
     """A block that the result does not have; the original's activations flow through it all the same."""
+    stored: bool = False
+    """Whether it stands for the block as the source has it (`as_stored`)."""
 
     @property
     def source_bytes(self) -> int:
@@ -135,8 +137,11 @@ class UnitLayout:
 
     def as_stored(self) -> UnitLayout:
         """With the linears' shapes of the source, under the names of the result; experts that are dropped are among them."""
-        shapes = {t.name: t.shape for stage in self.stages for t in stage.tensors}
-        return self.with_shapes(shapes)
+        return replace(self.with_stored_shapes(), stored=True)
+
+    def with_stored_shapes(self) -> UnitLayout:
+        """The same without the experts that are dropped: with the result's routing."""
+        return self.with_shapes({t.name: t.shape for stage in self.stages for t in stage.tensors})
 
     def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> UnitLayout:
         """With linears of other shapes, by the full names of their weights; those that are not named keep theirs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ SMALLEST = 1e-20
 
 @dataclass(frozen=True)
 class Routing:
-    """Of one batch's tokens. An assignment is a (token, expert) pair; assignments are ordered by expert, then by token."""
+    """Of one batch's tokens. An assignment is a (token, expert) pair."""
 
     experts: Tensor
     """int64 [tokens, top-k]"""
@@ -83,26 +83,11 @@ class Routing:
     def state(self) -> dict[str, Tensor]:
         return {"experts": self.experts, "gates": self.gates}
 
-    @property
-    def assignments(self) -> int:
-        return self.experts.numel()
+    def of_expert(self, number: int) -> tuple[Tensor, Tensor]:
+        """Its tokens, int64 [n] ascending, and their gates, fp32 [n]."""
+        tokens, slots = (self.experts == number).nonzero(as_tuple=True)
+        return tokens, self.gates[tokens, slots]
 
-    def _order(self) -> Tensor:
-        return torch.argsort(self.experts.flatten(), stable=True)
-
-    def tokens_by_expert(self) -> Iterator[tuple[int, Tensor]]:
-        """(expert, its tokens) for every expert that got one."""
-        tokens = self._order() // self.experts.shape[1]
-        return ((expert, tokens[rows]) for expert, rows in self.rows_by_expert())
-
-    def rows_by_expert(self) -> Iterator[tuple[int, slice]]:
-        """(expert, its assignments) for every expert that got one."""
-        counts, start = torch.bincount(self.experts.flatten()).tolist(), 0
-        for expert, count in enumerate(counts):
-            if count:
-                yield expert, slice(start, start + count)
-            start += count
-
-    def gates_by_expert(self) -> Tensor:
-        """fp32 [assignments]"""
-        return self.gates.flatten()[self._order()]
+    def counts(self, experts: int) -> Tensor:
+        """int64 [experts]: tokens that go to each."""
+        return torch.bincount(self.experts.flatten(), minlength=experts)

@@ -38,6 +38,8 @@ class BlockFacts(TypedDict, total=False):
     """Stage to pass to what the pass has to say."""
     expertTokens: Sequence[int]
     """In a mixture: calibration tokens routed to each expert."""
+    expertsOnAllTokens: Sequence[int]
+    """Those that few tokens are routed to: what was measured of them, was measured on all."""
 
 
 class Report(TypedDict, total=False):

@@ -178,13 +178,16 @@ def experts(blocks: Sequence[Mapping[str, Any]]) -> str:
     """A map of experts by blocks: which share of a block's routed tokens each expert got."""
     cells = {}
     routed = [(str(b.get("name", "")), b["expertTokens"]) for b in blocks if b.get("expertTokens")]
+    few = {(str(b.get("name", "")), expert) for b in blocks for expert in b.get("expertsOnAllTokens", ())}
     for name, tokens in routed:
         for expert, count in enumerate(tokens):
-            cells[_last(name), str(expert)] = (count / max(1, sum(tokens)), f"{name}, expert {expert}: {count:,} tokens")
+            how = ", measured on all" if (name, expert) in few else ""
+            cells[_last(name), str(expert)] = (count / max(1, sum(tokens)), f"{name}, expert {expert}: {count:,} tokens{how}")
     if not routed:
         return ""
     idle = sum(count == 0 for _, tokens in routed for count in tokens)
     says = f"{idle} experts got no token." if idle else "Every expert got some."
+    says += f" {len(few)} got fewer than calibration.minTokensPerExpert, and were measured on all tokens." if few else ""
     across = [str(i) for i in range(max(len(tokens) for _, tokens in routed))]
     plot = heat(cells, [_last(name) for name, _ in routed], across, lambda share: f"{100 * share:.1f} %")
     return card("Tokens per expert", f"Share of a block's routed calibration tokens, blocks down, experts across. {says}", plot)

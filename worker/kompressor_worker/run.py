@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
+from kompressor_api.datasets import MIN_TOKENS_PER_EXPERT
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker import gates
 from kompressor_worker.assignment import Assignment
@@ -143,7 +144,7 @@ class Trying:
             assigned = assigned.renewed()
         self.progress.streaming(assigned.layout, surveys)
         work = Work(assigned.layout, assigned.passes, assigned.schemes, assigned.plan, self.limits)
-        flowing = calibrated(work, self.output, rows) if flows(rung.spec, assigned.passes) else None
+        flowing = calibrated(work, self.output, rows, least_tokens(rung.spec)) if flows(rung.spec, assigned.passes) else None
         stream(work, flowing or DataFree(work), self.source, self.output, journal, self.progress.done, self.stop)
         self.progress.publishing()
         found = measured(assigned, rows, chosen(self.data, rung), journal)
@@ -256,6 +257,16 @@ def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout, data: Mappin
         "format": spec.output.format,
         **({} if spec.target is None else {"target": digest(spec.target.model_dump(by_alias=True, exclude_none=True))}),
         **({} if spec.output.sparse_storage == "dense" else {"sparseStorage": spec.output.sparse_storage}),
+        **({"minTokensPerExpert": str(least)} if (least := least_tokens(spec)) != MIN_TOKENS_PER_EXPERT and has_experts(layout) else {}),
         RELEASE: version("kompressor"),
         **{section: found.fingerprint for section, found in data.items()},
     }
+
+
+def least_tokens(spec: CompressionJobSpec) -> int:
+    """Experts that fewer calibration tokens are routed to are measured on all of them."""
+    return MIN_TOKENS_PER_EXPERT if spec.calibration is None else spec.calibration.min_tokens_per_expert
+
+
+def has_experts(layout: ModelLayout) -> bool:
+    return any(stage.expert is not None for stage in layout.stages())

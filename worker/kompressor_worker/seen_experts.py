@@ -2,57 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kompressor_worker.batch import Batch
-from kompressor_worker.decoder_block import Block, Step, expert_linears
+from kompressor_worker.decoder_block import Block, RoutedExpert
 from kompressor_worker.forward import Projection
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.mixture import Routing
 from kompressor_worker.passes.surveyor import SAMPLE, Routed, SeenExpert
 
 
-def seen_experts(
-    block: Block,
-    batches: Sequence[Batch],
-    weights: Mapping[str, Tensor],
-    project: Projection,
-    heard: Callable[[float], None],
-) -> Iterator[SeenExpert]:
-    """Every expert of the block's mixture; `batches` stand before it and are routed here. `heard` of multiply-adds; it may raise."""
-    ins, outs = (next(step for step in block.steps if step.name == name) for name in ("experts_in", "experts_out"))
-    norm = weights[f"{block.prefix}{block.norms[ins.name]}.weight"]
-    routings = [_routed(block, ins, batch, weights) for batch in batches]
-    sample = torch.cat([_inputs(block, norm, batch, at) for batch, at in zip(batches, spread(batches), strict=True)])
-    downs = expert_linears(outs.layout.linears, 1)
-    for number, linears in enumerate(expert_linears(ins.layout.linears, len(ins.layout.linears) // len(downs))):
-        own, size = (*linears, *downs[number]), sum(x.shape[0] * x.shape[1] for x in (*linears, *downs[number]))
+@dataclass(frozen=True)
+class Sample:
+    """Of a mixture's tokens, which all its experts are compared on."""
+
+    block: Block
+    inputs: Tensor
+    """[s, hidden], model dtype."""
+
+    @classmethod
+    def of(cls, block: Block, batches: Sequence[Batch]) -> Sample:
+        """`batches` have met the router."""
+        normed = [batch.state["normed"] for batch in batches]
+        return cls(block, torch.cat([x[at] for x, at in zip(normed, spread([len(x) for x in normed]), strict=True)]))
+
+    def expert(
+        self, expert: RoutedExpert, batches: Sequence[Batch], weights: Mapping[str, Tensor], heard: Callable[[float], None]
+    ) -> SeenExpert:
+        """What it gets and says. `weights`: with its own, by full name; `heard` of multiply-adds, and may raise."""
+        own = (*expert.gate_up, expert.down)
+        size = sum(x.shape[0] * x.shape[1] for x in own)
+        project = Projection.as_a_runtime(weights, self.block.decoder.dtype, self.block.decoder.device)
         parts = []
-        for batch, routing in zip(batches, routings, strict=True):
-            tokens, slots = (routing.experts == number).nonzero(as_tuple=True)
+        for batch in batches:
+            tokens, gates = Routing.of(batch.state).of_expert(expert.number)
             if len(tokens):
-                x = _inputs(block, norm, batch, tokens)
-                parts.append(Routed(x, routing.gates[tokens, slots], _outputs(block, own, x, project)))
+                x = batch.state["normed"][tokens]
+                parts.append(Routed(x, gates, _outputs(self.block, own, x, project)))
             heard(size * len(tokens))
         held = {name: w for name, w in weights.items() if name.rpartition(".")[0] in {x.name for x in own}}
-        yield SeenExpert(block.layer, number, len(downs), held, parts, sample, _outputs(block, own, sample, project))
-        project.forget()
-
-
-def _routed(block: Block, step: Step, batch: Batch, weights: Mapping[str, Tensor]) -> Routing:
-    block.inputs(step, batch, weights)
-    return Routing.of(batch.state)
-
-
-def _inputs(block: Block, norm: Tensor, batch: Batch, tokens: Tensor) -> Tensor:
-    """What the mixture gets, of these of the positions that count; only their norms are computed."""
-    hidden = batch.state["hidden"]
-    valid = batch.valid(hidden.shape[1], hidden.device)
-    at = tokens if valid is None else valid.flatten().nonzero()[:, 0][tokens]
-    return block.decoder.norm(hidden.flatten(0, 1)[at], norm).to(block.decoder.dtype)
+        said = _outputs(self.block, own, self.inputs, project)
+        return SeenExpert(self.block.layer, expert.number, self.block.experts, held, parts, self.inputs, said)
 
 
 def _outputs(block: Block, linears: Sequence[LinearLayout], x: Tensor, project: Projection) -> Tensor:
@@ -64,18 +58,12 @@ def _outputs(block: Block, linears: Sequence[LinearLayout], x: Tensor, project: 
     return project(down.name, product).float()
 
 
-def spread(batches: Sequence[Batch]) -> list[Tensor]:
-    """By batch, int64, ascending: which of the positions that count are among SAMPLE that are evenly spread over all rows."""
-    counts = []
-    for batch in batches:
-        hidden = batch.state["hidden"]
-        valid = batch.valid(hidden.shape[1], hidden.device)
-        counts.append(hidden.shape[0] * hidden.shape[1] if valid is None else int(valid.sum()))
+def spread(counts: Sequence[int]) -> list[Tensor]:
+    """By batch of so many tokens, int64, ascending: which of them are among SAMPLE that are evenly spread over all."""
     total = sum(counts)
     chosen = torch.arange(min(total, SAMPLE)) * total // max(1, min(total, SAMPLE))
     found, start = [], 0
-    for batch, count in zip(batches, counts, strict=True):
-        inside = chosen[(chosen >= start) & (chosen < start + count)] - start
-        found.append(inside.to(batch.state["hidden"].device))
+    for count in counts:
+        found.append(chosen[(chosen >= start) & (chosen < start + count)] - start)
         start += count
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import safetensors.torch
@@ -19,18 +19,21 @@ from kompressor_worker.assignment import Assignment
 from kompressor_worker.batch import Batch
 from kompressor_worker.block import Site
 from kompressor_worker.block_work import batch_tokens, size_of
+from kompressor_worker.calibrated import steps_in
 from kompressor_worker.calibrated_units import Calibrated
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Block
+from kompressor_worker.decoder_block import Step as BlockStep
 from kompressor_worker.errors import Terminated
 from kompressor_worker.forward import Projection
 from kompressor_worker.journal import Journal
-from kompressor_worker.layout import ModelLayout, SourceTensor, UnitLayout
+from kompressor_worker.layout import ModelLayout, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.pace import Pace
+from kompressor_worker.parts import parts_of, whole_block
 from kompressor_worker.passes import Pass
 from kompressor_worker.passes.surveyor import SeenBlock, Surveyed
 from kompressor_worker.pipeline import Load, Loaded, Prefetcher
-from kompressor_worker.seen_experts import seen_experts
+from kompressor_worker.seen_experts import Sample
 from kompressor_worker.sites import sites_of
 from kompressor_worker.snapshots import object_names, restored, snapshot_objects
 from kompressor_worker.storage import WORK, Output, Source
@@ -144,58 +147,77 @@ class Survey:
             case "embeddings":
                 self.units.replay(number, incoming, step)
             case "block":
-                self._block(number, unit, self.units.block_weights(unit, incoming), step)
+                self._block(number, unit, self.units.reader(incoming), step)
             case "head" if any(s.reads_head for s in self.surveyors.values()):
                 self._head(unit, incoming, step)
             case _:
                 step(unit.source_bytes)
 
-    def _block(self, number: int, unit: UnitLayout, weights: dict[str, Tensor], step: Step) -> None:
-        block = Block(self.decoder, self.units.place(number).source, unit)
+    def _block(self, number: int, unit: UnitLayout, load: Callable[[StageLayout], dict[str, Tensor]], step: Step) -> None:
+        place = self.units.place(number).source
+        block = Block(self.decoder, place, unit)
         tokens = sum(t.numel() for t in self.stream.tokens)
         pace = Pace(unit.source_bytes, sum(size_of(s.layout) for s in block.steps) * tokens, step)
-        project = Projection.as_a_runtime(weights, self.decoder.dtype, self.decoder.device)
         before, middle = self.stream.snapshot(), list[Tensor]()
+        whole = any(surveyor.whole_block for surveyor in self.surveyors.values())
         sites: list[Site] = []
-        for at, part in enumerate(block.steps):
-            if at + 1 == len(block.steps):
-                middle = self.stream.snapshot()
-            if part.name == "experts_in" and any(s.wants_experts for s in self.surveyors.values()):
-                self._experts(block, weights, project, pace)
-            found = sites_of(block, part, self.wanted)
-            sites += found
-            by_name = {site.name: site.statistics for site in found}
-            for batch in self.stream.batches:
-                for name, x in block.inputs(part, batch, weights).items() if self.wanted else ():
-                    by_name[name].add(x)
-                block.advance(part, batch, weights, project)
-                self.stream.spill.settle(batch)
-                pace(size_of(part.layout) * batch_tokens(batch))
-            project.forget()
+        norms: dict[str, Tensor] = {}
+        routers: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        sample: Sample | None = None
+        for part in whole_block(unit) if whole else parts_of(unit):
+            weights = dict(norms)
+            for stage in part.of(unit):
+                weights |= (found := load(stage))
+                norms |= found if not stage.linears else {}
+                routers |= found if any(x.kind == "router" for x in stage.linears) else {}
+            for each in steps_in(block, part):
+                if each is block.steps[-1]:
+                    middle = self.stream.snapshot()
+                if each.name == "experts_in" and any(s.wants_experts for s in self.surveyors.values()):
+                    sample = sample or Sample.of(block, self.stream.batches)
+                    self._expert(sample, each, weights, pace)
+                sites += self._step(block, each, weights, pace)
+            for surveyor in self.surveyors.values():
+                surveyor.part(weights)
         self.stream.exclude_nonfinite(unit.name)
 
         def forward(rows: Sequence[Batch], model: ModelLayout | None = None) -> None:
+            assert whole, "whole_block says that a surveyor takes other rows through blocks"
             other = Projection.as_a_runtime(weights, self.decoder.dtype, self.decoder.device)
             through = block if model is None else Block(Decoder(model, self.decoder.device), block.layer, unit)
-            for part in through.steps:
+            for each in through.steps:
                 for batch in rows:
-                    through.advance(part, batch, weights, other)
+                    through.advance(each, batch, weights, other)
                     pace(0)
                 other.forget()
 
         valid = [batch.valid(h.shape[1], h.device) for batch, h in zip(self.stream.batches, before, strict=True)]
-        place = self.units.place(number).source
-        seen = SeenBlock(place, block.prefix, weights, tuple(sites), before, middle, self.stream.snapshot(), valid, forward)
+        held = weights if whole else norms | routers
+        seen = SeenBlock(place, block.prefix, held, tuple(sites), before, middle, self.stream.snapshot(), valid, forward)
         for surveyor in self.surveyors.values():
             surveyor.block(seen)
             pace(0)
         pace.finish()
 
-    def _experts(self, block: Block, weights: Mapping[str, Tensor], project: Projection, pace: Pace) -> None:
-        for seen in seen_experts(block, self.stream.batches, weights, project, pace):
-            for surveyor in (s for s in self.surveyors.values() if s.wants_experts):
-                surveyor.expert(seen)
-                pace(0)
+    def _step(self, block: Block, step: BlockStep, weights: Mapping[str, Tensor], pace: Pace) -> Sequence[Site]:
+        """The rows through a step, and what was measured of its inputs."""
+        found = sites_of(block, step, self.wanted)
+        by_name = {site.name: site.statistics for site in found}
+        project = Projection.as_a_runtime(weights, self.decoder.dtype, self.decoder.device)
+        for batch in self.stream.batches:
+            for name, x in block.inputs(step, batch, weights) if self.wanted else ():
+                by_name[name].add(x)
+            block.advance(step, batch, weights, project)
+            self.stream.spill.settle(batch)
+            pace(size_of(step.layout) * batch_tokens(batch))
+        return found
+
+    def _expert(self, sample: Sample, step: BlockStep, weights: Mapping[str, Tensor], pace: Pace) -> None:
+        seen = sample.expert(step.experts[0], self.stream.batches, weights, pace)
+        for surveyor in (s for s in self.surveyors.values() if s.wants_experts):
+            surveyor.expert(seen)
+            pace(0)
 
     def _head(self, unit: UnitLayout, incoming: Iterator[Loaded], step: Step) -> None:
         norms: dict[str, Tensor] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -27,6 +27,8 @@ class Carry:
     record: dict[str, Any] = field(default_factory=dict)
     objects: Callable[[], Iterator[tuple[str, bytes]]] = lambda: iter(())
     """(name, content) of working objects, written before the commit that counts the unit."""
+    written: Sequence[Future[None]] = ()
+    """Those that are being written already."""
     snapshot: int | None = None
     """The unit before which these activations stand, if the objects are a snapshot."""
     stale: tuple[str, ...] = ()
@@ -93,6 +95,10 @@ class Writer:
             self._open(tensor.shard)
         self._uploads.write(data)
 
+    def submit(self, name: str, content: Callable[[], bytes]) -> Future[None]:
+        """Writes a working object in the background."""
+        return self._uploads.submit(lambda: self._output.write(name, content()))
+
     def record_digest(self, tensor: str, value: str) -> None:
         self._digests[tensor] = value
 
@@ -152,6 +158,7 @@ class Writer:
         }
         for name, data in done.carry.objects():
             self._output.write(name, data)
+        results(done.carry.written)
         self._journal.write_record(done.unit, record)
         before = self._journal.state
         snapshot = before.snapshot if done.carry.snapshot is None else done.carry.snapshot

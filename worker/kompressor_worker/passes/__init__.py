@@ -56,6 +56,9 @@ class Pass:
     """Whether it wants keys and values measured; then it is applied after all others, to what the published weights make of them."""
     whole_block: bool = False
     """Whether it needs the statistics of all stages of a block before the first weight changes, since it folds scales across stages."""
+    folds: bool = False
+    """Whether it changes weights outside of the stage that it is applied to (a norm's, in front of it), so that all of a block stays in
+    memory until its last stage is done. Includes `whole_block`."""
     transforms: bool = False
     """Whether it changes weights before anything is measured (`transform`, `transform_rows`)."""
     prunes: bool = False
@@ -68,6 +71,8 @@ class Pass:
     """How many times more its surveyor takes them through each block."""
     shortest_row: int = 0
     """Tokens that a calibration row must have for what it measures to be there."""
+    surveys_whole_blocks: bool = False
+    """Whether its surveyors want all weights of a block at once (`Surveyor.whole_block`): for estimates."""
     corrects: bool = False
     """Whether it wants calibration rows to go through the original too, beside those that go through what comes out (`Reduction.cross`)."""
     products: float = 0.0
@@ -106,7 +111,8 @@ class Pass:
         return {}
 
     def transform(self, layout: UnitLayout, weights: dict[str, torch.Tensor]) -> None:
-        """Changes a block's weights in place (full names), before anything is measured."""
+        """Changes weights in place (full names), before anything is measured: those of a part of the block (parts.py), and with each part
+        the block's norms, as stored or as the pass before has left them. Of experts that are dropped too."""
 
     def transform_rows(self, name: str, rows: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
         """The same for a slice of rows of the embeddings or the head. `norm`: for the head, the final norm as this pass finds it."""

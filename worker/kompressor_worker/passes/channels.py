@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,10 +32,18 @@ class ChannelSurvey(Surveyor):
     over the norms. By norm, `energy/...` [hidden]: mean over positions of h_c^2 / mean(h^2), h what the norm gets."""
 
     reads_head = True
+    whole_block = False
 
     def __init__(self, family: Family) -> None:
         super().__init__()
         self._family = family
+        self._squares: dict[str, Tensor] = {}
+        """By weight of the block that is being seen: fp64 [columns], summed over its rows."""
+
+    def part(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            if weight.dim() == 2:
+                self._squares[name] = sum_of_squares(weight)
 
     def block(self, seen: SeenBlock) -> None:
         norms: list[Site] = [site for site in seen.sites if site.fold is not None and site.fold.rows is None]
@@ -43,8 +51,9 @@ class ChannelSurvey(Surveyor):
             assert site.fold is not None
             energy = mean_of(seen.energies(hidden))
             self.tensors[f"energy/{site.fold.tensor}"] = energy
-            reads = sum_of_squares(seen.weights[name] for name in site.readers)
+            reads = torch.stack([self._squares[name] for name in site.readers]).sum(0)
             self._count(energy, seen.weights[site.fold.tensor], reads)
+        self._squares = {}
         self.tensors[f"energy/{FINAL}"] = mean_of(seen.energies(seen.after))
         if self._family.post_norms:
             for (name, _), (a, b) in zip(BEHIND.items(), ((seen.before, seen.middle), (seen.middle, seen.after)), strict=True):
@@ -52,7 +61,7 @@ class ChannelSurvey(Surveyor):
                 self.tensors[f"energy/{norm}"] = mean_of(seen.added(a, b, seen.weights[norm].float() + self._family.norm_offset))
 
     def head(self, first: int, rows: Tensor, norm: Tensor) -> None:
-        squares = sum_of_squares([rows])
+        squares = sum_of_squares(rows)
         self.tensors["head"] = self.tensors.get("head", torch.zeros_like(squares)) + squares
         self.tensors["norm"] = norm
 
@@ -110,7 +119,8 @@ class Channels:
         return (self.rows(rows).float() * self.widened).to(rows.dtype) if self.family.scaled_embeddings else self.rows(rows)
 
     def cut(self, unit: UnitLayout, weights: dict[str, Tensor]) -> None:
-        """A decoder block's weights, or the final norm."""
+        """A decoder block's weights as far as they are there, or the final norm."""
+        unit = replace(unit, stages=tuple(stage for stage in unit.stages if any(t.name in weights for t in stage.tensors)))
         sources = {t.name: t.stored[0].name for stage in unit.stages for t in stage.tensors if t.stored}
         for name, sizes in axes(self.family, unit).items():
             if name not in weights or "hidden" not in sizes:
@@ -154,9 +164,9 @@ def fit(reduction: Reduction, by: str) -> None:
     reduction.notes[linear.name] = {"by": by, "error": digits(after), "uncorrected": digits(before)}
 
 
-def sum_of_squares(weights: Iterable[Tensor]) -> Tensor:
-    """fp64 [columns]: over the rows of all of them."""
-    return torch.stack([w.float().square().sum(0, dtype=torch.float64) for w in weights]).sum(0)
+def sum_of_squares(weight: Tensor) -> Tensor:
+    """fp64 [columns]: over its rows."""
+    return weight.float().square().sum(0, dtype=torch.float64)
 
 
 def mean_of(parts: Iterable[Tensor]) -> Tensor:

@@ -72,6 +72,7 @@ class HybridAttention(Pass):
 
     Params: ClassVar[type[Model]] = HybridAttentionParams
     surveys = 1
+    surveys_whole_blocks = True
     survey_repeats = 1
 
     def __init__(self, params: HybridAttentionParams) -> None:

@@ -27,6 +27,8 @@ DAMPENING = 0.01
 class Influence(Surveyor):
     """1 - mean cosine of a block's input and output."""
 
+    whole_block = False
+
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.tensors = {"scores": torch.zeros(layers, dtype=torch.float64)}
@@ -162,6 +164,8 @@ class Windows(Variants):
 
 class Maps(Surveyor):
     """T of least |M T + Y - L| for each run of blocks; by the block before it, counted in the source."""
+
+    whole_block = False
 
     def __init__(self, runs: Sequence[tuple[int, int]]) -> None:
         super().__init__()

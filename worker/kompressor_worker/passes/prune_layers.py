@@ -66,6 +66,7 @@ class PruneLayers(StructuredPass):
     def __init__(self, params: PruneLayersParams) -> None:
         self.params = params
         self.surveys = 1
+        self.surveys_whole_blocks = params.measure == "divergence"
         self._family: Family | None = None
         self._count = 0
         self._gone: tuple[int, ...] | None = None

@@ -8,6 +8,7 @@ same for all of them: rows of v, columns of o. The function stays the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
@@ -130,38 +131,41 @@ class Merged:
         return torch.full_like(norm, 1.0 - self.family.norm_offset)
 
     def block(self, prefix: str, weights: dict[str, torch.Tensor]) -> None:
-        """Changes a block's weights (full names, `prefix` before each)."""
+        """Changes those of a block's weights that are there (full names, `prefix` before each); its norms always are."""
         inputs, outputs = self.family.attention
         producer, out = f"{prefix}{inputs.linears[-1].name}", f"{prefix}{outputs.linears[0].name}"
-        dtypes = {name: weights[f"{name}.weight"].dtype for name in (producer, out)}
-        self._values(producer, out, weights)
+        dtypes = {name: weights[f"{name}.weight"].dtype for name in (producer, out) if f"{name}.weight" in weights}
+        if dtypes:
+            self._values(producer, out, weights)
         self._readers(f"{prefix}input_layernorm.weight", [f"{prefix}{x.name}" for x in inputs.linears], weights, dtypes)
         readers, writers = self._feed_forward(prefix, weights)
         self._readers(f"{prefix}post_attention_layernorm.weight", readers, weights, {})
         for name in (out, *writers):
-            weights[f"{name}.weight"] = self.stream.columns(weights[f"{name}.weight"], dtypes.get(name))
+            if f"{name}.weight" in weights:
+                weights[f"{name}.weight"] = self.stream.columns(weights[f"{name}.weight"], dtypes.get(name))
             if (bias := weights.get(f"{name}.bias")) is not None:
                 weights[f"{name}.bias"] = self.stream.rows(bias)
 
     def _feed_forward(self, prefix: str, weights: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str]]:
-        """Modules that read the norm before the feed-forward, and modules that write into the stream."""
-        experts = self.family.experts
-        if experts is None or f"{prefix}{experts.router}.weight" not in weights:
-            first, last = self.family.feed_forward
-            return [f"{prefix}{x.name}" for x in first.linears], [f"{prefix}{x.name}" for x in last.linears]
-        router = f"{prefix}{experts.router}"
-        places = [f"{prefix}{experts.expert.format(expert=e)}." for e in range(len(weights[f"{router}.weight"]))]
-        first, last = experts.groups
-        readers = [router, *(f"{p}{x.name}" for p in places for x in first.linears)]
-        writers = [f"{p}{x.name}" for p in places for x in last.linears]
-        if experts.shared:
-            first, last = experts.shared
-            readers += [f"{prefix}{x.name}" for x in first.linears] + ([f"{prefix}{experts.shared_gate}"] if experts.shared_gate else [])
+        """Modules that read the norm before the feed-forward, and modules that write into the stream; dense, and in a mixture."""
+        experts, pairs = self.family.experts, [self.family.feed_forward] if self.family.feed_forward else []
+        readers: list[str] = []
+        writers: list[str] = []
+        if experts is not None:
+            readers += [f"{prefix}{module}" for module in (experts.router, experts.shared_gate) if module]
+            pairs += [experts.shared] if experts.shared else []
+            form = re.compile(re.escape(f"{prefix}{experts.expert}.").replace(re.escape("{expert}"), r"(?:\w+\.)?\d+"))
+            for place in dict.fromkeys(found[0] for name in weights if (found := form.match(name))):
+                first, last = experts.groups
+                readers += [f"{place}{x.name}" for x in first.linears]
+                writers += [f"{place}{x.name}" for x in last.linears]
+        for first, last in pairs:
+            readers += [f"{prefix}{x.name}" for x in first.linears]
             writers += [f"{prefix}{x.name}" for x in last.linears]
         return readers, writers
 
     def _readers(self, norm: str, modules: list[str], weights: dict[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
-        for module in modules:
+        for module in (m for m in modules if f"{m}.weight" in weights):
             weights[f"{module}.weight"] = self.read(weights[f"{module}.weight"], weights[norm], dtypes.get(module))
         weights[norm] = self.silent(weights[norm])
 

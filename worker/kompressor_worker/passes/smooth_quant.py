@@ -45,6 +45,7 @@ class SmoothQuant(Pass):
 
     Params: ClassVar[type[Model]] = SmoothQuantParams
     statistics: frozenset[Statistic] = frozenset({"range"})
+    folds = True
 
     def __init__(self, params: SmoothQuantParams) -> None:
         self.params = params

@@ -105,6 +105,7 @@ class SparsityPass(Pass):
     def __init__(self, params: SparsityParams) -> None:
         self.params = params
         self.surveys = 1 if params.allocation == "error" else 0
+        self.surveys_whole_blocks = bool(self.surveys)
         self._asked: dict[str, Sparsity] = {}
         """By linear."""
         self._chosen: list[LinearLayout] = []

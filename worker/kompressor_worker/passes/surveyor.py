@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -49,7 +49,7 @@ class SeenBlock:
     prefix: str
     """Of its tensors' names, with the dot."""
     weights: dict[str, Tensor]
-    """By full name, model dtype."""
+    """By full name, model dtype: all of its tensors for surveyors of whole blocks, otherwise the norms', and a router's."""
     sites: tuple[Site, ...]
     """Its inputs, with the statistics that surveyors have asked for."""
     before: Sequence[Tensor]
@@ -61,7 +61,7 @@ class SeenBlock:
     valid: Sequence[Tensor | None]
     """bool [rows, length] a batch: positions that count; None: all."""
     forward: Forward
-    """Takes other rows through it."""
+    """Takes other rows through it; for surveyors of whole blocks."""
 
     def positions(self, hidden: Sequence[Tensor], batch: int) -> Tensor:
         """fp32 [n, hidden]: those of one batch that count."""
@@ -124,6 +124,8 @@ class Surveyor:
     """What it wants measured at every input of linears."""
     reads_head: bool = False
     """Whether it wants the head's rows."""
+    whole_block: bool = True
+    """Whether it wants all weights of a block at once, or to take other rows through it; a mixture is in memory whole then."""
     wants_experts: bool = False
     """Whether it wants to see each expert of a mixture by itself."""
 
@@ -140,6 +142,9 @@ class Surveyor:
 
     def expert(self, seen: SeenExpert) -> None:
         """Each expert of a block, before the block itself, in any order; only where `wants_experts`. Raises BadNumerics."""
+
+    def part(self, weights: Mapping[str, Tensor]) -> None:
+        """The weights of each part of a block (parts.py), by full name, once the rows have gone through it."""
 
     def block(self, seen: SeenBlock) -> None:
         """After each block, in order. Raises BadNumerics."""
