@@ -104,7 +104,7 @@ class TargetStatus(BaseModel):
     """The plan that was chosen for `spec.target`, from headers alone."""
 
     model_config = ConfigDict(extra="allow")
-    name: Text | None = Field(default=None, description="The plan in words, such as W4A16, KV cache FP8.")
+    name: Text | None = Field(default=None, description="The plan in words, such as W4A16, KV FP8.")
     passes: list[Text] | None = Field(default=None, max_length=16, description="Its passes, as spec.passes would have them.")
     weightBytes: int | None = Field(default=None, description="The result's tensors.")
     kvBytes: int | None = Field(default=None, description="KV cache of all requests at their full context.")

@@ -40,7 +40,7 @@ exit codes: 0 something fits, 64 nothing does (it says what would), or the model
 """
 
 
-WIDTH = 120
+WIDTH = 132
 """Columns that the table takes; a narrower terminal folds its lines."""
 
 

@@ -13,6 +13,7 @@ from kompressor_worker.report_attention import attention
 from kompressor_worker.report_plots import percent
 from kompressor_worker.report_sections import card, chips, number, size
 from kompressor_worker.report_shape import shape
+from kompressor_worker.report_target import target
 
 __all__ = ["Report", "UnitTime", "render"]
 
@@ -69,6 +70,8 @@ class Report(TypedDict, total=False):
     """evaluate.Evaluation.summary(); `bos`: whether rows begin with that token."""
     gates: Sequence[Mapping[str, Any]]
     """gates.check()."""
+    target: Mapping[str, Any]
+    """ladder.Ladder.section()."""
     drift: Mapping[str, Any]
     """drift.summarise()."""
     data: Mapping[str, Mapping[str, Any]]
@@ -91,6 +94,7 @@ def render(report: Report | Mapping[str, Any]) -> bytes:
             _tiles(report),
             _warnings(report.get("warnings", ())),
             sections.gates(report.get("gates", ())),
+            target(report.get("target", {})),
             sections.sizes(report),
             sections.output_error(report.get("blocks", ())),
             sections.weight_error(report.get("linears", {})),

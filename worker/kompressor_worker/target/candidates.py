@@ -86,6 +86,6 @@ def candidates(reductions: Sequence[Reduction], data: bool) -> list[Candidate]:
 
 
 def _candidate(weights: Weights, kv: bool, reduction: Reduction | None, data: bool) -> Candidate:
-    parts = [*([reduction.name] if reduction else []), weights.name, *(["KV cache FP8"] if kv else [])]
+    parts = [*([reduction.name] if reduction else []), weights.name, *(["KV FP8"] if kv else [])]
     loss = (weights.loss if data else weights.loss_without_data) + (KV_LOSS if kv else 0.0) + (reduction.loss if reduction else 0.0)
     return Candidate(", ".join(parts), weights, kv, reduction, round(loss, 6), weights.calibrated or kv or reduction is not None)

@@ -85,8 +85,17 @@ class Fit:
         if not self.target.quality_first:
             within = [row for row in fitting if row.loss <= self.target.gate.limit] or fitting[:1]
             chosen = max(within, key=lambda row: (_speed(row), -row.loss))
-        safer = [row for row in reversed(fitting) if row.loss < chosen.loss]
-        return (chosen, *safer[: TRIES - 1])
+        return (chosen, *self._steps(chosen, fitting))
+
+    def _steps(self, chosen: Row, fitting: Sequence[Row]) -> list[Row]:
+        """Each the boldest that is expected to lose at most half of what the one before was: a smaller step is hardly worth a run. Where
+        there is none, the next safer one."""
+        steps, last = list[Row](), chosen
+        while len(steps) < TRIES - 1 and (safer := [row for row in fitting if row.loss < last.loss]):
+            clearly = [row for row in safer if row.loss <= last.loss / 2]
+            last = (clearly or safer)[-1]
+            steps.append(last)
+        return steps
 
     @property
     def original(self) -> Row:
@@ -155,7 +164,7 @@ def fit(spec: CompressionJobSpec, source: ModelLayout) -> Fit:
         raise UserError(
             f"spec.target.context: {target.context:,} is above the {longest:,} tokens that the model was made for; ask for less"
         )
-    rows = Weighing(spec, source).rows(candidates(reductions(source, target.context), spec.calibration is not None))
+    rows = Weighing(spec, source).rows(candidates(reductions(source, spec), spec.calibration is not None))
     found = Fit(target, rows)
     while unproved := next((row for row in found.ladder if not row.proved), None):
         found = Fit(target, tuple(Weighing(spec, source).proved(row) if row is unproved else row for row in found.rows))

@@ -23,6 +23,7 @@ from kompressor_worker.estimate import is_block, steps_of
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.shards import stage_tensors
 from kompressor_worker.structure import operations
+from kompressor_worker.windows import SWITCHED, windows_of
 
 RESERVE = 0.08
 """Share of a GPU's memory that is left free."""
@@ -188,7 +189,8 @@ def caches(layout: ModelLayout) -> tuple[Cache, ...]:
     element = 1 if layout.kv_cache is not None else ELEMENT
     width = cached_values(config) * element
     found: dict[int | None, int] = {}
-    for window in windows(config, FAMILIES[layout.family].full_attention_every if layout.family else 0):
+    layers = int(config.get("num_hidden_layers") or 0)
+    for window in kept_windows(layout, layers):
         found[window] = found.get(window, 0) + width
     return tuple(Cache(size, window) for window, size in found.items())
 
@@ -202,13 +204,10 @@ def cached_values(config: Mapping[str, Any]) -> int:
     return 2 * size * int(config.get("num_key_value_heads") or heads)
 
 
-def windows(config: Mapping[str, Any], full_every: int) -> list[int | None]:
-    """By layer, how far it looks back. Where config.json is not plain about it a layer counts as looking back all the way."""
-    layers, window = int(config.get("num_hidden_layers") or 0), config.get("sliding_window")
-    if type(window) is not int or config.get("use_sliding_window") is False:
-        return [None] * layers
-    if isinstance(types := config.get("layer_types"), list) and len(types) == layers:
-        return [window if kind == "sliding_attention" else None for kind in types]
-    if full_every:
-        return [None if (layer + 1) % full_every == 0 else window for layer in range(layers)]
-    return [window if config.get("model_type") == "mistral" else None] * layers
+def kept_windows(layout: ModelLayout, layers: int) -> tuple[int | None, ...]:
+    """By layer, what of a sequence the engine keeps. Classes that drop a source's windows without a word (vLLM's Qwen2 and Qwen3) keep all;
+    where windows come from us the result is published so that they are kept to."""
+    dropped = text_config(layout.config).get("model_type") in SWITCHED and not layout.windowed
+    if layout.family is None or dropped:
+        return (None,) * layers
+    return windows_of(layout.config, FAMILIES[layout.family], layers)
