@@ -31,7 +31,7 @@ chaos: ## storms with other chances (SEEDS=20), and an operator killed at both s
 
 mutate: ## take each guard of the operator away in a copy of the tree; its test must fail (3 minutes; ARGS="finalizer" for some)
 	@$(PYTHON) tools/setup.py --with-binaries
-	@$(BIN)/python tests/chaos/mutations.py $(ARGS)
+	@$(BIN)/python tests/chaos/mutate.py $(ARGS)
 
 check: venv ## ruff, mypy --strict, import-linter, generated files up to date
 	$(BIN)/ruff check .

@@ -1,24 +1,18 @@
-"""The guards of the operator, each taken away in a copy of the tree: the test that it is there for must fail. `make mutate`.
+"""The guards of the operator, and how each is taken away: the test that it is there for must fail then (mutate.py).
 
 A text that is not found exactly once is an error, so the list cannot rot; test_mutations.py looks at that in every run of the tests.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MUTATIONS", "ROOT", "Mutation", "mutated"]
+__all__ = ["MUTATIONS", "ROOT", "SOURCE", "TESTS", "Mutation", "mutated"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path("operator/kompressor_operator")
 TESTS = Path("tests/operator")
-COPIED = ("operator", "crds", "worker", "tests", "tools", "charts", "pyproject.toml")
 
 AFTER_GUARDED = "".join(
     f"    {name},\n" for name in ("finished", "resolve", "refused", "ended", "suspended", "waiting", "preflight", "with_plan(start)")
@@ -280,40 +274,3 @@ def mutated(mutation: Mutation, root: Path = ROOT) -> str:
     if text.count(mutation.old) != 1:
         raise ValueError(f"{mutation.file}, {mutation.guard}: {mutation.old!r} is there {text.count(mutation.old)} times; write it anew")
     return text.replace(mutation.old, mutation.new)
-
-
-def run(root: Path, *tests: str) -> subprocess.CompletedProcess[str]:
-    """These tests, against the sources of this tree."""
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(str(root / part) for part in ("crds", "operator", "worker"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(root / "pyproject.toml"), "--rootdir", str(root)]
-    return subprocess.run([*command, *(str(root / TESTS / test) for test in tests)], cwd=root, env=environ, capture_output=True, text=True)
-
-
-def main() -> int:
-    """Every mutation, or those whose guard has one of the arguments in it. Exits 1 if a test lets one through."""
-    wanted = [m for m in MUTATIONS if not sys.argv[1:] or any(word in m.guard for word in sys.argv[1:])]
-    alive = []
-    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
-        root = Path(folder)
-        root.chmod(0o755)  # actors are other users
-        for part in COPIED:
-            source = ROOT / part
-            leave = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, root / part, ignore=leave) if source.is_dir() else shutil.copy(source, root / part)
-        whole = run(root, *dict.fromkeys(m.test for m in wanted))
-        if whole.returncode != 0:
-            sys.exit(f"a test fails before anything was taken away:\n{whole.stdout[-3000:]}")
-        for mutation in wanted:
-            file = root / SOURCE / mutation.file
-            text = file.read_text()
-            file.write_text(mutated(mutation, root))
-            code = run(root, mutation.test).returncode
-            file.write_text(text)
-            alive += [] if code == 1 else [mutation.guard]
-            print(f"{'noticed' if code == 1 else f'LET THROUGH ({code})':<16} {mutation.guard}", flush=True)
-    print(f"{len(wanted) - len(alive)} of {len(wanted)} noticed")
-    return 1 if alive else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
