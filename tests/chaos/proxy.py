@@ -24,7 +24,6 @@ import ssl
 import threading
 from collections import Counter
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from datetime import timedelta
 from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
@@ -33,54 +32,11 @@ from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import web
+from calls import AFTER, BEFORE, Answer, Call, Point, drop, passed, what_of
 
-__all__ = ["AFTER", "BEFORE", "Call", "Point", "Proxies", "Proxy"]
+__all__ = ["Proxies", "Proxy"]
 
 T = TypeVar("T")
-
-BEFORE, AFTER = "before", "after"
-"""The server never hears of it; the server has done it, and the operator never hears so."""
-_OF_A_HOP = {"host", "connection", "content-length", "transfer-encoding", "accept-encoding", "keep-alive"}
-
-
-@dataclass(frozen=True)
-class Point:
-    """A moment in a life: the nth request of a kind since `begin`. By kind, since requests that are made at once come in any order."""
-
-    what: str
-    turn: int
-    side: str = BEFORE
-
-
-@dataclass
-class Call:
-    """A request that is no watch. `what`: verb, plural and subresource, as in `PATCH compressionjobs/status` or `LIST pods`."""
-
-    number: int
-    what: str
-    turn: int
-    name: str
-    code: int = 0
-    """What the operator was answered; 0 for nothing."""
-
-
-@dataclass
-class _Answer:
-    """Something in place of the server's own answer, for a share of all requests."""
-
-    code: int
-    retry_after: int | None
-    share: float
-    after: bool
-    chance: random.Random
-
-    def strikes(self) -> bool:
-        return self.chance.random() < self.share
-
-    def response(self) -> web.Response:
-        status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": self.code, "reason": "Chaos", "message": "by chaos"}
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return web.json_response(status, status=self.code, headers=headers)
 
 
 class Proxy:
@@ -102,7 +58,7 @@ class Proxy:
         """The point was reached, and the process is no more."""
         self._turns: Counter[str] = Counter()
         self._doomed: tuple[Point, int] | None = None
-        self._answers: list[_Answer] = []
+        self._answers: list[Answer] = []
         self._conflicts: tuple[float, random.Random] | None = None
         self._transports: dict[web.StreamResponse, asyncio.BaseTransport] = {}
         self._flowing = asyncio.Event()
@@ -121,7 +77,7 @@ class Proxy:
 
     def answer(self, code: int, *, retry_after: int | None = None, share: float = 1.0, seed: int = 0, after: bool = False) -> None:
         """This share of all requests, watches included, is answered so; `after`: the server has done what was asked all the same."""
-        self._answers.append(_Answer(code, retry_after, share, after, random.Random(seed)))
+        self._answers.append(Answer(code, retry_after, share, after, random.Random(seed)))
 
     def conflict(self, *, share: float = 1.0, seed: int = 0) -> None:
         """Before this share of the conditional patches of a CompressionJob, somebody else changes it."""
@@ -184,13 +140,13 @@ class Proxy:
                 return told.response() if told else await self._watch(request)
             return await self._answered(request, body)
         except (aiohttp.ClientError, OSError):
-            _drop(request)  # the server is away: nobody answers
+            drop(request)  # the server is away: nobody answers
             return web.Response(status=502)
 
     async def _answered(self, request: web.Request, body: bytes) -> web.StreamResponse:
         call, told = self._numbered(request, body), next((answer for answer in self._answers if answer.strikes()), None)
         if self._dies(call, BEFORE):
-            _drop(request)
+            drop(request)
             return web.Response(status=502)
         if told is not None and not told.after:
             call.code = told.code
@@ -200,24 +156,24 @@ class Proxy:
             if chance.random() < share:
                 await self._bump(request, chance.randrange(2**31))
         async with self._host.session.request(
-            request.method, self._host.server + request.raw_path, data=body or None, headers=_passed(request.headers)
+            request.method, self._host.server + request.raw_path, data=body or None, headers=passed(request.headers)
         ) as answer:
             content = await answer.read()
         if self._dies(call, AFTER):
-            _drop(request)
+            drop(request)
             return web.Response(status=502)
         if told is not None:
             call.code = told.code
             return told.response()
         call.code = answer.status
-        headers = _passed(answer.headers)
+        headers = passed(answer.headers)
         if self.skew and "Date" in headers:
             wrong = parsedate_to_datetime(headers["Date"]) + timedelta(seconds=self.skew)
             headers["Date"] = format_datetime(wrong, usegmt=True)
         return web.Response(status=answer.status, body=content, headers=headers)
 
     def _numbered(self, request: web.Request, body: bytes) -> Call:
-        what, name = _what(request, body)
+        what, name = what_of(request, body)
         self._turns[what] += 1
         call = Call(len(self.calls) + 1, what, self._turns[what], name)
         self.calls.append(call)
@@ -243,9 +199,9 @@ class Proxy:
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         async with self._host.session.get(
-            self._host.server + request.raw_path, headers=_passed(request.headers), timeout=aiohttp.ClientTimeout(total=None)
+            self._host.server + request.raw_path, headers=passed(request.headers), timeout=aiohttp.ClientTimeout(total=None)
         ) as answer:
-            response = web.StreamResponse(status=answer.status, headers=_passed(answer.headers))
+            response = web.StreamResponse(status=answer.status, headers=passed(answer.headers))
             await response.prepare(request)
             assert request.transport is not None
             self._transports[response] = request.transport
@@ -318,30 +274,3 @@ class Proxies:
         for runner in self._runners:
             await runner.cleanup()
         await self.session.close()
-
-
-def _what(request: web.Request, body: bytes) -> tuple[str, str]:
-    """Verb, plural and subresource; and the object's name."""
-    parts = request.path.strip("/").split("/")
-    rest = parts[2:] if parts[0] == "api" else parts[3:]
-    if rest[:1] == ["namespaces"] and len(rest) > 2:
-        rest = rest[2:]
-    plural, name, sub = ([*rest, "", "", ""])[:3]
-    if not plural:
-        return f"{request.method} {request.path}", ""
-    verb = "LIST" if request.method == "GET" and not name else request.method
-    if request.query.get("dryRun"):
-        verb = "DRY-RUN"
-    if request.method == "POST":
-        name = json.loads(body).get("metadata", {}).get("name", "")
-    return f"{verb} {plural}" + (f"/{sub}" if sub else ""), name
-
-
-def _passed(headers: Any) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name.lower() not in _OF_A_HOP}
-
-
-def _drop(request: web.Request) -> None:
-    """The connection breaks without a word."""
-    if request.transport is not None:
-        request.transport.abort()

@@ -14,7 +14,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from proxy import AFTER, BEFORE, Call, Point
+from calls import AFTER, BEFORE, Call, Point
 from scenarios import SCENARIOS, Scenario
 from scene import Scene, Theatre
 

@@ -10,10 +10,14 @@ import pytest
 
 from binaries import BinaryError
 from cluster_access import Cluster
-from local_cluster import provide
+from local_cluster import LocalCluster, provide
 from s3 import S3Server
+from waiting import eventually
 
 sys.path.insert(0, str(Path(__file__).parent))  # no packages in tests/
+
+import node_pods
+from installation import Installed, installation, kernels_of_the_image
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +55,22 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         pytest.skip(f"no S3 server: {error}")
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def node(cluster: Cluster) -> Iterator[LocalCluster]:
+    """The cluster's node, in whose namespace `agent` pods come and go."""
+    if not isinstance(cluster, LocalCluster):
+        pytest.skip("CLUSTER=current has nodes of its own")
+    cluster.add_images({node_pods.IMAGE: {"path": [str(Path(sys.executable).parent)], "env": {"FROM_IMAGE": "yes"}}})
+    cluster.kubectl("create", "namespace", "agent")
+    eventually(lambda: cluster.kubectl("get", "serviceaccount", "-n", "agent", "--ignore-not-found", "default"))
+    yield cluster
+    cluster.kubectl("delete", "namespace", "agent", "--grace-period=1")
+
+
+@pytest.fixture(scope="module")
+def installed(cluster: Cluster, s3: S3Server) -> Iterator[Installed]:
+    """The chart of this tree, whose images run this tree, and a bucket."""
+    with kernels_of_the_image() as kernels, installation(cluster, s3, kernels) as made:
+        yield made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_compress import Installed, installed  # noqa: F401  (a fixture)
+from installation import Installed
 
 import jobs
 from waiting import PATIENCE, eventually
@@ -13,7 +13,7 @@ from waiting import PATIENCE, eventually
 pytestmark = pytest.mark.cluster
 
 
-def test_deleted_when_complete_and_in_the_middle_nothing_of_it_stays(installed: Installed, deep: Path) -> None:  # noqa: F811
+def test_deleted_when_complete_and_in_the_middle_nothing_of_it_stays(installed: Installed, deep: Path) -> None:
     bucket, cluster = installed.bucket, installed.cluster
     bucket.upload(deep, "source")
     for name in ("whole", "half"):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_compress import Installed, installed  # noqa: F401  (a fixture)
+from installation import Installed
 
 import jobs
 from waiting import eventually
@@ -17,7 +17,7 @@ UNDISTURBED = ("kompressor.json", "report.html")
 """What may differ: they tell of the worker's life."""
 
 
-def test_suspended_in_the_middle_it_goes_on_at_that_block_with_the_same_bytes(installed: Installed, deep: Path) -> None:  # noqa: F811
+def test_suspended_in_the_middle_it_goes_on_at_that_block_with_the_same_bytes(installed: Installed, deep: Path) -> None:
     installed.bucket.upload(deep, "deep")
     installed.apply("undisturbed", "deep", jobs.RTN_W4, preflight="Skip")
     installed.wait("undisturbed", "Complete")

@@ -18,35 +18,33 @@ import os
 import select
 import signal
 import subprocess
-import sys
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from stage import ROOT, Operator, Stage, eventually
+
+from fork_server import ForkServer
 
 if TYPE_CHECKING:
     from proxy import Proxy
 
 __all__ = ["Clock", "Nursery"]
 
-PARENT = """
-import asyncio, ctypes, gc, json, os, signal, sys
+PROGRAM = """
+import asyncio
 from datetime import timedelta
 from pathlib import Path
 from kompressor_operator import logs
 from kompressor_operator.leader import LeaseLost
-from kompressor_operator.main import listen, serve
+from kompressor_operator.main import listen, serve as operate
 from kompressor_operator.server_clock import utc_now
 from kompressor_operator.settings import Settings
 import kubernetes.aio.client.rest, kopf._core.reactor.running, aiohttp.web, aiohttp.resolver
 
 def live(order):
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # nobody outlives the tests
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0), os.dup2(2, 1)
@@ -56,29 +54,25 @@ def live(order):
     async def run():
         stop = asyncio.Event()
         listen(stop)
-        await serve(settings, stop, lambda: utc_now() + timedelta(seconds=float(clock.read_text())))
+        await operate(settings, stop, lambda: utc_now() + timedelta(seconds=float(clock.read_text())))
     try:
         asyncio.run(run())
     except LeaseLost:
         return 1
     return 0
 
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-gc.freeze()  # or each child would look through all that was imported, and copy its pages
-print("ready", flush=True)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            code = live(json.loads(line))
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    print(pid, flush=True)
+def child(order):
+    code = 1
+    try:
+        code = live(order)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+serve(child)
 """
 
 
@@ -117,25 +111,13 @@ class Forked:
         os.close(self._fd)
 
 
-class Nursery:
+class Nursery(ForkServer):
     """Keeps logs, kubeconfigs and clocks in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lock = threading.Lock()
         self._calm = Clock(folder / "clock")
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("crds", "operator"))}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
-        )
-
-    def __enter__(self) -> Nursery:
-        assert self._answer() == "ready"
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.kill()
-        self._process.communicate()
+        super().__init__(PROGRAM, {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("crds", "operator"))})
 
     def start(self, stage: Stage, proxy: Proxy | None = None, clock: Clock | None = None, **settings: str) -> Operator:
         """An operator for the stage's namespace; it is not ready yet."""
@@ -147,12 +129,7 @@ class Nursery:
         log = self._folder / f"operator-{name}.log"
         log.touch()
         order = {"environ": environ, "log": str(log), "clock": str((clock or self._calm).file)}
-        with self._lock:
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-            pid = int(self._answer())
-        return Operator(Forked(pid), log)
+        return Operator(Forked(self.fork(order)), log)
 
     @contextmanager
     def operator(
@@ -167,7 +144,3 @@ class Nursery:
             if running.process.poll() is None:
                 running.stop()
             print(running.log.read_text())
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()

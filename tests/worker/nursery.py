@@ -5,11 +5,9 @@ For tests that start workers by the dozen; how a worker starts by itself is test
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -18,19 +16,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from fork_server import ForkServer
+
 __all__ = ["Forked", "Nursery"]
 
 PATIENCE = 300.0
 """Seconds until a worker must have ended."""
 
-PARENT = """
-import ctypes, gc, json, os, signal, sys
+PROGRAM = """
 import torch, transformers.models.llama.modeling_llama
 import kompressor_worker.flow, kompressor_worker.stream
 from kompressor_worker.cli import main
-
-def die_with_parent():
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # nobody outlives the tests
 
 def work(order):
     die_with_parent()
@@ -51,7 +47,6 @@ def work(order):
 
 def keep(order):
     "Waits for its one worker and leaves the exit code, so that many workers can be out at a time."
-    die_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
@@ -60,16 +55,9 @@ def keep(order):
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with open(order["fifo"] + ".code", "w") as file:
         file.write(str(code))
-    os._exit(0)
 
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 exec(os.environ.get("NURSERY_PRELUDE", ""))
-gc.freeze()  # or each child would look through all that was imported, and copy its pages
-print("ready", flush=True)
-for line in sys.stdin:
-    order = json.loads(line)
-    if os.fork() == 0:
-        keep(order)
+serve(keep)
 """
 
 
@@ -105,23 +93,15 @@ class Forked:
         return None, said
 
 
-class Nursery:
+class Nursery(ForkServer):
     def __init__(self, prelude: str = "") -> None:
         """`prelude`: what the parent runs once it has imported everything, such as another default."""
         self._folder = tempfile.TemporaryDirectory(prefix="nursery-")
         self._count = 0
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "NURSERY_PRELUDE": prelude}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
-        )
-
-    def __enter__(self) -> Nursery:
-        assert self._answer() == "ready"
-        return self
+        super().__init__(PROGRAM, {**os.environ, "OMP_NUM_THREADS": "1", "NURSERY_PRELUDE": prelude})
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.kill()
-        self._process.communicate()
+        super().__exit__(kind, error, trace)
         self._folder.cleanup()
 
     def worker(self, job: Path, environ: Mapping[str, str] | None = None) -> Forked:
@@ -130,18 +110,11 @@ class Nursery:
         fifo = Path(self._folder.name) / str(self._count)
         os.mkfifo(fifo)
         seen = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
-        order = {"arguments": ["run", str(job)], "fifo": str(fifo), "environ": seen}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return Forked(int(self._answer()), fifo.open(), fifo.with_name(f"{fifo.name}.code"))
+        order = {"arguments": ["run", str(job)], "fifo": str(fifo), "environ": seen, "tells": True}
+        return Forked(self.fork(order), fifo.open(), fifo.with_name(f"{fifo.name}.code"))
 
     def run(self, job: Path, environ: Mapping[str, str] | None = None) -> tuple[int, str]:
         """`jobs.run`, at once: exit code and what it said."""
         worker = self.worker(job, environ)
         said = worker.communicate()[1]
         return worker.wait(), said
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
