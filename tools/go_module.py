@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from binaries import BinaryError, Log, cache_root, go_command, go_environment, one_at_a_time
+from go_toolchain import BinaryError, Log, cache_root, go_command, go_environment, one_at_a_time
 
 __all__ = ["built"]
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from binaries import BinaryError, Log, cache_root, go_command, go_environment, one_at_a_time
+from go_toolchain import BinaryError, Log, cache_root, go_command, go_environment, one_at_a_time
 
 __all__ = ["CRDS", "upstream_crd"]
 
