@@ -65,7 +65,7 @@ def test_a_job_that_is_being_deleted_is_left_alone(children: list[object]) -> No
         ({"passes": [{"rtn": {"groupsize": 64}}]}, "did you mean groupSize?"),
         ({"passes": [{"rnt": {}}]}, "did you mean rtn?"),
         ({"outputs": {}}, "did you mean output?"),
-        ({"passes": None}, "spec: give either passes or recipeRef"),
+        ({"passes": None}, "spec: give either passes, recipeRef or target"),
     ],
 )
 def test_an_invalid_spec_fails_at_once_for_good(spec: dict[str, object], named: str) -> None:
