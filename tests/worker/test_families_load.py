@@ -58,8 +58,12 @@ SCHEMES = [
 ]
 
 
-@pytest.mark.parametrize("passes", SCHEMES, ids=lambda passes: next(iter(passes[0])))
-@pytest.mark.parametrize("family", MIXTURES)
+LATENT = ("deepseek_v2", "deepseek_v3")
+WITH_CACHE = [{"gptq": {"scheme": "W4A16", "groupSize": 32}}, {"kvCache": {"strategy": "head"}}]
+JOBS = [(family, passes) for family in MIXTURES for passes in (*SCHEMES, WITH_CACHE) if passes is not WITH_CACHE or family not in LATENT]
+
+
+@pytest.mark.parametrize(("family", "passes"), JOBS, ids=lambda x: x if isinstance(x, str) else "-".join(next(iter(p)) for p in x))
 def test_a_calibrated_mixture_is_what_the_job_reports(family: str, passes: list[dict[str, Any]], tmp_path: Path) -> None:
     """Measured by transformers on the published files: perplexity and KL of the same rows. Weights alone are rounded: transformers expands
     experts when it loads them, and has no inputs of theirs to round."""
@@ -130,8 +134,9 @@ def test_packed_zero_points_are_read_as_the_warning_says(tmp_path: Path) -> None
     assert "dequantize" not in warnings_of(tmp_path / "symmetric")
 
 
-def test_from_fp8_blocks(tmp_path: Path) -> None:
-    original = families.tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_from_fp8_blocks(family: str, tmp_path: Path) -> None:
+    original = families.tiny_model(family)
     compress(families.fp8_block_model(original), tmp_path / "out", "W8A16")
     before, after = logits(original), logits(tmp_path / "out")
     error = (after - before).norm() / before.norm()

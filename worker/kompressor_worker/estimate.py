@@ -149,7 +149,9 @@ def steps_in(stages: Sequence[StageLayout], experts: int, layout: ModelLayout) -
     for stage in stages:
         linears = [x for x in stage.linears if x.kind == "linear"]
         if linears and stage.expert is None:
-            steps.append([Site(linears[0].shape[1], tuple(linears))])
+            site = Site(linears[0].shape[1], tuple(linears))
+            # heads come out of latents in one go here, so that the odd steps stay those that read what flows between two
+            steps[-1:] = [[*steps[-1], site]] if stage.name.endswith((".queries", ".keys_values")) else [*steps[-1:], [site]]
     if routed:
         share = min(1.0, top_k(layout) / experts)
         parts = (slice(None, -1), slice(-1, None))
