@@ -8,9 +8,9 @@ from typing import Any
 from kompressor_api.failures import ADVICE
 from kompressor_api.names import WORKER_CONTAINER, Reason
 from kompressor_api.pod import accelerators
+from kompressor_api.quantity import parse, readable, rounded_up
 from kompressor_operator.observed import Manifest
 from kompressor_operator.pod_template import overlay_of
-from kompressor_operator.quantity import parse, readable, rounded_up
 from kompressor_operator.settings import Settings
 
 __all__ = ["below_plan", "worker_resources"]

@@ -15,8 +15,8 @@ from kubernetes.utils.quantity import parse_quantity
 from pydantic import TypeAdapter, ValidationError
 
 from kompressor_api.pod import Quantity
+from kompressor_api.quantity import parse, readable, rounded_up
 from kompressor_operator.observed import Manifest
-from kompressor_operator.quantity import parse, readable, rounded_up
 from kompressor_operator.resources import below_plan, worker_resources
 
 PLAN = {"hostMemoryBytes": 3 << 30}

@@ -45,12 +45,14 @@ class Assignment:
 
     @classmethod
     def _made(cls, spec: CompressionJobSpec, source: ModelLayout, passes: Sequence[Pass]) -> Assignment:
-        layout, schemes = source, dict[str, Scheme]()
+        layout, assigned = source, dict[str, Scheme]()
         for p in passes:
             layout = p.prepare(layout)
-            schemes |= p.assign(layout, schemes)
+            assigned |= p.assign(layout, assigned)
         refuse_short_rows(spec, passes)
-        layout = loadable(layout)
+        layout, schemes = loadable(layout), dict(assigned)
+        for p in passes:
+            schemes = dict(p.settle(layout, schemes))
         if spec.output.sparse_storage == "bitmask":
             layout = bitmask.marked(layout, schemes)
         if flows(spec, passes):

@@ -211,6 +211,9 @@ def flow_bytes(
                 statistics = max(
                     statistics, *(sum(sums[1::2]) + 4 * REDUCING_COPIES * s.columns**2 for sites in steps[1::2] for s in sites[:1])
                 )
+        if any(p.survey_hessians for p in passes):
+            plain = [s.columns for sites in steps_in(stored.stages, experts, layout) for s in sites if s.share == 1.0]
+            statistics = max(statistics, 4 * (sum(c**2 for c in plain) + COPIES * max(plain, default=0) ** 2))
         if surveyed:
             recoded = any(t.encoding != "plain" for s in unit.stages for t in s.tensors)
             block = max(block, unit.source_bytes + (sum(t.nbytes for s in unit.stages for t in s.tensors) if recoded else 0))

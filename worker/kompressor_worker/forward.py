@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from kompressor_worker import kernels
 from kompressor_worker.batch import Batch
 from kompressor_worker.block import KvStatistics
+from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Cache
 from kompressor_worker.schemes import Scheme
 
@@ -56,6 +57,13 @@ class Published(Projection):
                 global_scale=self._tensors.get(f"{name}.input_global_scale"),
             )
         return super().__call__(name, x)
+
+
+def trial(weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme], decoder: Decoder) -> Projection:
+    """For weights that are tried out: as calibration computes, or with the inputs of linears in `schemes` rounded as a runtime does it."""
+    if any(scheme.inputs != "none" for scheme in schemes.values()):
+        return Published(weights, schemes, {})
+    return Projection.as_a_runtime(weights, decoder.dtype, decoder.device)
 
 
 class KvObserver:

@@ -31,6 +31,7 @@ def measured(assigned: Assignment, rows: Mapping[str, Rows], data: Mapping[str, 
         found["structure"] = shape
     if attention := kv_memory.section(layout, assigned.passes):
         found["attention"] = attention
+    found |= {p.section: p.described() for p in assigned.passes if p.section}
     if evaluation := next((record["evaluation"] for record in records.values() if "evaluation" in record), None):
         found["evaluation"] = {**evaluation, "bos": rows["evaluation"].bos}
     if journal.state.devices:

@@ -78,6 +78,8 @@ class Plan:
     """kv_memory.kv_change(), where a pass makes the cache smaller."""
     target: Fit | None = None
     """Where the passes are chosen for a target: what there was to choose from. The rest is of the plan that is carried out."""
+    outlook: Mapping[str, Any] = field(default_factory=dict)
+    """By pass: what it says of what only a survey can decide."""
 
     @property
     def rate(self) -> float:
@@ -111,6 +113,7 @@ class Plan:
             **({} if self.memory.gpu is None else {"gpuMemoryBytes": self.memory.gpu}),
             "estimatedSeconds": self.seconds,
             **self._flow_as_json(),
+            **self.outlook,
             "alreadyCompressed": self.published is not None,
             **({"target": self.target.as_json()} if self.target else {}),
             "warnings": [*self.layout.warnings, *self.warnings],
@@ -196,7 +199,8 @@ def _planned(rung: Rung, limits: Limits) -> Plan:
         memory = Memory(GPU_IDLE_BYTES + around + flow.beside_gpu, GPU_CONTEXT_BYTES + flow.on_gpu)
     else:
         memory = Memory(FLOW_IDLE_BYTES + around + flow.peak)
-    return Plan(layout, schemes, planned, memory, None, flow, operations, kv=kv_change(layout, passes))
+    outlook = {p.section: said for p in passes if (said := p.outlook())}
+    return Plan(layout, schemes, planned, memory, None, flow, operations, kv=kv_change(layout, passes), outlook=outlook)
 
 
 def ahead_and_behind(layout: ModelLayout, planned: OutputPlan, limits: Limits) -> int:

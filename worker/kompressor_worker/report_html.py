@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 from kompressor_worker import report_sections as sections
 from kompressor_worker.report_attention import attention
 from kompressor_worker.report_plots import percent
+from kompressor_worker.report_schemes import schemes
 from kompressor_worker.report_sections import card, chips, number, size
 from kompressor_worker.report_shape import shape
 from kompressor_worker.report_target import target
@@ -66,6 +67,8 @@ class Report(TypedDict, total=False):
     """structure.section()."""
     attention: Mapping[str, Any]
     """kv_memory.section()."""
+    autoScheme: Mapping[str, Any]
+    """AutoScheme.described()."""
     evaluation: Mapping[str, Any]
     """evaluate.Evaluation.summary(); `bos`: whether rows begin with that token."""
     gates: Sequence[Mapping[str, Any]]
@@ -102,6 +105,7 @@ def render(report: Report | Mapping[str, Any]) -> bytes:
             sections.allocation(report.get("allocation", {}), report.get("pruned", {})),
             shape(report.get("structure", {})),
             attention(report.get("attention", {})),
+            schemes(report.get("autoScheme", {}), report.get("evaluation", {})),
             sections.drift(report.get("drift")),
             sections.experts(report.get("blocks", ())),
             sections.costs(report.get("units", ())),

@@ -81,6 +81,41 @@ def heat(cells: Mapping[tuple[str, str], tuple[float, str]], rows: Sequence[str]
     return _svg(bottom + 36, parts)
 
 
+def curve(points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, float, str, str]], say_x: Say, say_y: Say) -> str:
+    """A line through points (x, y), y > 0 on a logarithmic scale, and marked ones (x, y, tone, text)."""
+    points = [(x, y) for x, y in points if y > 0 and math.isfinite(y)]
+    marks = [mark for mark in marks if mark[1] > 0 and math.isfinite(mark[1])]
+    if len(points) < 2:
+        return ""
+    height, xs = 220, [x for x, _ in points] + [x for x, *_ in marks]
+    logs = [math.log10(y) for _, y in points] + [math.log10(y) for _, y, *_ in marks]
+    left, right, low, high = min(xs), max(xs), math.floor(min(logs)), math.ceil(max(logs))
+    high += high == low
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return LEFT + 12 + (WIDTH - LEFT - 24) * (x - left) / ((right - left) or 1), height * (high - math.log10(y)) / (high - low)
+
+    parts = []
+    for power in range(low, high + 1):
+        _, y = place(left, 10.0**power)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 9}" y="{y + 4:.1f}" text-anchor="end">{escape(say_y(10.0**power))}</text>')
+    path = " ".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(place(*point) for point in sorted(points)))
+    parts.append(f'<path class="curve" d="{path}"/>')
+    for x, y in points:
+        parts.append(_dot(*place(x, y), 3, "", f"{say_x(x)}: {say_y(y)}"))
+    for x, y, tone, text in marks:
+        parts.append(_dot(*place(x, y), 6, tone, text))
+    for part, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        x, _ = place(left + part * (right - left), 10.0**low)
+        parts.append(f'<text x="{x:.1f}" y="{height + 17}" text-anchor="{anchor}">{escape(say_x(left + part * (right - left)))}</text>')
+    return _svg(height + 26, parts, top=12)
+
+
+def _dot(x: float, y: float, radius: float, tone: str, text: str) -> str:
+    return f'<circle class="mark {tone}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}"><title>{escape(text)}</title></circle>'
+
+
 def short(name: str) -> str:
     """A block by its number, anything else by its last word."""
     last = name.rsplit(".", 1)[-1]

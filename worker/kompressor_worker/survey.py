@@ -25,7 +25,7 @@ from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Block
 from kompressor_worker.decoder_block import Step as BlockStep
 from kompressor_worker.errors import Terminated
-from kompressor_worker.forward import Projection
+from kompressor_worker.forward import Projection, trial
 from kompressor_worker.journal import Journal
 from kompressor_worker.layout import ModelLayout, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.pace import Pace
@@ -33,6 +33,7 @@ from kompressor_worker.parts import parts_of, whole_block
 from kompressor_worker.passes import Pass
 from kompressor_worker.passes.surveyor import SeenBlock, Surveyed
 from kompressor_worker.pipeline import Load, Loaded, Prefetcher
+from kompressor_worker.schemes import Scheme
 from kompressor_worker.seen_experts import Sample
 from kompressor_worker.sites import sites_of
 from kompressor_worker.snapshots import object_names, restored, snapshot_objects
@@ -81,6 +82,7 @@ class Survey:
         assert stream is not None, "a pass that surveys measures"
         self.stream, self.decoder = stream, self.units.engine.decoder
         self.wanted = frozenset(s for surveyor in self.surveyors.values() for s in surveyor.statistics)
+        self.of_experts = frozenset(s for surveyor in self.surveyors.values() if surveyor.measures_experts for s in surveyor.statistics)
         self._saved = time.monotonic()
 
     def run(self, source: Source, report: Report, stop: threading.Event) -> None:
@@ -182,9 +184,9 @@ class Survey:
                 surveyor.part(weights)
         self.stream.exclude_nonfinite(unit.name)
 
-        def forward(rows: Sequence[Batch], model: ModelLayout | None = None) -> None:
+        def forward(rows: Sequence[Batch], model: ModelLayout | None = None, schemes: Mapping[str, Scheme] | None = None) -> None:
             assert whole, "whole_block says that a surveyor takes other rows through blocks"
-            other = Projection.as_a_runtime(weights, self.decoder.dtype, self.decoder.device)
+            other = trial(weights, schemes or {}, self.decoder)
             through = block if model is None else Block(Decoder(model, self.decoder.device), block.layer, unit)
             for each in through.steps:
                 for batch in rows:
@@ -202,11 +204,12 @@ class Survey:
 
     def _step(self, block: Block, step: BlockStep, weights: Mapping[str, Tensor], pace: Pace) -> Sequence[Site]:
         """The rows through a step, and what was measured of its inputs."""
-        found = sites_of(block, step, self.wanted)
+        wanted = self.of_experts if step.name.startswith("experts") else self.wanted
+        found = sites_of(block, step, wanted)
         by_name = {site.name: site.statistics for site in found}
         project = Projection.as_a_runtime(weights, self.decoder.dtype, self.decoder.device)
         for batch in self.stream.batches:
-            for name, x in block.inputs(step, batch, weights) if self.wanted else ():
+            for name, x in block.inputs(step, batch, weights) if wanted else ():
                 by_name[name].add(x)
             block.advance(step, batch, weights, project)
             self.stream.spill.settle(batch)

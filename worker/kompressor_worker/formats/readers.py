@@ -33,6 +33,7 @@ def reader_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list[
             "experts left exact: transformers refuses them in a model that is quantised otherwise, unless in FP8 throughout; "
             "serve this result with vLLM"
         )
+    lines += mixed_experts(schemes)
     model_type = text_config(layout.config).get("model_type")
     if model_type in OWN_MULTIPLICATION and any("pack-quantized" in name for name in formats):
         lines.append(f"transformers loads a packed {model_type} {EXPANDING}")
@@ -44,6 +45,27 @@ def reader_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list[
             "load it with dtype=torch.bfloat16"
         )
     return lines
+
+
+def mixed_experts(schemes: Mapping[str, Scheme]) -> list[str]:
+    """Of routed experts that are not all alike: vLLM has one scheme a layer; transformers 5.23, whose experts are one parameter a layer,
+    takes that of the first group in config.json that names any for those of all layers."""
+    layers: dict[str, set[Scheme]] = {}
+    for name, scheme in schemes.items():
+        if ".experts." in name:
+            layers.setdefault(name.partition(".experts.")[0], set()).add(scheme)
+    split = next((layer for layer, found in layers.items() if len(found) > 1), None)
+    if split is not None:
+        return [
+            f"{split}: its experts differ in their schemes, which neither vLLM nor transformers 5 reads, but only a transformers before 5, "
+            "whose experts are modules of their own; kompressor expand makes a plain checkpoint of it"
+        ]
+    if len(set().union(*layers.values())) > 1:
+        return [
+            "experts differ in their schemes by layer: transformers takes one of these for all layers, and refuses the others or reads "
+            "them silently wrong; serve this result with vLLM, or set experts: model"
+        ]
+    return []
 
 
 def storage_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list[str]:

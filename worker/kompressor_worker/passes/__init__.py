@@ -31,6 +31,7 @@ REGISTRY: dict[str, str] = {
     "gptq": "kompressor_worker.passes.gptq:Gptq",
     "awq": "kompressor_worker.passes.awq:Awq",
     "smoothQuant": "kompressor_worker.passes.smooth_quant:SmoothQuant",
+    "autoScheme": "kompressor_worker.passes.auto_scheme:AutoScheme",
     "kvCache": "kompressor_worker.passes.kv_cache:KvCache",
     "rotate": "kompressor_worker.passes.rotate:Rotate",
     "magnitude": "kompressor_worker.passes.magnitude:Magnitude",
@@ -73,8 +74,14 @@ class Pass:
     """Tokens that a calibration row must have for what it measures to be there."""
     surveys_whole_blocks: bool = False
     """Whether its surveyors want all weights of a block at once (`Surveyor.whole_block`): for estimates."""
+    survey_hessians: bool = False
+    """Whether a survey measures the Hessians of all inputs in a block, but for those of routed experts."""
     corrects: bool = False
     """Whether it wants calibration rows to go through the original too, beside those that go through what comes out (`Reduction.cross`)."""
+    section: str = ""
+    """Under which name the report has what it has decided (`described`); none: beside the shape, where that changes."""
+    once: bool = False
+    """Whether a job has at most one of it."""
     products: float = 0.0
     """How many products of a weight [out, in] with its Hessian [in, in] encoding it takes: for estimates of time, and progress."""
 
@@ -108,6 +115,15 @@ class Pass:
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Linear name to scheme for the linears that this pass quantises, those in `taken` (by earlier passes) left out. Headers only.
         Raises UserError."""
+        return {}
+
+    def settle(self, layout: ModelLayout, schemes: Mapping[str, Scheme]) -> Mapping[str, Scheme]:
+        """Once every pass has assigned: the schemes of the whole model, where this one's depend on what the others do. `layout` is the
+        result's. Raises UserError."""
+        return schemes
+
+    def outlook(self) -> dict[str, Any]:
+        """What `plan` says of what only a survey can decide."""
         return {}
 
     def transform(self, layout: UnitLayout, weights: dict[str, torch.Tensor]) -> None:
@@ -154,6 +170,8 @@ def build_passes(entries: Sequence[Mapping[str, Any]]) -> list[Pass]:
             passes.append(cls(cls.Params.model_validate(params)))
         except ValidationError as error:
             raise UserError(f"passes[{i}].{name}: {explain(error, cls.Params)}") from error
+        if cls.once and (first := next((j for j, p in enumerate(passes[:-1]) if isinstance(p, cls)), None)) is not None:
+            raise UserError(f"passes[{i}].{name}: there is one at passes[{first}] already, and a job has one at most; join them")
     return passes
 
 

@@ -82,29 +82,20 @@ class ErrorCurves(Surveyor):
 
     def _change(self, seen: SeenBlock, squares: Mapping[str, Tensor], sparsity: Sparsity) -> float:
         """Mean over positions of |h' - h|^2 / |h|^2, h behind the block, h' with these linears pruned."""
-        kept = {f"{name}.weight": seen.weights[f"{name}.weight"] for name in squares}
+        pruned = {}
         for name, norms in squares.items():
-            weight = kept[f"{name}.weight"]
+            weight = seen.weights[f"{name}.weight"]
             scores = weight.abs().float()
             if self._scored:
                 scores *= norms.sqrt()
-            seen.weights[f"{name}.weight"] = weight.masked_fill(least(scores, sparsity, by_row=self._scored), 0.0)
-        rows = [Batch(b.lengths, {"hidden": h}, b.excluded) for b, h in zip(self._batches, seen.before, strict=False)]
-        seen.forward(rows)
-        seen.weights.update(kept)
-        total, count = 0.0, 0
-        for number, batch in enumerate(rows):
-            valid = seen.valid[number]
-            changed = batch.state["hidden"].flatten(0, 1) if valid is None else batch.state["hidden"][valid]
-            hidden = seen.positions(seen.after, number)
-            shares = (changed.float() - hidden).square().sum(-1) / hidden.square().sum(-1).clamp(min=1e-30)
-            total, count = total + float(shares.sum(dtype=torch.float64)), count + len(shares)
-        if not count or not total < float("inf"):
+            pruned[f"{name}.weight"] = weight.masked_fill(least(scores, sparsity, by_row=self._scored), 0.0)
+        change = seen.change(seen.tried(self._batches, pruned))
+        if not change < float("inf"):
             raise BadNumerics(
                 f"{seen.prefix[:-1]}: no calibration row gives a finite output with {', '.join(squares)[:200]} pruned; calibrate with "
                 "other data, or use allocation: uniform"
             )
-        return total / count
+        return change
 
 
 def kind_of(name: str, prefix: str) -> str:

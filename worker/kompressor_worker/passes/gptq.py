@@ -82,8 +82,12 @@ class Gptq(Pass):
         scheme = scheme_in_groups(self.params.scheme, self.params.group_size, "gptq")
         chosen = select(layout, taken, self.params.targets, self.params.ignore)
         check_shapes(layout, chosen, scheme)
-        scheme = replace(scheme, actorder=self.params.act_order == "static" and scheme.strategy == "group")
-        self._assigned = {linear.name: scheme for linear in chosen}
+        return self.take({linear.name: scheme for linear in chosen})
+
+    def take(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+        """These linears, by name, each in its scheme: what `assign` answers where nobody else decides them."""
+        ordered = self.params.act_order == "static"
+        self._assigned = {name: replace(x, actorder=ordered and x.strategy == "group") for name, x in schemes.items()}
         return dict(self._assigned)
 
     def apply(self, stage: Stage) -> None:

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from kompressor_worker.architectures import text_config
 from kompressor_worker.errors import BadNumerics, UserError
-from kompressor_worker.evaluate import BlockError, LogitComparison, Scored, scored
+from kompressor_worker.evaluate import BlockError
 from kompressor_worker.passes.surveyor import SeenBlock, Surveyed, Surveyor
+from kompressor_worker.passes.variants import Variants
 
 if TYPE_CHECKING:
-    from kompressor_worker.batch import Batch
     from kompressor_worker.layout import ModelLayout
 
 DAMPENING = 0.01
@@ -43,85 +43,43 @@ class Influence(Surveyor):
         self.tensors["scores"][seen.layer] = 1.0 - total / count
 
 
-class Variants(Surveyor):
-    """KL of the logits of variants of the model, on its first rows: each differs in one layer, and begins as a copy of the rows there."""
+class ByLayer(Surveyor):
+    """KL of the logits where one layer differs, for each of some layers."""
 
     reads_head = True
 
     def __init__(self, layers: Sequence[int], samples: int) -> None:
-        """`layers`: which differ, one after the other."""
+        """`layers`: which differ, one after the other. `samples`: calibration rows that their KL is measured on."""
         super().__init__()
         self._layers, self._samples = tuple(layers), samples
-        self._comparisons: list[LogitComparison] = []
-        self._hidden: list[list[Tensor]] = []
+        self._variants = Variants(self.tensors, max(self._layers, default=-1) + 1)
 
     def begin(self, model: Surveyed) -> None:
         self._model = model
-        count, self._batches = 0, 0
-        for batch in model.batches:
-            if count >= self._samples:
-                break
-            self._batches, count = self._batches + 1, count + len(batch.lengths)
-
-    def _onward(self, seen: SeenBlock) -> None:
-        """All variants so far through this block."""
-        for layer in (layer for layer in self._layers if layer < seen.layer and self._batches):
-            rows = [self._batch(layer, number) for number in range(self._batches)]
-            seen.forward(rows)
-            for number, batch in enumerate(rows):
-                self.tensors[f"{layer}/{number}"] = batch.state["hidden"]
-
-    def _batch(self, layer: int, number: int) -> Batch:
-        return replace(self._model.batches[number], state={"hidden": self.tensors[f"{layer}/{number}"]})
+        self._variants.begin(model, self._samples)
 
     def head(self, first: int, rows: Tensor, norm: Tensor) -> None:
-        if not self._comparisons:
-            self._compare(norm)
-        rows = rows.to(self._model.device)
-        original, *variants = self._hidden
-        for comparison, variant in zip(self._comparisons, variants, strict=True):
-            start = 0
-            for a, b in zip(original, variant, strict=True):
-                comparison.add(a, b, rows, offset=first, start=start)
-                start += len(a)
-
-    def _compare(self, norm: Tensor) -> None:
-        model, parts, before = self._model, list[Scored](), 0
-        for batch, tokens in zip(model.batches[: self._batches], model.tokens, strict=False):
-            lengths = [0 if out else n for n, out in zip(batch.lengths, batch.excluded or (False,) * len(batch.lengths), strict=True)]
-            part = scored(tokens, torch.tensor(lengths))
-            parts.append(Scored(part.keep, part.targets, part.rows + before))
-            before += len(batch.lengths)
-        norm = norm.to(model.device)
-
-        def last(states: Sequence[Tensor]) -> list[Tensor]:
-            return [model.norm(s[p.keep], norm) for s, p in zip(states, parts, strict=True)]
-
-        self._hidden = [last([batch.state["hidden"] for batch in model.batches[: self._batches]])]
-        self._hidden += [last([self.tensors[f"{n}/{b}"] for b in range(self._batches)]) for n in self._layers]
-        targets, belongs = torch.cat([p.targets for p in parts]), torch.cat([p.rows for p in parts])
-        self._comparisons = [LogitComparison(targets, belongs, model.vocabulary, softcap=model.softcap) for _ in self._layers]
+        self._variants.head(first, rows, norm)
 
     def _kl(self) -> list[float]:
-        return [comparison.result().summary()["kl"] for comparison in self._comparisons]
+        return list(self._variants.divergences().values())
 
 
-class Divergence(Variants):
+class Divergence(ByLayer):
     """KL of the logits without a block, for every block: its variant begins as a copy of the rows at its input, and skips it."""
 
     def __init__(self, layers: int, samples: int) -> None:
         super().__init__(range(layers), samples)
 
     def block(self, seen: SeenBlock) -> None:
-        self._onward(seen)
-        for number in range(self._batches):
-            self.tensors[f"{seen.layer}/{number}"] = seen.before[number]
+        self._variants.forward(seen)
+        self._variants.start(seen.layer, seen.before)
 
     def found(self) -> dict[str, Tensor]:
         return {"scores": torch.tensor(self._kl(), dtype=torch.float64)}
 
 
-class Windows(Variants):
+class Windows(ByLayer):
     """What a sliding window costs each layer that has none: the error of its block's output on all rows, and, where `samples` are wanted,
     the KL of the logits with a window in this layer alone."""
 
@@ -130,7 +88,7 @@ class Windows(Variants):
         super().__init__(layers, samples)
         self._windowed, self._window = windowed, window
         self.reads_head = samples > 0
-        self.tensors = {"blockError": torch.zeros(int(text_config(windowed.config)["num_hidden_layers"]), dtype=torch.float64)}
+        self.tensors["blockError"] = torch.zeros(int(text_config(windowed.config)["num_hidden_layers"]), dtype=torch.float64)
 
     def begin(self, model: Surveyed) -> None:
         super().begin(model)
@@ -142,16 +100,16 @@ class Windows(Variants):
             )
 
     def block(self, seen: SeenBlock) -> None:
-        self._onward(seen)
+        self._variants.forward(seen)
         if seen.layer not in self._layers:
             return
         rows = [replace(batch, state={"hidden": hidden}) for batch, hidden in zip(self._model.batches, seen.before, strict=True)]
         seen.forward(rows, self._windowed)
         error = BlockError()
-        for number, batch in enumerate(rows):
-            error.add(seen.positions(seen.after, number), seen.positions([b.state["hidden"] for b in rows], number))
-            if number < self._batches:
-                self.tensors[f"{seen.layer}/{number}"] = batch.state["hidden"]
+        hidden = [batch.state["hidden"] for batch in rows]
+        for number in range(len(rows)):
+            error.add(seen.positions(seen.after, number), seen.positions(hidden, number))
+        self._variants.start(seen.layer, hidden)
         self.tensors["blockError"][seen.layer] = error.value
 
     def found(self) -> dict[str, Tensor]:

@@ -73,7 +73,11 @@ class Rtn(Pass):
             raise UserError(f"rtn: observer mse with scheme {scheme.name}, whose steps grow with the values; leave observer out")
         chosen = select(layout, taken, self.params.targets, self.params.ignore)
         check_shapes(layout, chosen, scheme)
-        self._assigned = {linear.name: scheme for linear in chosen}
+        return self.take({linear.name: scheme for linear in chosen})
+
+    def take(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+        """These linears, by name, each in its scheme: what `assign` answers where nobody else decides them."""
+        self._assigned = dict(schemes)
         return dict(self._assigned)
 
     def apply(self, stage: Stage) -> None:

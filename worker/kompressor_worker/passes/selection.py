@@ -20,7 +20,7 @@ LINEAR = "Linear"
 def select(layout: ModelLayout, taken: Mapping[str, Scheme], targets: Sequence[str], ignore: Sequence[str]) -> list[LinearLayout]:
     """What a pass that quantises takes: as `choose`. Raises UserError, also where a fused group would be split."""
     chosen = choose(layout, taken, targets, ignore, "quantise")
-    _refuse_split(list(layout.linears()), {linear.name for linear in chosen}, taken)
+    refuse_split(list(layout.linears()), {linear.name for linear in chosen}, taken)
     return chosen
 
 
@@ -87,7 +87,7 @@ def _refuse_unmatched(field: str, patterns: Sequence[str], layout: ModelLayout, 
         raise UserError(f"{field}: {pattern!r} matches no linear layer of this model; {hint}")
 
 
-def _refuse_split(linears: Sequence[LinearLayout], chosen: set[str], taken: Mapping[str, Scheme]) -> None:
+def refuse_split(linears: Sequence[LinearLayout], chosen: set[str], taken: Mapping[str, Scheme]) -> None:
     """What a loader fuses into one matrix must be quantised as one."""
     inside: dict[str, str] = {linear.fused: linear.name for linear in linears if linear.fused and linear.name in chosen}
     for linear in linears:

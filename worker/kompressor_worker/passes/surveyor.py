@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kompressor_worker.batch import Batch
     from kompressor_worker.block import Site
     from kompressor_worker.layout import ModelLayout
+    from kompressor_worker.schemes import Scheme
     from kompressor_worker.statistics import Statistic
 
 SAMPLE = 512
@@ -36,8 +37,9 @@ class Surveyed:
 
 
 class Forward(Protocol):
-    def __call__(self, rows: Sequence[Batch], model: ModelLayout | None = None) -> None:
-        """`model`: by whose config.json, where that is not the source's: windows, positions."""
+    def __call__(self, rows: Sequence[Batch], model: ModelLayout | None = None, schemes: Mapping[str, Scheme] | None = None) -> None:
+        """`model`: by whose config.json, where that is not the source's: windows, positions. `schemes`: of linears whose inputs are rounded
+        as they go by them."""
         ...
 
 
@@ -68,6 +70,27 @@ class SeenBlock:
         valid = self.valid[batch]
         return (hidden[batch].flatten(0, 1) if valid is None else hidden[batch][valid]).float()
 
+    def tried(self, batches: Sequence[Batch], weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme] | None = None) -> list[Batch]:
+        """Copies of these batches, which are among the first, at its output, with these weights in place of its own. `schemes`: of linears
+        whose inputs are rounded as they go by them."""
+        from kompressor_worker.batch import Batch
+
+        kept = {name: self.weights[name] for name in weights}
+        self.weights.update(weights)
+        rows = [Batch(b.lengths, {"hidden": h}, b.excluded) for b, h in zip(batches, self.before, strict=False)]
+        self.forward(rows, schemes=schemes)
+        self.weights.update(kept)
+        return rows
+
+    def change(self, rows: Sequence[Batch]) -> float:
+        """Of rows that were `tried`: mean over positions of |h' - h|^2 / |h|^2, h at its output; NaN where no position counts."""
+        total, count = 0.0, 0
+        for number in range(len(rows)):
+            changed, hidden = self.positions([b.state["hidden"] for b in rows], number), self.positions(self.after, number)
+            shares = (changed - hidden).square().sum(-1) / hidden.square().sum(-1).clamp(min=1e-30)
+            total, count = total + float(shares.double().sum()), count + len(shares)
+        return total / count if count else float("nan")
+
     def energies(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
         """fp32 [n, hidden] a batch: squares over their mean in the same position, as a norm that gets `hidden` sees them."""
         for batch in range(len(hidden)):
@@ -91,6 +114,10 @@ class Routed:
     """fp32 [n]: what the model multiplies its outputs by."""
     outputs: Tensor
     """fp32 [n, hidden], before the gate."""
+    batch: int
+    """Its number."""
+    positions: Tensor
+    """int64 [n]: which of the batch's rows * length positions they are."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +137,11 @@ class SeenExpert:
     """[s, hidden], model dtype: inputs of up to SAMPLE of the mixture's tokens, spread over all rows; the same for all its experts."""
     sample_outputs: Tensor
     """fp32 [s, hidden]: what it would say to these, routed to it or not, before the gate."""
+    products: Callable[[Tensor], Tensor]
+    """[n, columns], model dtype: what its down projection gets for inputs [n, hidden]."""
+    says: Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Scheme]], Tensor]
+    """fp32 [n, hidden]: what it would say to inputs [n, hidden] with these weights in place of its own, its inputs rounded as these schemes
+    do it, by linear."""
 
     @property
     def tokens(self) -> int:
@@ -126,6 +158,8 @@ class Surveyor:
     """Whether it wants the head's rows."""
     whole_block: bool = True
     """Whether it wants all weights of a block at once, or to take other rows through it; a mixture is in memory whole then."""
+    measures_experts: bool = True
+    """Whether that goes for the inputs of routed experts too."""
     wants_experts: bool = False
     """Whether it wants to see each expert of a mixture by itself."""
 
