@@ -61,6 +61,25 @@ GOOD: dict[str, Spec] = {
     },
     "a recipe": {"passes": None, "recipeRef": {"name": "w4"}, "drift": {"dataset": {"uri": "s3://data/c"}}},
     "a recipe of the cluster": {"passes": None, "recipeRef": {"kind": "ClusterCompressionRecipe", "name": "w4.v2"}},
+    "a target": {
+        "passes": None,
+        "target": {
+            "gpu": "RTX-4090",
+            "context": 32768,
+            "concurrency": 4,
+            "maxPerplexityIncrease": "1.5%",
+            "prefer": "latency",
+            "pricePerHour": 0.44,
+        },
+        "evaluation": {"dataset": {"uri": "s3://data/b"}, "gates": [{"metric": "kl", "maxKL": 0.1}]},
+    },
+    "a target without a name": {
+        "passes": None,
+        "target": {"hardware": {"memory": "24Gi", "computeCapability": "8.9", "bandwidth": "1008G"}, "context": 1, "pricePerHour": 1},
+        "calibration": {"dataset": {"uri": "s3://data/a"}},
+        "evaluation": {"dataset": {"uri": "s3://data/b"}},
+        "drift": {"dataset": {"uri": "s3://data/c"}},
+    },
     "all of a life": {"preflight": "Skip", "queueName": "gpu", "activeDeadlineSeconds": 3600, "deletionPolicy": "Delete"},
     "a pod of one's own": {"worker": {"podTemplate": {"metadata": {"labels": {"a": "b"}}, "spec": {"priorityClassName": "low"}}}},
     "life": {"suspend": True, "retry": {"limit": 0}, "ttlSecondsAfterFinished": 0},
@@ -165,11 +184,43 @@ WRONG_VALUES |= {
     ),
 }
 
+
+def aimed(beside: Spec | None = None, **target: Any) -> Spec:
+    whole = {"gpu": "RTX-4090", "context": 4096} | target
+    return {"passes": None, "target": {k: v for k, v in whole.items() if v is not None}, "evaluation": {"dataset": DATA}} | (beside or {})
+
+
+HARDWARE = {"memory": "24Gi", "computeCapability": "8.9", "bandwidth": "1008G"}
+WRONG_VALUES |= {
+    "passes and a target": (
+        {"target": {"gpu": "T4", "context": 9}, "evaluation": {"dataset": DATA}},
+        "give either passes, recipeRef or target, exactly one of them",
+    ),
+    "a recipe and a target": (aimed({"recipeRef": {"name": "w4"}}), "give either passes, recipeRef or target, exactly one of them"),
+    "a target that is not measured": (aimed({"evaluation": None}), "is measured on evaluation, which is missing"),
+    "a target with the same gate": (
+        aimed({"evaluation": {"dataset": DATA, "gates": [{"metric": "perplexity", "maxIncrease": "3%"}]}}),
+        "say it once, in the target",
+    ),
+    "a target without a GPU": (aimed(gpu=None), "give either gpu (a name) or hardware (what it has), exactly one of them"),
+    "a target with two": (aimed(hardware=HARDWARE), "give either gpu (a name) or hardware (what it has), exactly one of them"),
+    "a target of no length": (aimed(context=None), "spec.target.context: Required value"),
+    "a target for nobody": (aimed(concurrency=0), "spec.target.concurrency"),
+    "a target that prefers both": (aimed(prefer="both"), "spec.target.prefer"),
+    "a free target": (aimed(pricePerHour=0), "spec.target.pricePerHour"),
+    "a target without percent": (aimed(maxPerplexityIncrease="3"), "spec.target.maxPerplexityIncrease"),
+    "memory in words": (aimed(gpu=None, hardware=HARDWARE | {"memory": "much"}), "spec.target.hardware.memory"),
+    "a capability in words": (aimed(gpu=None, hardware=HARDWARE | {"computeCapability": "sm_89"}), "computeCapability"),
+    "hardware without bandwidth": (aimed(gpu=None, hardware={"memory": "24Gi", "computeCapability": "8.9"}), "bandwidth: Required value"),
+}
+
 # misspelt names: refused by the policy for every client, kept (never dropped) where there is none
 MISSPELT: dict[str, tuple[Spec, str, str]] = {
     "in the spec": ({"supend": True}, "supend", "spec: no such name: supend; known are model,"),
     "in the model": ({"model": {"source": {"uri": "s3://a/b"}, "revision": "x"}}, "revision", "spec.model: no such name"),
     "in the source": ({"model": {"source": {"uri": "s3://a/b", "path_style": True}}}, "path_style", "pathStyle"),
+    "in a target": (aimed(gpus=2), "gpus", "spec.target: no such name: gpus; known are gpu, hardware, context"),
+    "in hardware": (aimed(gpu=None, hardware=HARDWARE | {"cores": 9}), "cores", "spec.target.hardware: no such name: cores"),
     "in a bundle": (
         {"model": {"source": {"uri": "s3://a/b", "caBundle": {"configMap": "a", "Key": "b"}}}},
         "Key",

@@ -85,6 +85,30 @@ def test_each_end_of_a_preflight(stage: Stage, operator: Operator) -> None:
     assert stage.children(uids["misspelt"]) == [], "judged before anything is made"
 
 
+def test_a_target_is_planned_before_a_worker_is_there(stage: Stage, operator: Operator) -> None:
+    evaluation = {"dataset": {"uri": "s3://data/rows"}}
+
+    def aim(name: str, **target: Any) -> str:
+        told = {"passes": None, "preflight": "Job", "evaluation": evaluation, "target": {"gpu": "T4", "context": 4096} | target}
+        return stage.play(name=name, **told)
+
+    uids = {"fits": aim("fits"), "large": aim("large", context=1), "unknown": aim("unknown", gpu="T44")}
+    status = stage.until("Completed", "fits")
+    chosen = {"name": "W4A16", "passes": ["gptq: {scheme: W4A16}"], "totalBytes": 20, "memoryBytes": 24, "fallbacks": ["W8A8"]}
+    assert status["plan"]["target"] == chosen and validated(stage, "fits")["message"] == "W4A16: 4.0x smaller"
+    assert status["result"]["target"] == {"plan": "W4A16", "tries": ["W8A8: missed", "W4A16: kept"]}
+    children = steps(stage, uids["fits"])
+    assert children["preflight"]["status"]["completionTime"] <= children["compress"]["metadata"]["creationTimestamp"]
+
+    status = stage.until("DoesNotFit", "large")
+    assert stage.conditions("large") == {"Ready": "False", "Validated": "False", "Stalled": "True", "Failed": "True"}
+    assert validated(stage, "large")["reason"] == "DoesNotFit" and "it would fit on a GPU with 22 GB" in stage.message("large")
+    assert steps(stage, uids["large"]).keys() == {"preflight"} and "jobName" not in status
+
+    stage.until("InvalidSpec", "unknown")
+    assert "gpu 'T44' is not known; did you mean T4" in stage.message("unknown") and stage.children(uids["unknown"]) == []
+
+
 def test_a_life_with_a_preflight_takes_at_most_twelve_requests(stage: Stage) -> None:
     """Where the cores are busy with other things more is told on the way; an undisturbed try is what counts."""
     tries = []
