@@ -96,10 +96,10 @@ class Engine:
             self._original(original, part, stored, reference=reshaper is None)
             self._part(work, unit, part, stored, reshaper, write)
             del stored  # before the next part is read
+            give_back_freed_memory()
         for stream in self.streams.through_compressed():
             stream.exclude_nonfinite(unit.name)
         self._pace.finish()
-        give_back_freed_memory()
         return self._record(work, began)
 
     def replay(self, at: Place, unit: UnitLayout, load: Load, published: Load, tell: Callable[[int], None] = unheard) -> None:
