@@ -26,6 +26,9 @@ from kompressor_worker.stream import Work
 from kompressor_worker.unit_kinds import kind_of
 from kompressor_worker.writer import Carry
 
+PIECE_BYTES = 8 << 20
+"""Of a block's published tensors that share a working object, at least: up to three times as much waits to be written."""
+
 Submit = Callable[[str, Callable[[], bytes]], Future[None]]
 """Writes a working object in the background."""
 
@@ -125,11 +128,11 @@ class Snapshots:
     def _groups(self, unit: int) -> list[list[int]]:
         """Numbers of the stages of a block, those that share an object together."""
         groups: list[list[int]] = []
-        size = CHUNK_BYTES
+        size = PIECE_BYTES
         for number, placed in enumerate(self.work.plan.stages[unit]):
             if not placed:
                 continue
-            if size >= CHUNK_BYTES:
+            if size >= PIECE_BYTES:
                 groups.append([])
                 size = 0
             groups[-1].append(number)
