@@ -125,13 +125,19 @@ def compress(folder: Path, case: Case, data: dict[str, Any]) -> tuple[float, lis
 def measure(folder: Path, rows: list[list[list[int]]]) -> list[dict[str, Any] | str]:
     """What vLLM sees of folder/0/out, folder/1/out ..."""
     models = [str(folder / str(number) / "out") for number in range(len(rows))]
+    said = seen_by_vllm(folder, dict(zip(models, rows, strict=True)))
+    return [said[model] for model in models]
+
+
+def seen_by_vllm(folder: Path, rows: dict[str, list[list[int]]], *how: str) -> dict[str, dict[str, Any] | str]:
+    """What vllm_perplexity.py says of checkpoints and rows. `how`: what else it is told."""
     wanted, found = folder / "rows.json", folder / "found.json"
-    wanted.write_text(json.dumps(dict(zip(models, rows, strict=True))))
-    command = [str(other_python("vllm")), str(Path(__file__).with_name("vllm_perplexity.py")), str(wanted), str(found)]
+    wanted.write_text(json.dumps(rows))
+    command = [str(other_python("vllm")), str(Path(__file__).with_name("vllm_perplexity.py")), str(wanted), str(found), *how]
     done = subprocess.run(command, env={**os.environ, "TMPDIR": str(folder)}, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    said = json.loads(found.read_text())
-    return [said[model] for model in models]
+    said: dict[str, dict[str, Any] | str] = json.loads(found.read_text())
+    return said
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,7 +1,9 @@
 """Run by vLLM's own Python: perplexity of token rows under checkpoints, one after the other in one process, which starts slowly; and how
 the first of them go on.
 
-python vllm_perplexity.py ROWS.json OUT.json     (ROWS: {folder: [[token id]]}; OUT: {folder: {perplexity, generated}, or an error's text})
+python vllm_perplexity.py ROWS.json OUT.json [DTYPE]
+
+ROWS: {folder: [[token id]]}; OUT: {folder: {perplexity, losses, generated}, or an error's text}; DTYPE: such as float32.
 """
 
 from __future__ import annotations
@@ -24,17 +26,20 @@ PROMPTS, PROMPT, TOKENS = 4, 32, 24
 """So many rows' first PROMPT tokens are continued, greedily, by so many."""
 
 
-def seen(model: str, rows: list[list[int]]) -> dict[str, Any]:
+def seen(model: str, rows: list[list[int]], dtype: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=model, enforce_eager=True, max_model_len=512)
+    llm = LLM(model=model, enforce_eager=True, max_model_len=512, dtype=dtype)
     prompts: list[Any] = [{"prompt_token_ids": row[:PROMPT]} for row in rows[:PROMPTS]]
     greedily = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, detokenize=False)
     generated = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedily, use_tqdm=False)]
-    return {"perplexity": perplexity(llm, rows), "generated": generated}
+    found = losses(llm, rows)
+    each = [loss for row in found for loss in row]
+    return {"perplexity": math.exp(sum(each) / len(each)), "losses": found, "generated": generated}
 
 
-def perplexity(llm: Any, rows: list[list[int]]) -> float:
+def losses(llm: Any, rows: list[list[int]]) -> list[list[float]]:
+    """Negative log-likelihood of each token but the first."""
     from vllm import SamplingParams
 
     outputs = llm.generate(
@@ -42,16 +47,16 @@ def perplexity(llm: Any, rows: list[list[int]]) -> float:
         SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0, detokenize=False),
         use_tqdm=False,
     )
-    total, count = 0.0, 0
+    found: list[list[float]] = []
     for row, output in zip(rows, outputs, strict=True):
         logprobs = output.prompt_logprobs
         assert logprobs is not None
+        found.append([])
         for i in range(1, len(row)):
             entry = logprobs[i]
             assert entry is not None
-            total -= entry[row[i]].logprob
-            count += 1
-    return math.exp(total / count)
+            found[-1].append(-entry[row[i]].logprob)
+    return found
 
 
 def make_static_fp8_run() -> None:
@@ -77,11 +82,12 @@ def main() -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     make_static_fp8_run()
-    wanted, out = map(Path, sys.argv[1:])
+    wanted, out = map(Path, sys.argv[1:3])
+    dtype = sys.argv[3] if len(sys.argv) > 3 else "auto"
     found: dict[str, dict[str, Any] | str] = {}
     for model, rows in json.loads(wanted.read_text()).items():
         try:
-            found[model] = seen(model, rows)
+            found[model] = seen(model, rows, dtype)
         except Exception:  # the others are measured all the same
             found[model] = traceback.format_exc()
         gc.collect()

@@ -57,9 +57,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3Config", {}),
     "gemma2": ("Gemma2Config", {}),
     "gemma3": ("Gemma3TextConfig", {}),
     "gemma3_vision": ("Gemma3Config", {"mm_tokens_per_image": 4}),
+    "olmo3": ("Olmo3Config", {}),
     "phi3": ("Phi3Config", {}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
     "qwen3_moe": (

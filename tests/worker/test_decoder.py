@@ -49,8 +49,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": 7}),
     "qwen2": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3Config", {"use_sliding_window": True, "sliding_window": 7, "no_rope_layer_interval": 2}),
     "gemma2": ("Gemma2Config", {"sliding_window": 7, "query_pre_attn_scalar": 48, "attn_logit_softcapping": 2.0}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "olmo3": ("Olmo3Config", {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "phi3": ("Phi3Config", {"partial_rotary_factor": 0.5, "sliding_window": None}),
     "mixtral": ("MixtralConfig", {**MOE, "num_local_experts": 4}),
     "qwen2_moe": (

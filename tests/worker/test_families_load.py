@@ -20,8 +20,8 @@ from kompressor_worker.job import load_job
 from kompressor_worker.plan import make_plan
 
 LOADABLE = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_vision", "phi3", "mixtral", "qwen2_moe", "qwen3_moe",
-    "deepseek_v2", "deepseek_v3", "gpt_oss", "olmo2", "gpt_neox",
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "gemma3_vision", "olmo3", "phi3", "mixtral", "qwen2_moe",
+    "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "olmo2", "gpt_neox",
 ]  # fmt: skip
 
 

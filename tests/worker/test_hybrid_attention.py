@@ -39,12 +39,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"head_dim": None},
     "qwen3": {},
+    "smollm3": {"no_rope_layer_interval": 2},
     "gemma2": {"sliding_window": WINDOW},
     "gemma3": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    "olmo3": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    "mixtral": {},
+    "qwen2_moe": {"mlp_only_layers": [3], "decoder_sparse_step": 1, "layer_types": None},
     "qwen3_moe": {"mlp_only_layers": [3], "decoder_sparse_step": 2},  # experts in blocks 1 and 5
 }
-THERE = {"gemma2": [1, 3, 5], "gemma3": [1, 3, 5]}
+THERE = {"gemma2": [1, 3, 5], "gemma3": [1, 3, 5], "olmo3": [1, 3, 5]}
 """Layers with full attention, where not all have it."""
+NOTHING = {"mistral": {"sliding_window": None}}
+"""What `save_pretrained` leaves out, and means another thing when it is not there; hubs' files say it."""
 HYBRID: dict[str, Any] = {"hybridAttention": {"window": WINDOW, "fullLayers": 2, "samples": ROWS}}
 W4 = {"gptq": {"scheme": "W4A16", "groupSize": 32}}
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -72,7 +78,9 @@ def compress(source: Path, folder: Path, passes: list[dict[str, Any]]) -> dict[s
 
 
 def model_of(family: str, folder: Path, **more: Any) -> Path:
-    return smaller.lively(families.tiny_model(family, **{**SHAPE, **FAMILIES[family], **more}), folder / "source")
+    made = smaller.lively(families.tiny_model(family, **{**SHAPE, **FAMILIES[family], **more}), folder / "source")
+    (made / "config.json").write_text(json.dumps({**NOTHING.get(family, {}), **config_of(made)}))
+    return made
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -122,7 +130,7 @@ def test_transformers_reads_it_token_by_token(family: str, more: list[dict[str, 
         assert float((losses(variant(out, name, others), rows) - seen).abs()[:, WINDOW:].median()) > 1e-2, name
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo3", "qwen3_moe"])
 def test_costs_are_what_transformers_says_of_each_layer_alone(family: str, tmp_path: Path) -> None:
     source, there = model_of(family, tmp_path), THERE.get(family, list(range(6)))
     found = compress(source, tmp_path, [HYBRID])["attention"]["windows"]
@@ -190,8 +198,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"sliding_window": 8, "use_sliding_window": True}),
     "mixtral": ("mixtral", {"sliding_window": 8}),
     "phi3": ("phi3", {"sliding_window": 8}),
+    "smollm3": ("smollm3", {"sliding_window": 8}),
+    "smollm3 listed": ("smollm3", {"sliding_window": 8, "use_sliding_window": True, "layer_types": [FULL, SLIDING] * 3}),
     "gemma2": ("gemma2", {"sliding_window": 8}),
     "gemma3": ("gemma3", {"sliding_window": 8}),
+    "olmo3": ("olmo3", {"sliding_window": 8}),
 }
 
 
@@ -203,7 +214,7 @@ def test_windows_are_where_transformers_has_them(case: str, listed: bool) -> Non
 
     family, more = CONFIGS[case]
     source = families.tiny_model(family, **{**SHAPE, "head_dim": 16, **more})
-    config = {k: v for k, v in config_of(source).items() if listed or k != "layer_types" or "layer_types" in more}
+    config = {k: v for k, v in {**more, **config_of(source)}.items() if listed or k != "layer_types" or "layer_types" in more}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
     rows = torch.tensor(token_rows(1))[:1]
     with torch.inference_mode():

@@ -45,6 +45,8 @@ REFUSED: dict[str, tuple[str, Passes, str]] = {
     "fused projections": ("phi3", hybrid(), "a 'phi3' with windows in some layers is read alike by no two loaders .known: llama"),
     "an unknown decoder": ("gpt_neox", hybrid(), "a 'gpt_neox' with windows in some layers is read alike by no two"),
     "latent vectors": ("deepseek_v3", hybrid(), r"hybridAttention: the model \(kv_lora_rank 128\) attends to latent vectors"),
+    "heads of an OLMo3": ("olmo3", [{"pruneHeads": {"kvHeads": 1}}], "a olmo3 has norms over all heads together"),
+    "channels of an OLMo3": ("olmo3", [{"pruneHidden": {"hiddenSize": 96}}], "a olmo3 has no norm before attention and feed-forward"),
     "twice": ("qwen3", hybrid() * 2, "an earlier hybridAttention has given layers a window; ask once"),
     "before blocks go": ("qwen3", [*hybrid(), {"pruneLayers": {"layers": 3}}], "put pruneLayers first"),
     "before heads go": ("qwen3", [*hybrid(), {"pruneHeads": {"kvHeads": 1}}], "put pruneHeads first"),

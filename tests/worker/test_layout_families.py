@@ -71,7 +71,7 @@ GPT_OSS = [
     ("mlp.experts.down_proj", ()),
 ]
 LAST_BLOCK = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_vision"), LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "gemma3_vision", "olmo3"), LLAMA),
     "phi3": PHI3,
     "mixtral": MIXTRAL,
     "qwen2_moe": QWEN2_MOE,
@@ -82,7 +82,7 @@ LAST_BLOCK = {
 }
 LATENT = ("deepseek_v2", "deepseek_v3")
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", *LATENT)
-TIED = ("qwen3", "gemma2", "gemma3", "gemma3_vision")
+TIED = ("qwen3", "smollm3", "gemma2", "gemma3", "gemma3_vision")
 
 
 def stored_names(folder: Path) -> list[str]:

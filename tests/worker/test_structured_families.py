@@ -34,6 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": WINDOW,
     "qwen2": {"head_dim": None},
     "qwen3": {},
+    "smollm3": {"no_rope_layer_interval": 2},
     "gemma2": WINDOW,
     "gemma3": WINDOW,
     "phi3": {"head_dim": None},
@@ -160,6 +161,7 @@ DEAD_BLOCK = 2
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_window_layers": 5, "layer_types": ["full_attention"] * 5},
     "qwen3": {"max_window_layers": 5, "layer_types": ["full_attention"] * 5},
+    "smollm3": {"layer_types": ["full_attention"] * 5, "no_rope_layers": [1, 0, 0, 1, 0]},
     "gemma2": {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]},
     "gemma3": {"layer_types": ["sliding_attention"] * 4 + ["full_attention"]},
     "qwen2_moe": {

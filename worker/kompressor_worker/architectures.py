@@ -107,10 +107,16 @@ class Family:
     """What the model adds to a norm's stored weight."""
     post_norms: bool = False
     """Whether attention and feed-forward have a norm behind them too; the one before the feed-forward is then pre_feedforward_layernorm."""
+    pre_norms: bool = True
+    """Whether they have one before them."""
+    whole_norms: bool = False
+    """Whether the norms of queries and keys, where there are some, are over all heads together."""
     scaled_embeddings: bool = False
     """Whether embeddings are multiplied by the root of the hidden size."""
     full_attention_every: int = 0
     """Where config.json does not list them: one of so many layers has full attention, the others a sliding window; 0: all are alike."""
+    no_rotary_every: int = 0
+    """Where config.json does not list them (`no_rope_layers`, 0 for those without): one of so many layers has no rotary embedding."""
     whole_heads: bool = False
     """Whether transformers' config class refuses a hidden size that is no multiple of the number of heads, head_dim or not."""
     derived_head: bool = False
@@ -215,6 +221,7 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "qwen3": Family(("qwen3",), ATTENTION, gated("mlp.")),
+    "smollm3": Family(("smollm3",), ATTENTION, gated("mlp."), no_rotary_every=4, defaults={"tie_word_embeddings": True}),
     "gemma2": Family(
         ("gemma2",),
         ATTENTION,
@@ -237,6 +244,7 @@ FAMILIES: dict[str, Family] = {
         whole_heads=True,
         defaults={**GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
     ),
+    "olmo3": Family(("olmo3",), ATTENTION, gated("mlp."), post_norms=True, pre_norms=False, whole_norms=True, full_attention_every=4),
     "phi3": Family(
         ("phi3",),
         (Group("self_attn.qkv", (Linear("self_attn.qkv_proj", "q+kv+kv", "hidden"),)), Group("self_attn.o", (O,))),

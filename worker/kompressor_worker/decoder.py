@@ -69,6 +69,8 @@ class Decoder:
         if isinstance(turns, Tensor):  # one complex number for each pair of channels
             return torch.cat((turns.real, turns.real), dim=-1), torch.cat((turns.imag, turns.imag), dim=-1)
         cos, sin = turns
+        if (rotated := getattr(self.config, "no_rope_layers", None)) and not rotated[layer]:
+            return torch.ones_like(cos), torch.zeros_like(sin)
         return cos, sin
 
 

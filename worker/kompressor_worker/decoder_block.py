@@ -6,7 +6,7 @@ output is computed, with what will be published. State between steps is a dict o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,7 +76,8 @@ class Block:
         self.experts = len({expert.number for step in self.steps for expert in step.experts})
         self._routed_as = routed_as or decoder
         before = "pre_feedforward_layernorm" if decoder.family.post_norms else "post_attention_layernorm"
-        self.norms = {"qkv": "input_layernorm"} | dict.fromkeys(("gate_up", "router", "experts_in", "shared_gate_up"), before)
+        norms = {"qkv": "input_layernorm"} | dict.fromkeys(("gate_up", "router", "experts_in", "shared_gate_up"), before)
+        self.norms = norms if decoder.family.pre_norms else {}
         self.latent = LatentAttention(decoder, self.prefix) if decoder.family.latent else None
         if self.latent is not None:
             self.norms |= {"latents": "input_layernorm", **latent_attention.NORMS}
@@ -132,8 +133,10 @@ class Block:
             return batch.state["product"]
         if self.latent is not None and step.name in latent_attention.NORMS:
             return self.latent.input(step, batch.state, weights)
-        norm = weights[f"{self.prefix}{self.norms[step.name]}.weight"]
-        return self.decoder.norm(batch.state["hidden"], norm).to(self.decoder.dtype)
+        x = batch.state["hidden"]
+        if (norm := self.norms.get(step.name)) is None:
+            return x
+        return self.decoder.norm(x, weights[f"{self.prefix}{norm}.weight"]).to(self.decoder.dtype)
 
     def _add(self, step: str, batch: Batch, y: Tensor, weights: Mapping[str, Tensor]) -> None:
         if name := self._after.get(step):
@@ -146,9 +149,14 @@ class Block:
         sizes = [d.heads * d.head_dim, d.kv_heads * d.head_dim, d.kv_heads * d.head_dim]
         names = [linear_layout.name for linear_layout in self.steps[0].layout.linears]
         parts = torch.split(linear(names[0], x), sizes, dim=-1) if len(names) == 1 else [linear(name, x) for name in names]
-        q, k, v = (part.reshape(rows, length, -1, d.head_dim).transpose(1, 2) for part in parts)
-        if (norm := weights.get(f"{self.prefix}self_attn.q_norm.weight")) is not None:
-            q, k = d.norm(q, norm), d.norm(k, weights[f"{self.prefix}self_attn.k_norm.weight"])
+        norms = [weights.get(f"{self.prefix}self_attn.{kind}_norm.weight") for kind in "qkv"]
+
+        def normed(parts: Iterable[Tensor]) -> list[Tensor]:
+            return [part if norm is None else d.norm(part, norm) for part, norm in zip(parts, norms, strict=True)]
+
+        whole = d.family.whole_norms
+        by_head = [x.reshape(rows, length, -1, d.head_dim).transpose(1, 2) for x in (normed(parts) if whole else parts)]
+        q, k, v = by_head if whole else normed(by_head)
         cos, sin = d.positions(length, self.layer)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is not None:

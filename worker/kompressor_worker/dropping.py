@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.resizing import with_text
 
-__all__ = ["block_numbers", "depth_config", "kept_layers", "layer_types", "without"]
+__all__ = ["block_numbers", "depth_config", "is_block", "kept_layers", "layer_types", "renamed", "without"]
 
 DROPPED = "dropped.layers"
 """In place of a block's prefix where the result does not have it: no name of the result's can be the same."""
@@ -19,12 +19,12 @@ DROPPED = "dropped.layers"
 
 def block_numbers(layout: ModelLayout) -> list[int]:
     """Numbers of the units that are decoder blocks and stay."""
-    return [number for number, unit in enumerate(layout.units) if _is_block(unit) and not unit.dropped]
+    return [number for number, unit in enumerate(layout.units) if is_block(unit) and not unit.dropped]
 
 
 def kept_layers(layout: ModelLayout) -> list[int]:
     """Of the decoder blocks, counted in the source, those that stay."""
-    return [layer for layer, unit in enumerate(filter(_is_block, layout.units)) if not unit.dropped]
+    return [layer for layer, unit in enumerate(filter(is_block, layout.units)) if not unit.dropped]
 
 
 def without(layout: ModelLayout, gone: Collection[int]) -> ModelLayout:
@@ -34,9 +34,9 @@ def without(layout: ModelLayout, gone: Collection[int]) -> ModelLayout:
         unit = units[number]
         prefix, _, old = unit.name.rpartition(".")
         if layer in gone:
-            units[number] = replace(_renamed(unit, f"{DROPPED}.{old}"), dropped=True)
+            units[number] = replace(_placed(unit, f"{DROPPED}.{old}"), dropped=True)
         else:
-            units[number] = _renamed(unit, f"{prefix}.{stays}")
+            units[number] = _placed(unit, f"{prefix}.{stays}")
             stays += 1
     return replace(layout, units=tuple(units))
 
@@ -49,6 +49,8 @@ def depth_config(config: Mapping[str, Any], family: Family, kept: Sequence[int])
     kinds = {k: v for k, v in text.items() if k.endswith("layer_types") and isinstance(v, list) and len(v) == layers}
     if "layer_types" not in kinds and (rule := layer_types(text, family, layers)) is not None:
         kinds["layer_types"] = rule
+    if (rotated := no_rope_layers(text, family, layers)) is not None:
+        kinds["no_rope_layers"] = rotated
     changes |= {key: [value[layer] for layer in kept] for key, value in kinds.items()}
     if type(first := text.get("max_window_layers")) is int:
         changes["max_window_layers"] = sum(layer < first for layer in kept)
@@ -77,15 +79,26 @@ def layer_types(text: Mapping[str, Any], family: Family, layers: int) -> list[st
     return ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)]
 
 
-def _is_block(unit: UnitLayout) -> bool:
+def no_rope_layers(text: Mapping[str, Any], family: Family, layers: int) -> list[int] | None:
+    """1 for each layer with a rotary embedding, as config.json or the family's own rule has it; None: all have one."""
+    if not family.no_rotary_every:
+        return None
+    every = text.get("no_rope_layer_interval") or family.no_rotary_every
+    return text.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(layers)]
+
+
+def is_block(unit: UnitLayout) -> bool:
     return any(x.kind in ("linear", "router") for stage in unit.stages for x in stage.linears)
 
 
-def _renamed(unit: UnitLayout, name: str) -> UnitLayout:
+def _placed(unit: UnitLayout, name: str) -> UnitLayout:
     old = f"{unit.name}."
+    moved = renamed(unit, lambda text: f"{name}.{text.removeprefix(old)}" if text.startswith(old) else text)
+    return replace(moved, name=name)
 
-    def new(text: str) -> str:
-        return f"{name}.{text.removeprefix(old)}" if text.startswith(old) else text
+
+def renamed(unit: UnitLayout, new: Callable[[str], str]) -> UnitLayout:
+    """The unit with other names of tensors, linears and stages."""
 
     def tensor(t: SourceTensor) -> SourceTensor:
         return replace(t, name=new(t.name))
@@ -96,4 +109,4 @@ def _renamed(unit: UnitLayout, name: str) -> UnitLayout:
     def stage(s: StageLayout) -> StageLayout:
         return replace(s, name=new(s.name), tensors=tuple(map(tensor, s.tensors)), linears=tuple(map(linear, s.linears)))
 
-    return replace(unit, name=name, stages=tuple(map(stage, unit.stages)))
+    return replace(unit, stages=tuple(map(stage, unit.stages)))

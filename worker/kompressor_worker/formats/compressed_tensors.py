@@ -131,7 +131,9 @@ def quantization_config(
 def other_modules(layout: ModelLayout) -> list[str]:
     """Modules with a matrix that is no linear of the decoder, in the model's order: what `quantization_config` calls others."""
     weights = {linear.weight for linear in layout.linears()}
-    tensors = (tensor for stage in layout.stages() for tensor in stage.tensors if tensor.encoding != "made")
+    tensors = (
+        tensor for stage in layout.stages() for tensor in stage.tensors if tensor.name.endswith("weight") or tensor.encoding != "made"
+    )
     return list(dict.fromkeys(t.name.rpartition(".")[0] for t in tensors if len(t.shape) > 1 and t.name not in weights))
 
 

@@ -26,6 +26,7 @@ from kompressor_worker.windows import kept_tokens, recipe_for, windowed, windows
 if TYPE_CHECKING:
     import torch
 
+    from kompressor_worker.block import Stage
     from kompressor_worker.passes.surveyor import Surveyor
 
 NAME = "hybridAttention"
@@ -149,6 +150,16 @@ class HybridAttention(Pass):
                 f"{window} in the {len(now) - 1} others take of a context of {context}; raise it, or choose a smaller window"
             )
         return allowed[-1]
+
+    def apply(self, stage: Stage) -> None:
+        """Zeros, where the result's class wants what the source has not."""
+        import torch
+
+        from kompressor_worker.tensors import DTYPES
+
+        for tensor in stage.layout.tensors:
+            if tensor.encoding == "made" and tensor.name.endswith(".weight"):
+                stage.weights[tensor.name] = torch.zeros(tensor.shape, dtype=DTYPES[tensor.dtype])
 
     # ---- the survey
 

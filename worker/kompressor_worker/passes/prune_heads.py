@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from pydantic import Field, model_validator
 
 from kompressor_api.fields import Count, Number
+from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.architectures import text_config
 from kompressor_worker.errors import UserError
@@ -50,6 +51,12 @@ class PruneHeads(StructuredPass):
         self.refuse_late(layout)
         family = family_to_resize(layout, self.name)
         refuse_latent(layout, family, self.name)
+        if family.whole_norms:
+            raise UserError(
+                f"{self.name}: a {text_config(layout.config)['model_type']} has norms over all heads together, which change "
+                f"with those that go; leave {self.name} out",
+                Reason.UNSUPPORTED_MODEL,
+            )
         config = {**family.defaults, **text_config(layout.config)}
         size, heads = head_size(layout, family, self.name), int(config["num_attention_heads"])
         groups = config.get("num_key_value_heads") or heads

@@ -77,6 +77,12 @@ class PruneHidden(StructuredPass):
         self.refuse_changed(layout)
         family = family_to_resize(layout, self.name)
         refuse_latent(layout, family, self.name)
+        if not family.pre_norms:
+            raise UserError(
+                f"{self.name}: a {text_config(layout.config)['model_type']} has no norm before attention and feed-forward, by which "
+                f"channels are weighed; leave {self.name} out",
+                Reason.UNSUPPORTED_MODEL,
+            )
         if text_config(layout.config) is not layout.config:
             raise UserError(
                 f"{self.name}: the model also sees or hears, and what it sees enters the residual stream as wide as before; "

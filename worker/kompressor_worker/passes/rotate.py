@@ -19,7 +19,7 @@ from pydantic import Field
 from kompressor_api.fields import Count
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import Model
-from kompressor_worker.architectures import FAMILIES, Dimensions, Family, text_config
+from kompressor_worker.architectures import FAMILIES, Dimensions, Family, family_of, text_config
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import DTYPE_BYTES, LinearLayout, ModelLayout, StageLayout, UnitLayout
 from kompressor_worker.passes import Pass
@@ -204,6 +204,8 @@ def rotatable(layout: ModelLayout) -> Family:
         reason = "stores its experts stacked"
     elif text_config(layout.config) is not layout.config:
         reason = "also sees or hears, and what it sees enters the residual stream unrotated"
+    elif layout.family != family_of(layout.source_config):
+        reason = "has other tensor names behind hybridAttention, which a rotation does not know: rotate it in a job of its own before"
     else:
         return family
     raise UserError(f"rotate: model_type {model_type!r} {reason}; leave rotate out (it works for {fitting})", Reason.UNSUPPORTED_MODEL)
