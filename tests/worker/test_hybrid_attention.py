@@ -50,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 THERE = {"gemma2": [1, 3, 5], "gemma3": [1, 3, 5], "olmo3": [1, 3, 5]}
 """Layers with full attention, where not all have it."""
 NOTHING = {"mistral": {"sliding_window": None}}
-"""What `save_pretrained` leaves out, and means another thing when it is not there; hubs' files say it."""
+"""As hubs' files say it."""
 HYBRID: dict[str, Any] = {"hybridAttention": {"window": WINDOW, "fullLayers": 2, "samples": ROWS}}
 W4 = {"gptq": {"scheme": "W4A16", "groupSize": 32}}
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -79,7 +79,7 @@ def compress(source: Path, folder: Path, passes: list[dict[str, Any]]) -> dict[s
 
 def model_of(family: str, folder: Path, **more: Any) -> Path:
     made = smaller.lively(families.tiny_model(family, **{**SHAPE, **FAMILIES[family], **more}), folder / "source")
-    (made / "config.json").write_text(json.dumps({**NOTHING.get(family, {}), **config_of(made)}))
+    (made / "config.json").write_text(json.dumps({**config_of(made), **NOTHING.get(family, {})}))
     return made
 
 
@@ -214,7 +214,7 @@ def test_windows_are_where_transformers_has_them(case: str, listed: bool) -> Non
 
     family, more = CONFIGS[case]
     source = families.tiny_model(family, **{**SHAPE, "head_dim": 16, **more})
-    config = {k: v for k, v in {**more, **config_of(source)}.items() if listed or k != "layer_types" or "layer_types" in more}
+    config = {k: v for k, v in {**config_of(source), **more}.items() if listed or k != "layer_types" or "layer_types" in more}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
     rows = torch.tensor(token_rows(1))[:1]
     with torch.inference_mode():
