@@ -176,7 +176,7 @@ class HybridAttention(Pass):
         return self.params.samples * (layers - 1) / 2 if self.params.measure == "divergence" else 0.0
 
     def decide(self, found: Mapping[str, torch.Tensor]) -> None:
-        self._scores = {name: [float(x) for x in scores] for name, scores in found.items()}
+        self._scores = {name: [float(x) for x in scores] for name, scores in sorted(found.items())}
 
     def chosen(self) -> dict[str, Any]:
         """What the report says of it; scores are by layer of the source."""
