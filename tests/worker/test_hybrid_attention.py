@@ -153,6 +153,13 @@ def test_costs_are_what_transformers_says_of_each_layer_alone(family: str, tmp_p
     assert found["fullLayers"] == found["sourceLayers"] == sorted(best)
 
 
+def test_by_the_error_of_the_block_nothing_flows_on(tmp_path: Path) -> None:
+    asked = {**HYBRID["hybridAttention"], "measure": "blockError"}
+    found = compress(model_of("qwen3", tmp_path), tmp_path, [{"hybridAttention": asked}])["attention"]["windows"]
+    (scores,) = found["scores"].values()
+    assert found["fullLayers"] == sorted(sorted(range(6), key=lambda layer: -scores[layer])[:2]) and min(scores) > 0
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
 def test_behind_passes_that_take_away(family: str, tmp_path: Path, streamed: list[Tensor]) -> None:
     """Blocks are counted anew, heads no longer divide the hidden size."""

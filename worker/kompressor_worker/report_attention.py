@@ -34,14 +34,15 @@ def _cache(kv: Mapping[str, Any]) -> str:
 
 def _layers(chosen: Mapping[str, Any]) -> str:
     """A column a layer of the source, for both measures; those that keep full attention stand out."""
-    plots = ""
+    plots, kept = "", [str(layer) for layer in chosen.get("sourceLayers", ())]
     for measure in (name for name in MEASURES if name in chosen.get("scores", {})):
         points = [(str(layer), max(0.0, score)) for layer, score in enumerate(chosen["scores"][measure])]
         decided = ", by which was chosen" if measure == chosen["measure"] else ""
-        kept = [str(layer) for layer in chosen["sourceLayers"]]
         say = percent if measure == "blockError" else lambda x: number(x, 3)
         plots += f"<h3>By layer: {MEASURES[measure]}{decided}</h3>" + columns(points, say, over=kept, height=130)
     if not plots:
         return ""
-    kept = ", ".join(map(str, chosen["sourceLayers"]))
-    return f"<h3>Full attention stays in layers {kept} (in the other colour); the others see {chosen['window']:,} tokens</h3>" + plots
+    return (
+        f"<h3>Full attention stays in layers {', '.join(kept)} (in the other colour); the others see {chosen['window']:,} tokens</h3>"
+        + plots
+    )
