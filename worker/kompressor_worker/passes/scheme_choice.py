@@ -25,6 +25,8 @@ from kompressor_worker.schemes import SCHEMES, Scheme
 EXACT = "none"
 GAP = 1e-6
 """Relative: a solution so near the best one is as good."""
+ROUGH = 1e-3
+"""The same for the report's curve."""
 NODES = 20_000
 """Of the solver's tree at most; a count and not a time, so that every run ends alike."""
 SWEPT = 24
@@ -146,13 +148,13 @@ Costs = Sequence[Mapping[int, float]]
 """By group: candidate to what it costs; those that it cannot have are left out."""
 
 
-def solved(costs: Costs, sizes: Sequence[Sequence[int | None]], budget: int) -> list[int]:
+def solved(costs: Costs, sizes: Sequence[Sequence[int | None]], budget: int, gap: float = GAP) -> list[int]:
     """Candidates by group: within `budget` bytes, and of all such choices one of least cost. `sizes` by group and candidate."""
     options = [undominated(cost, size) for cost, size in zip(costs, sizes, strict=True)]
     weigh = [[size for _, size in each] for each in options]
     price = [[cost[c] for c, _ in each] for cost, each in zip(costs, options, strict=True)]
     assert sum(min(each) for each in weigh) <= budget, "refused before"
-    chosen = ordered(price, weigh, brought_down(price, weigh, _program(price, weigh, budget), budget))
+    chosen = ordered(price, weigh, brought_down(price, weigh, _program(price, weigh, budget, gap), budget))
     return [each[at][0] for each, at in zip(options, chosen, strict=True)]
 
 
@@ -178,7 +180,7 @@ def ordered(price: Sequence[Sequence[float]], weigh: Sequence[Sequence[int]], ch
     return result
 
 
-def _program(price: Sequence[Sequence[float]], weigh: Sequence[Sequence[int]], budget: int) -> list[int]:
+def _program(price: Sequence[Sequence[float]], weigh: Sequence[Sequence[int]], budget: int, gap: float) -> list[int]:
     """Positions in `price` by group."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -195,7 +197,7 @@ def _program(price: Sequence[Sequence[float]], weigh: Sequence[Sequence[int]], b
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one, 1, 1), LinearConstraint(csr_array(nbytes[None] / max(budget, 1)), -np.inf, 1)],
-        options={"mip_rel_gap": GAP, "node_limit": NODES},
+        options={"mip_rel_gap": gap, "node_limit": NODES},
     )
     assert said.x is not None, f"HiGHS: {said.message}"
     return [int(np.argmax(said.x[start:stop])) for start, stop in pairwise(starts)]
@@ -221,13 +223,13 @@ def within(groups: Sequence[SchemeGroup], only: int) -> list[SchemeGroup]:
     return [replace(g, nbytes=tuple(x if c == only else None for c, x in enumerate(g.nbytes))) if g.routed else g for g in groups]
 
 
-def best(costs: Costs, variants: Sequence[Sequence[SchemeGroup]], budget: int) -> list[int]:
+def best(costs: Costs, variants: Sequence[Sequence[SchemeGroup]], budget: int, gap: float = GAP) -> list[int]:
     """`solved` for each of these restrictions of the same groups that there is room for; the cheapest, of equals the first."""
     found: list[tuple[float, int, list[int]]] = []
     for number, groups in enumerate(variants):
         if smallest(groups) <= budget:
             possible = [{c: x for c, x in cost.items() if g.nbytes[c] is not None} for cost, g in zip(costs, groups, strict=True)]
-            chosen = solved(possible, [g.nbytes for g in groups], budget)
+            chosen = solved(possible, [g.nbytes for g in groups], budget, gap)
             found.append((total(costs, chosen), number, chosen))
     return min(found)[2]
 
@@ -242,10 +244,12 @@ def total(costs: Costs, chosen: Sequence[int]) -> float:
 
 
 def sweep(costs: Costs, groups: Sequence[SchemeGroup], variants: Sequence[Sequence[SchemeGroup]]) -> list[tuple[int, float]]:
-    """(bytes, cost) of the best choices for budgets from the smallest to the largest, ascending."""
+    """(bytes, cost) of good choices for budgets from the smallest to the largest: more bytes, less cost."""
     low, high = min(map(smallest, variants)), max(map(largest, variants))
-    points: dict[int, float] = {}
+    found: list[tuple[int, float]] = []
     for step in range(SWEPT):
-        chosen = best(costs, variants, low + (high - low) * step // (SWEPT - 1))
-        points[weight_of(groups, chosen)] = total(costs, chosen)
-    return sorted(points.items())
+        chosen = best(costs, variants, low + (high - low) * step // (SWEPT - 1), ROUGH)
+        point = weight_of(groups, chosen), total(costs, chosen)
+        if not found or (point[0] > found[-1][0] and point[1] < found[-1][1]):
+            found.append(point)
+    return found
