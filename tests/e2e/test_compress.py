@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 import re
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +19,7 @@ from installation import Installed
 import independent
 import jobs
 from calibrated_jobs import samples, write_data
+from kompressor_worker.cli import run_cli
 from kompressor_worker.formats.readers import EXPERTS
 from models import held_out_tokens, perplexity, trained_model
 from waiting import PATIENCE
@@ -189,6 +193,48 @@ def test_a_gate_that_is_not_met_publishes_nothing(installed: Installed, data: di
     assert sorted(kept) == [".kompressor/kompressor.json", ".kompressor/report.html"]
     kl = json.loads(kept[".kompressor/kompressor.json"])["evaluation"]["kl"]
     assert kl == pytest.approx(float(said[1]), rel=1e-3)
+
+
+def aimed(memory: int, **target: Any) -> dict[str, Any]:
+    """A GPU of so many bytes for the small Llama: with the overhead that is assumed of any, hardly more than that."""
+    return {"hardware": {"memory": str(memory), "computeCapability": "8.9", "bandwidth": "1008G"}, "context": 512, **target}
+
+
+def memory_for(folder: Path, plan: str) -> int:
+    """Of the smallest GPU that this plan fits."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        given = ("--memory", "2G", "--compute-capability", "8.9", "--bandwidth", "1008G", "--context", "512", "--json")
+        assert run_cli(["fit", str(folder), *given]) == 0
+    row = next(row for row in json.loads(told.getvalue())["plans"] if row["plan"] == plan)
+    return math.ceil((row["totalBytes"] - row["reserveBytes"]) / 0.92) + 4
+
+
+def test_a_target_comes_from_bf16_to_what_fits(installed: Installed, data: dict[str, Any], trained_llama: Path, tmp_path: Path) -> None:
+    """By `kubectl apply` alone; on a GPU that is a byte too small for every safer plan, and on one that none fits."""
+    from transformers import AutoModelForCausalLM
+
+    installed.bucket.upload(trained_llama, "llama")
+    memory = memory_for(trained_llama, "W4A16")
+    installed.apply("target", "llama", [], **data, target=aimed(memory, maxPerplexityIncrease="5%", pricePerHour=0.5))
+    installed.apply("too-large", "llama", [], **data, target=aimed(memory, concurrency=4))
+    status = installed.wait("target", "Complete")
+    planned, result = status["plan"]["target"], status["result"]
+    assert (planned["name"], planned["passes"]) == ("W4A16", ["gptq: {scheme: W4A16, groupSize: 128}"])
+    assert planned["totalBytes"] <= planned["memoryBytes"] == memory
+    assert installed.steps("target") == ["compress", "preflight"] and status["plan"]["outputBytes"] == result["outputBytes"]
+    assert planned["weightBytes"] == result["outputBytes"] < result["sourceBytes"] / 2
+    assert result["target"]["plan"] == "W4A16" and [x.split(":")[1] for x in result["target"]["tries"]] == [" kept"]
+    assert float(result["target"]["tokensPerSecond"]) > 0 and float(result["target"]["costPerMillionTokens"]) > 0
+    folder = installed.bucket.download("target", tmp_path / "target")
+    after, before = perplexity(AutoModelForCausalLM.from_pretrained(folder), held_out_tokens("llama")), exact_perplexity("llama")
+    assert before * 0.995 < after < before * 1.05
+
+    status = installed.wait("too-large", "Failed")
+    conditions = {c["type"]: c for c in status["conditions"]}
+    assert conditions["Validated"]["status"] == "False" and conditions["Failed"]["reason"] == "DoesNotFit"
+    assert "it would fit with context" in conditions["Failed"]["message"] and "or on a GPU with" in conditions["Failed"]["message"]
+    assert installed.steps("too-large") == ["preflight"], "no worker was ever asked for"
 
 
 @pytest.mark.parametrize(
