@@ -152,7 +152,11 @@ def test_what_is_chosen_fits_to_the_byte_and_is_chosen_again(memory: int, contex
     found = fit(asked, small_llama())
     for row in found.ladder:
         assigned = Assignment.of(asked.model_copy(update={"passes": list(row.passes)}), small_llama())
-        assert row.need is not None and row.need.weights == assigned.plan.tensor_bytes
+        assert row.need is not None
+        if row.budget:  # which a survey may come to
+            assert row.need.weights == row.budget >= assigned.plan.tensor_bytes
+        else:
+            assert row.need.weights == assigned.plan.tensor_bytes
         assert row.need.total <= memory << 20
     assert fit(asked, small_llama()).as_json() == found.as_json()
     if not found.ladder:
@@ -171,6 +175,21 @@ def test_an_fp8_cache_is_added_as_assigning_it_would(layouts: dict[str, ModelLay
     for row in fit(spec(gpu="RTX-5090", context=32768), layout).rows:
         if row.served is not None:
             assert row.served == Served.of(Assignment.of(spec().model_copy(update={"passes": list(row.passes)}), layout)), row.name
+
+
+def test_where_four_bits_fit_and_eight_do_not_the_rest_goes_to_what_needs_it(layouts: dict[str, ModelLayout]) -> None:
+    """All memory that is left, and no more; a larger GPU is expected to lose less."""
+    losses = []
+    for gib in (9.0, 10.0, 11.0):
+        memory = round(gib * 2**30)
+        found = fit(spec(context=8192, **of_memory(memory)), layouts["llama-8b"])
+        chosen = next(row for row in found.rows if row.name == "W4A16 and W8A16 by sensitivity")
+        assert chosen.need is not None and chosen.need.total == memory and chosen.fits
+        (params,) = chosen.passes[0].values()
+        assert params == {"budget": {"bytes": chosen.need.weights}, "candidates": ["W4A16:128", "W8A16"]}
+        losses.append(chosen.loss)
+    assert 0.018 > losses[0] > losses[1] > losses[2] > 0.001
+    assert not [row for row in fit(spec(gpu="H200"), layouts["llama-8b"]).rows if "sensitivity" in row.name], "where 8 bits fit"
 
 
 def test_only_what_the_gpu_runs_and_the_data_allows(layouts: dict[str, ModelLayout]) -> None:
@@ -229,7 +248,7 @@ def test_fit_prints_the_table_and_ends_by_it(headers: dict[str, Path], capfd: py
     printed, _ = capfd.readouterr()
     (chosen,) = [line for line in printed.splitlines() if line.lstrip().startswith(">")]
     assert "W8A16, KV FP8" in chosen and "yes" in chosen and "8.6 GB" in chosen
-    assert "not here: NVFP4: NVFP4 needs compute capability 10.0, RTX-4090 has 8.9" in printed
+    assert "not here: NVFP4 and 1 more: NVFP4 needs compute capability 10.0, RTX-4090 has 8.9" in printed
     assert run_cli(["fit", uri, "--gpu", "T4", "--context", "8192", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["ladder"][0] == next(plan["plan"] for plan in told["plans"] if plan["fits"])

@@ -135,6 +135,10 @@ def show(found: Fit, uri: str) -> None:
             f"+{100 * row.loss:.3g} %",
         )
     wide.print(t)
+    refused: dict[str, list[str]] = {}
     for row in found.rows:
         if row.refused:
-            wide.print(f"not here: {row.name}: {row.refused}", highlight=False, markup=False)
+            refused.setdefault(row.refused, []).append(row.name)
+    for why, names in refused.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        wide.print(f"not here: {names[0]}{more}: {why}", highlight=False, markup=False)

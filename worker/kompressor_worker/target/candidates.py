@@ -48,7 +48,7 @@ WEIGHTS = (
     Weights("MXFP4", "MXFP4", 0.05, 0.05),
 )
 EIGHT = ("W8A16", "FP8")
-SMALL = "W4A16"
+SMALL, LARGE = "W4A16", "W8A16"
 KV: Passes = ({"kvCache": {"scheme": "FP8"}},)
 KV_LOSS = 0.001
 
@@ -83,6 +83,13 @@ def candidates(reductions: Sequence[Reduction], data: bool) -> list[Candidate]:
     made = [_candidate(weights, kv, None, data) for weights in WEIGHTS for kv in (False, True)]
     made += [_candidate(w, kv, r, data) for r in reductions for w in WEIGHTS if w.name in (*EIGHT, SMALL) for kv in (False, True)]
     return sorted(made, key=lambda c: c.loss)
+
+
+def adaptive(kv: bool, share: float) -> Candidate:
+    """4 bits in as few linears as a budget allows, `share` of them: those come first that lose least, so loss grows with its square."""
+    small, large = (next(w for w in WEIGHTS if w.name == name) for name in (SMALL, LARGE))
+    loss = large.loss + (small.loss - large.loss) * min(1.0, max(0.0, share)) ** 2
+    return _candidate(Weights("W4A16 and W8A16 by sensitivity", SMALL, round(loss, 5), 0.0, calibrated=True), kv, None, True)
 
 
 def _candidate(weights: Weights, kv: bool, reduction: Reduction | None, data: bool) -> Candidate:

@@ -18,13 +18,16 @@ from kompressor_worker.architectures import text_config
 from kompressor_worker.assignment import Assignment
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import ModelLayout
+from kompressor_worker.passes import REGISTRY
 from kompressor_worker.report_sections import size
-from kompressor_worker.target.candidates import KV, Candidate, Passes, candidates
+from kompressor_worker.target.candidates import KV, LARGE, SMALL, Candidate, Passes, adaptive, candidates
 from kompressor_worker.target.reductions import reductions
 from kompressor_worker.target.serving import RESERVE, Need, Served, Speed
 
 TRIES = 3
 """Plans that one job carries out at most."""
+LEAST_ROOM = 0.03
+"""By how much more than 4 bits everywhere there must be room for, so that a choice is worth its survey."""
 NO_DATA = "needs calibration, which the job does not have"
 
 
@@ -42,6 +45,8 @@ class Row:
     fits: bool = False
     proved: bool = False
     """Whether its passes were assigned to the model as they are."""
+    budget: int = 0
+    """Bytes of tensors that its passes may come to; before a survey they are known no better."""
 
     @property
     def name(self) -> str:
@@ -180,11 +185,13 @@ class Weighing:
         self.spec, self.source, self.target = spec, source, spec.target
         self.on = spec.target.on
         self.data = spec.calibration is not None
+        self.scales = 0
+        """Bytes of those of an FP8 cache."""
 
     def rows(self, wanted: Sequence[Candidate]) -> tuple[Row, ...]:
         """Raises UserError for what is wrong with the model itself."""
         plain = self._assigned([])
-        scales, no_kv = self._kv(plain)
+        self.scales, no_kv = self._kv(plain)
         weighed: dict[tuple[str, str], Row] = {}
         found = []
         for candidate in sorted(wanted, key=lambda c: c.kv):
@@ -196,9 +203,10 @@ class Weighing:
                 row = Row(candidate, refused=no_kv)
             else:
                 before = weighed[place]
-                served = before.served.with_small_cache(scales) if before.served else None
+                served = before.served.with_small_cache(self.scales) if before.served else None
                 row = self._weighed(Row(candidate, (*before.passes, *KV), before.refused, served))
             found.append(row)
+        found += self._adaptive({(row.candidate.weights.name, row.candidate.kv): row for row in found if row.candidate.reduction is None})
         return tuple(sorted(found, key=lambda row: (row.loss, row.name)))
 
     def proved(self, row: Row) -> Row:
@@ -225,6 +233,26 @@ class Weighing:
                 refused = refused or str(error)
         return Row(candidate, refused=refused)
 
+    def _adaptive(self, weighed: Mapping[tuple[str, bool], Row]) -> list[Row]:
+        """4 bits and 8, by measured sensitivity, under the budget that the rest leaves: where 4 bits fit and 8 do not."""
+        if "autoScheme" not in REGISTRY or not self.data:
+            return []
+        found = []
+        for kv in (False, True):
+            small, large = weighed[SMALL, kv], weighed[LARGE, kv]
+            if small.need is None or large.need is None or not (small.fits and not large.fits):
+                continue
+            budget = self.on.memory - (small.need.total - small.need.weights)
+            low, high = small.need.weights, large.need.weights
+            if budget < (1 + LEAST_ROOM) * low:
+                continue
+            params = next(iter(small.passes[0].values()))
+            candidate = adaptive(kv, (high - budget) / (high - low))
+            made = {"budget": {"bytes": budget - (self.scales if kv else 0)}, "candidates": [f"{SMALL}:{params['groupSize']}", LARGE]}
+            row = self.proved(Row(candidate, ({"autoScheme": made}, *(KV if kv else ())), budget=budget))
+            found.append(row)
+        return found
+
     def _kv(self, plain: Assignment) -> tuple[int, str]:
         """Bytes of the scales of an FP8 cache, or why there is none."""
         runs = ENGINES[self.on.engine].kv_fp8
@@ -243,9 +271,10 @@ class Weighing:
     def _weighed(self, row: Row) -> Row:
         if row.served is None:
             return row
+        served = row.served.at_least(row.budget)
         asked = (self.on, self.target.context, self.target.requests)
-        need = row.served.need(*asked)
-        return replace(row, need=need, speed=row.served.speed(*asked), fits=need.total <= self.on.memory)
+        need = served.need(*asked)
+        return replace(row, served=served, need=need, speed=served.speed(*asked), fits=need.total <= self.on.memory)
 
 
 def longest_context(layout: ModelLayout) -> int | None:

@@ -137,6 +137,11 @@ class Served:
         caches = tuple(replace(cache, width=cache.width // ELEMENT) for cache in self.caches)
         return replace(self, weights=self.weights + scales, dense=self.dense + scales, caches=caches)
 
+    def at_least(self, weights: int) -> Served:
+        """With so many bytes of weights, if it has fewer: those that a survey may yet come to."""
+        more = max(0, weights - self.weights)
+        return replace(self, weights=self.weights + more, dense=self.dense + more) if more else self
+
     def need(self, on: Hardware, context: int, requests: int) -> Need:
         batch = batch_tokens(on)
         return Need(
