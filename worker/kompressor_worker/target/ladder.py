@@ -69,7 +69,7 @@ class Ladder:
         found: dict[str, Any] = {
             **self.fit.as_json(),
             "chosen": self.rungs[number].name,
-            "tries": [dict(each) for each in tries],
+            "tries": [dict(sorted(each.items())) for each in tries],  # as a journal gives them back
             "need": asdict(served.need(*asked)) | {"total": served.need(*asked).total},
         }
         for when, speed in speeds.items():
