@@ -208,7 +208,7 @@ def test_only_what_the_gpu_runs_and_the_data_allows(layouts: dict[str, ModelLayo
 
 @pytest.mark.parametrize("model", ["llama-70b", "mixtral"])
 def test_each_way_out_that_is_named_works(layouts: dict[str, ModelLayout], model: str) -> None:
-    asked = {"gpu": "RTX-4090", "context": 32768, "concurrency": 3}
+    asked: dict[str, Any] = {"gpu": "RTX-4090", "context": 32768, "concurrency": 3}
     with pytest.raises(UserError) as caught:
         fit(spec(**asked), layouts[model]).refuse_if_nothing_fits()
     said = str(caught.value)
