@@ -20,7 +20,7 @@ from kompressor_worker.pipeline import Limits
 from kompressor_worker.publish import bitmask_result, refuse_without_room
 from kompressor_worker.reading import read_layout
 from kompressor_worker.report_sections import duration, size
-from kompressor_worker.run import Summary, fingerprints, judge_published
+from kompressor_worker.run import Summary, judge_published
 from kompressor_worker.sample_warnings import size_warnings
 from kompressor_worker.samples import find_samples, flows
 from kompressor_worker.schemes import Scheme
@@ -30,6 +30,7 @@ from kompressor_worker.structure import structure
 from kompressor_worker.target.ladder import Ladder, Rung, published_by, standing
 from kompressor_worker.target.planner import Fit
 from kompressor_worker.tokenizer import ModelTokenizer
+from kompressor_worker.trying import fingerprints
 
 IDLE_BYTES = 560 << 20
 """A worker after its imports, torch's CPU build; measured by benchmarks/data_free.py."""

@@ -5,36 +5,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from kompressor_api.datasets import MIN_TOKENS_PER_EXPERT
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker import gates
-from kompressor_worker.assignment import Assignment
-from kompressor_worker.calibration import Rows
-from kompressor_worker.digests import digest
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.job import Job
-from kompressor_worker.journal import RELEASE, Journal, open_journal, refuse_usurped
+from kompressor_worker.journal import refuse_usurped
 from kompressor_worker.kv_memory import kv_status
-from kompressor_worker.layout import ModelLayout
-from kompressor_worker.measured import measured
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.progress import Progress
-from kompressor_worker.publish import PAGE, REPORT, build_report, dumps, publish, refuse_without_room
+from kompressor_worker.publish import PAGE, refuse_without_room
 from kompressor_worker.reading import read_layout
-from kompressor_worker.report_html import render
 from kompressor_worker.results import measured_result
 from kompressor_worker.sample_warnings import size_warnings
-from kompressor_worker.samples import FoundData, find_samples, flows, wanted_samples
-from kompressor_worker.shards import OutputPlan
-from kompressor_worker.storage import JOURNAL, WORK, Output, Source
+from kompressor_worker.samples import find_samples
+from kompressor_worker.storage import JOURNAL
 from kompressor_worker.storage.locations import open_output, open_source
-from kompressor_worker.target.ladder import Ladder, Rung, missed, published_by, standing, step, with_miss
+from kompressor_worker.target.ladder import Ladder, published_by, standing
 from kompressor_worker.tokenizer import ModelTokenizer
+from kompressor_worker.trying import Trying, fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -75,97 +67,6 @@ class Summary:
         if warnings := [*self.report["warnings"], *self.warnings]:
             result["warnings"] = warnings
         return result
-
-
-@dataclass
-class Trying:
-    """What the plans of one job share: places, data, and how far each of them is told."""
-
-    job: Job
-    ladder: Ladder
-    source: Source
-    output: Output
-    data: Mapping[str, FoundData]
-    rows: Mapping[str, Rows]
-    limits: Limits
-    progress: Progress
-    stop: threading.Event
-
-    def fingerprint(self, number: int) -> dict[str, str]:
-        return fingerprints(self.ladder, self.data)[number]
-
-    def bound(self, number: int) -> dict[str, str]:
-        """The fingerprint, and on what it must be gone on with."""
-        from kompressor_worker.flow import device_fingerprint
-
-        rung = self.ladder.rungs[number]
-        flowing = flows(rung.spec, rung.assigned.passes)
-        return {**self.fingerprint(number), **({"device": device_fingerprint()} if flowing else {})}
-
-    def open(self, number: int) -> tuple[Journal, Assignment]:
-        from kompressor_worker import survey
-
-        assigned = self.ladder.rungs[number].assigned
-
-        def plan_after(surveys: int) -> OutputPlan:
-            nonlocal assigned
-            assigned = survey.recalled(self.output, surveys, assigned)
-            return assigned.plan
-
-        spec = self.job.spec
-        journal = open_journal(
-            self.output, self.bound(number), self.job.owner, plan_after, bool(spec.worker.allow_device_change), self.job.uid
-        )
-        if journal.resumed_from is not None:
-            log.info("going on at unit %d of %d", journal.resumed_from, len(assigned.layout.units))
-        return journal, assigned
-
-    def recalled(self, number: int, surveys: int) -> Assignment:
-        from kompressor_worker import survey
-
-        return survey.recalled(self.output, surveys, self.ladder.rungs[number].assigned)
-
-    def carry_out(self, number: int, journal: Journal, assigned: Assignment) -> dict[str, Any] | None:
-        """One plan from where the journal stands to the published result: its report; None where it was missed and another one follows."""
-        from kompressor_worker import survey
-        from kompressor_worker.flow import calibrated, surveyed
-        from kompressor_worker.stream import DataFree, Work, stream
-
-        rung, rows = self.ladder.rungs[number], chosen(self.rows, self.ladder.rungs[number])
-        if number < len(journal.state.tries):  # missed, and cut off before the step
-            self._step(number, journal)
-            return None
-        surveys = survey.rounds(assigned.passes)
-        self.progress.trying(number + 1, rung.name)
-        self.progress.start(assigned.layout, journal.state.unit, surveys, journal.state.surveys)
-        for each in range(journal.state.surveys, surveys):
-            self.progress.surveying(each, assigned.source)
-            surveyed(each, assigned, journal, rows, self.limits).run(self.source, self.progress.done, self.stop)
-            assigned = assigned.renewed()
-        self.progress.streaming(assigned.layout, surveys)
-        work = Work(assigned.layout, assigned.passes, assigned.schemes, assigned.plan, self.limits)
-        flowing = calibrated(work, self.output, rows, least_tokens(rung.spec)) if flows(rung.spec, assigned.passes) else None
-        stream(work, flowing or DataFree(work), self.source, self.output, journal, self.progress.done, self.stop)
-        self.progress.publishing()
-        found = measured(assigned, rows, chosen(self.data, rung), journal)
-        job = replace(self.job, spec=rung.spec)
-        report = build_report(work, self.fingerprint(number), job.identity, journal, self.source.uri, found)
-        if self.ladder.fit is not None:
-            verdicts = gates.check(rung.spec.evaluation.gates if rung.spec.evaluation else (), report["evaluation"])
-            miss = missed(rung, verdicts, report["evaluation"])
-            if not miss["met"] and number + 1 < len(self.ladder.rungs):
-                log.warning("%s: %s; the next safer plan is tried: %s", rung.name, miss["says"], self.ladder.rungs[number + 1].name)
-                with_miss(journal, miss)
-                self._step(number, journal, flowing.snapshots.left if flowing else ())
-                return None
-            report |= self.ladder.section(number, assigned, [*journal.state.tries, miss])
-        judge(rung.spec, report, self.output, journal)
-        publish(work, self.source, self.output, journal, report)
-        return report
-
-    def _step(self, number: int, journal: Journal, left: Sequence[str] = ()) -> None:
-        before, after = self.ladder.rungs[number : number + 2]
-        step(journal, before, after, self.bound(number + 1), left)
 
 
 def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threading.Event, limits: Limits | None = None) -> Summary:
@@ -219,54 +120,3 @@ def judge_published(spec: CompressionJobSpec, report: Mapping[str, Any], uri: st
     if spec.evaluation is not None:
         verdicts = gates.check(spec.evaluation.gates, report["evaluation"])
         gates.enforce(verdicts, measured_result(report), f"{uri}/{PAGE}", published=True)
-
-
-def judge(spec: CompressionJobSpec, report: dict[str, Any], output: Output, journal: Journal) -> None:
-    """Checks the gates. Raises GateFailed, with nothing left of the result but the report of why."""
-    if spec.evaluation is None or not spec.evaluation.gates:
-        return
-    report["gates"] = verdicts = gates.check(spec.evaluation.gates, report["evaluation"])
-    if all(v["met"] for v in verdicts):
-        return
-    kept = {f"{WORK}{REPORT}": dumps(report), f"{WORK}{PAGE}": render(report)}
-    for name, data in kept.items():
-        output.write(name, data)
-    for upload in journal.state.uploads:
-        output.abort(upload.name, upload.id)
-    output.cleanup(keep=list(kept))
-    tried = [f"{each['plan']}: {each['says']}" for each in report.get("target", {}).get("tries", ())]
-    gates.enforce(verdicts, measured_result(report), output.place(f"{WORK}{PAGE}"), tried=tried)
-
-
-def chosen(sections: Mapping[str, Any], rung: Rung) -> dict[str, Any]:
-    """Of what is there by section of the spec, what this plan reads."""
-    wanted = {sample.SECTION for sample in wanted_samples(rung.spec, rung.assigned.passes)}
-    return {section: found for section, found in sections.items() if section in wanted}
-
-
-def fingerprints(ladder: Ladder, data: Mapping[str, FoundData]) -> list[dict[str, str]]:
-    return [make_fingerprint(rung.spec, rung.assigned.source, chosen(data, rung)) for rung in ladder.rungs]
-
-
-def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout, data: Mapping[str, FoundData]) -> dict[str, str]:
-    """What must be equal for a job to go on where another stopped, or to count as done already. Passes that compute from weights alone make
-    the same bytes on every machine, so no device is in it; to go on with a calibrated job the device must be the same too."""
-    return {
-        "source": layout.source_digest,
-        "passes": digest(spec.passes),
-        "format": spec.output.format,
-        **({} if spec.target is None else {"target": digest(spec.target.model_dump(by_alias=True, exclude_none=True))}),
-        **({} if spec.output.sparse_storage == "dense" else {"sparseStorage": spec.output.sparse_storage}),
-        **({"minTokensPerExpert": str(least)} if (least := least_tokens(spec)) != MIN_TOKENS_PER_EXPERT and has_experts(layout) else {}),
-        RELEASE: version("kompressor"),
-        **{section: found.fingerprint for section, found in data.items()},
-    }
-
-
-def least_tokens(spec: CompressionJobSpec) -> int:
-    """Experts that fewer calibration tokens are routed to are measured on all of them."""
-    return MIN_TOKENS_PER_EXPERT if spec.calibration is None else spec.calibration.min_tokens_per_expert
-
-
-def has_experts(layout: ModelLayout) -> bool:
-    return any(stage.expert is not None for stage in layout.stages())

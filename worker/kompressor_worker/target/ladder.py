@@ -19,8 +19,9 @@ from kompressor_worker.layout import ModelLayout
 from kompressor_worker.publish import already_published
 from kompressor_worker.samples import wanted_samples
 from kompressor_worker.storage import JOURNAL, Output
-from kompressor_worker.target.planner import Fit, Row, fit, rounded
+from kompressor_worker.target.planner import Fit, fit
 from kompressor_worker.target.serving import Served
+from kompressor_worker.target.weighing import Row, rounded
 
 
 @dataclass(frozen=True)
