@@ -20,7 +20,8 @@ from test_resume import TRIES, files_of, resumes
 
 import jobs
 from kompressor_api.names import ENV_MEMORY_PLAN
-from kompressor_worker import parts
+from kompressor_worker import kernels, parts
+from kompressor_worker.forward import Projection
 from kompressor_worker.job import load_job
 from kompressor_worker.plan import make_plan
 from kompressor_worker.progress import Progress
@@ -167,3 +168,26 @@ def test_killed_in_the_middle_of_a_mixture(rows: int, nursery: Nursery, tmp_path
         if resumed:
             return
     pytest.fail("no worker was killed in time")
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
+
+
+def test_every_number_of_tokens_leaves_no_code_behind() -> None:
+    """oneDNN keeps what it compiles for a product's shape: without bounds on them memory grows with every block."""
+    if not kernels.fast_bf16(torch.device("cpu")):
+        pytest.skip("this CPU multiplies bf16 no faster than fp32, so the forward is fp32")
+    weights = {"x.weight": torch.randn(512, 384, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)}
+    project = Projection.as_a_runtime(weights, torch.bfloat16, torch.device("cpu"))
+    x = torch.randn(4096, 384, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    project("x", x)
+    expected, before = x.float() @ weights["x.weight"].float().T, resident()
+    for rows in range(1, 1024, 3):
+        said = project("x", x[:rows])
+        assert len(said) == rows
+        torch.testing.assert_close(said.float(), expected[:rows], rtol=2e-2, atol=0.3)
+    grown = resident() - before
+    assert grown < 120e6, grown  # 309 MB where each number has code of its own

@@ -15,6 +15,9 @@ from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Cache
 from kompressor_worker.schemes import Scheme
 
+ROWS = 64
+"""On a CPU oneDNN compiles a product in bf16 for each number of rows that it meets, and keeps the code: experts meet all of them."""
+
 
 class Projection:
     """x W^T + b with `weights` (full names, model dtype), computed in fp32: weights are widened once a step."""
@@ -32,7 +35,11 @@ class Projection:
         if name not in self._wide:
             self._wide[name] = self.weights[f"{name}.weight"].to(self.dtype)
         bias = self.weights.get(f"{name}.bias")
-        return F.linear(x.to(self.dtype), self._wide[name], None if bias is None else bias.to(self.dtype))
+        rows = len(x)
+        if x.dim() == 2 and self.dtype is torch.bfloat16 and x.device.type == "cpu":
+            x = F.pad(x, (0, 0, 0, -rows % ROWS))
+        y = F.linear(x.to(self.dtype), self._wide[name], None if bias is None else bias.to(self.dtype))
+        return y[:rows] if x.dim() == 2 else y
 
     def forget(self) -> None:
         """The next step has other weights."""
