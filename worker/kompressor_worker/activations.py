@@ -157,12 +157,16 @@ def grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 def chunked(values: Iterable[Tensor]) -> Iterator[bytes]:
     """The bytes of tensors, one after the other, in objects of CHUNK_BYTES."""
-    pending = bytearray()
+    parts: list[memoryview] = []
+    size = 0
     for value in values:
         data = memoryview(value.cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
-        pending += data
-        while len(pending) >= CHUNK_BYTES:
-            yield bytes(pending[:CHUNK_BYTES])
-            del pending[:CHUNK_BYTES]
-    if pending:
-        yield bytes(pending)
+        while len(data):
+            take = min(len(data), CHUNK_BYTES - size)
+            parts.append(data[:take])
+            data, size = data[take:], size + take
+            if size == CHUNK_BYTES:
+                yield b"".join(parts)
+                parts, size = [], 0
+    if parts:
+        yield b"".join(parts)
