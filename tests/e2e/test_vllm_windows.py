@@ -7,12 +7,14 @@ vLLM drops the windows without a word, are loaded too: were they ever to agree, 
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from test_vllm import avx512, seen_by_vllm
 from torch import Tensor
@@ -35,7 +37,27 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "llama pruneHeads": ("llama", [HEADS, HYBRID]),  # 6 heads on 256 channels
     "qwen2 pruneHeads": ("qwen2", [{"pruneHeads": {"kvHeads": 2}}, HYBRID]),
     "qwen3 pruneLayers": ("qwen3", [{"pruneLayers": {"layers": 3}}, HYBRID]),
+    "mixtral": ("mixtral", [HYBRID]),  # as a qwen2_moe whose shared expert says nothing
+    **{f"random {kind}": (kind, [HYBRID]) for kind in ("mistral", "gemma2", "gemma3", "smollm3", "olmo3", "qwen2_moe")},
 }
+SHAPE: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "initializer_range": 0.15,
+}  # fmt: skip
+ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
+RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "gemma2": ("Gemma2Config", ALTERNATING),
+    "gemma3": ("Gemma3TextConfig", ALTERNATING),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "olmo3": ("Olmo3Config", ALTERNATING),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    ),
+}
+"""Families of which there is no trained model."""
 TRAPS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 by its own class": ("qwen3", {"architectures": ["Qwen3ForCausalLM"]}),
     "qwen3_moe under its own name": (
@@ -44,6 +66,14 @@ TRAPS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Case to what its config.json could say instead."""
+
+
+def drawn(kind: str, folder: Path) -> Path:
+    name, more = RANDOM[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**SHAPE, **more})).save_pretrained(folder)
+    return folder
 
 
 def widened(kind: str, folder: Path) -> Path:
@@ -65,20 +95,31 @@ def losses(folder: Path, rows: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor, float, dict[str, Any] | str]]:
+def seen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Tensor, float, dict[str, Any] | str]]:
     """By case and trap: folder, evaluation rows, the perplexity that the job reports, what vLLM says."""
     base = tmp_path_factory.mktemp("windows")
     data = samples({section: path.as_uri() for section, path in write_data(base, "llama").items()})
     made: dict[str, tuple[Path, Tensor, float]] = {}
-    for case, (kind, passes) in CASES.items():
-        folder = base / case.replace(" ", "-")
+    chance = random.Random(0)
+    ids = base / "ids.jsonl"
+    ids.write_text("".join(json.dumps({"ids": [chance.randrange(3, 128) for _ in range(96)]}) + "\n" for _ in range(16)))
+    sample = {"dataset": {"uri": ids.as_uri(), "tokens": "ids"}, "samples": 16, "sequenceLength": 96}
+    here = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    asked = {value for item in here if hasattr(item, "callspec") for value in item.callspec.params.values()}
+    wanted = asked | {TRAPS[trap][0] for trap in TRAPS if trap in asked}
+    for case, (kind, passes) in ((case, how) for case, how in CASES.items() if case in wanted):
+        folder, trained = base / case.replace(" ", "-"), not case.startswith("random")
         folder.mkdir()
-        body = jobs.manifest(widened(kind, folder / "source").as_uri(), (folder / "out").as_uri(), passes)
-        job = jobs.write(folder / "job.json", {**body, "spec": {**body["spec"], **data}})
+        source = (widened if trained else drawn)(kind, folder / "source")
+        body = jobs.manifest(source.as_uri(), (folder / "out").as_uri(), passes)
+        more = data if trained else {"calibration": sample, "evaluation": sample}
+        job = jobs.write(folder / "job.json", {**body, "spec": {**body["spec"], **more}})
         assert run_cli(["run", str(job)]) == 0
         said = json.loads((folder / "out" / "kompressor.json").read_text())["evaluation"]["perplexityAfter"]
         made[case] = folder / "out", evaluation_rows(job), said
-    for trap, (case, says) in TRAPS.items():
+    for trap, (case, says) in ((trap, how) for trap, how in TRAPS.items() if trap in wanted):
         out, rows, said = made[case]
         folder = base / trap.replace(" ", "-")
         shutil.copytree(out, folder)
@@ -92,13 +133,18 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tens
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_token_is_seen_alike(case: str, seen: dict[str, tuple[Path, Tensor, float, dict[str, Any] | str]]) -> None:
+def test_every_token_is_seen_alike(case: str, tmp_path: Path, seen: dict[str, tuple[Path, Tensor, float, dict[str, Any] | str]]) -> None:
     folder, rows, said, found = seen[case]
     assert not isinstance(found, str), found
     theirs, ours = torch.tensor(found["losses"]), losses(folder, rows)
     apart = float((theirs - ours).abs().max())
     print(f"{case}: largest difference of a token {apart:.2e}; perplexity reported {said:.5f}, vLLM {found['perplexity']:.5f}")
     assert apart < TOLERANCE
+    config = json.loads((folder / "config.json").read_text())
+    everywhere = {**config, "layer_types": ["full_attention"] * len(config["layer_types"])}
+    shutil.copytree(folder, tmp_path / "without")
+    (tmp_path / "without" / "config.json").write_text(json.dumps(everywhere))
+    assert float((losses(tmp_path / "without", rows) - ours).abs().max()) > 100 * TOLERANCE, "windows that loaders drop would not be seen"
     assert float(ours.double().mean().exp()) == pytest.approx(said, rel=1e-5)
     assert found["perplexity"] == pytest.approx(said, rel=1e-5)
 

@@ -29,7 +29,9 @@ PROMPTS, PROMPT, TOKENS = 4, 32, 24
 def seen(model: str, rows: list[list[int]], dtype: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=model, enforce_eager=True, max_model_len=512, dtype=dtype)
+    llm = LLM(
+        model=model, enforce_eager=True, max_model_len=512, dtype=dtype, skip_tokenizer_init=not Path(model, "tokenizer.json").exists()
+    )
     prompts: list[Any] = [{"prompt_token_ids": row[:PROMPT]} for row in rows[:PROMPTS]]
     greedily = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, detokenize=False)
     generated = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedily, use_tqdm=False)]
