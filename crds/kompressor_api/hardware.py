@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["ENGINES", "GPUS", "Engine", "Hardware", "Runs", "amount", "gpu_named"]
+__all__ = ["ENGINES", "GPUS", "Engine", "Hardware", "Runs", "gpu_named"]
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,6 @@ GPUS: Mapping[str, Hardware] = {
 }
 """By the name that a spec gives. Another one is described by `hardware`."""
 
-_SUFFIXES: dict[str, int] = {"": 1} | {f"{letter}i": 1024**power for power, letter in enumerate("KMGT", 1)}
-_SUFFIXES |= {letter: 1000**power for power, letter in enumerate("kMGT", 1)}
-
 
 def gpu_named(name: str) -> Hardware:
     """As people write them: `nvidia rtx 4090` is RTX-4090. Raises ValueError with the nearest names."""
@@ -130,14 +127,6 @@ def gpu_named(name: str) -> Hardware:
     near = difflib.get_close_matches(_plain(name), plain, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(plain[key] for key in near)}?" if near else f"known are {', '.join(GPUS)}"
     raise ValueError(f"gpu {name!r} is not known; {hint} Any other is described by hardware: {{memory, computeCapability, bandwidth}}")
-
-
-def amount(quantity: str) -> int:
-    """24Gi or 1008G in units of one. Raises ValueError."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT]i|[kMGT])?", quantity.strip())
-    if found is None:
-        raise ValueError(f"{quantity!r} is no amount; give one such as 24Gi or 1008G")
-    return int(float(found[1]) * _SUFFIXES[found[2] or ""])
 
 
 def _plain(name: str) -> str:

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 
 from kompressor_api.datasets import Gate, Percent
 from kompressor_api.fields import Count, Model, Number, Text
-from kompressor_api.hardware import GPUS, Hardware, amount, gpu_named
+from kompressor_api.hardware import GPUS, Hardware, gpu_named
+from kompressor_api.quantity import parse
 
 __all__ = ["HardwareSpec", "TargetResult", "TargetSpec", "TargetStatus", "passes_as_text"]
 
@@ -35,7 +36,7 @@ class HardwareSpec(Model):
     @field_validator("memory", "bandwidth")
     @classmethod
     def _something(cls, value: str) -> str:
-        if amount(value) < 1:
+        if parse(value) < 1:
             raise ValueError(f"{value!r} is nothing; give an amount such as 24Gi or 1008G")
         return value
 
@@ -85,7 +86,7 @@ class TargetSpec(Model):
         assert self.hardware is not None
         major, _, minor = self.hardware.compute_capability.partition(".")
         name = f"a GPU of {self.hardware.memory}"
-        return Hardware(name, amount(self.hardware.memory), float(amount(self.hardware.bandwidth)), (int(major), int(minor)))
+        return Hardware(name, int(parse(self.hardware.memory)), float(parse(self.hardware.bandwidth)), (int(major), int(minor)))
 
     @property
     def requests(self) -> int:
