@@ -223,6 +223,16 @@ def test_each_way_out_that_is_named_works(layouts: dict[str, ModelLayout], model
     assert fit(spec(**asked | of_memory(memory)), layouts[model]).ladder
 
 
+def test_what_is_most_likely_to_miss_is_not_begun(layouts: dict[str, ModelLayout]) -> None:
+    asked = of_memory(10 << 30) | {"context": 16384}
+    assert fit(spec(**asked, maxPerplexityIncrease="0.5%"), layouts["llama-8b"]).ladder
+    found = fit(spec(**asked, maxPerplexityIncrease="0.1%", data=False), layouts["llama-8b"])
+    with pytest.raises(UserError) as caught:
+        found.refuse_if_nothing_fits()
+    assert caught.value.reason == Reason.DOES_NOT_FIT and any(row.fits for row in found.rows)
+    assert "the safest plan, W4A16, is expected to cost about 4 % perplexity, and maxPerplexityIncrease is 0.1 %" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "target, says",
     [

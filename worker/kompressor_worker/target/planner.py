@@ -23,6 +23,8 @@ from kompressor_worker.target.reductions import reductions
 from kompressor_worker.target.serving import RESERVE, Need
 from kompressor_worker.target.weighing import Row, Weighing, need_as_json
 
+HOPELESS = 4
+"""Plans that are expected to lose so many times what is allowed are not tried."""
 TRIES = 3
 """Plans that one job carries out at most."""
 
@@ -41,7 +43,7 @@ class Fit:
     @cached_property
     def ladder(self) -> tuple[Row, ...]:
         """The chosen plan, then what is tried after a miss, each safer than the one before; empty: nothing fits."""
-        fitting = [row for row in self.rows if row.fits]
+        fitting = [row for row in self.rows if row.fits and not self.hopeless(row)]
         if not fitting:
             return ()
         chosen = fitting[0]
@@ -60,6 +62,10 @@ class Fit:
             steps.append(last)
         return steps
 
+    def hopeless(self, row: Row) -> bool:
+        """Whether hours of work would most likely end in a miss."""
+        return row.loss > HOPELESS * self.target.gate.limit
+
     @property
     def original(self) -> Row:
         return next(row for row in self.rows if row.candidate.weights.scheme is None and not row.candidate.calibrated)
@@ -69,6 +75,19 @@ class Fit:
             raise UserError(self.nearest(), Reason.DOES_NOT_FIT)
 
     def nearest(self) -> str:
+        """What nothing to choose from means."""
+        fitting = [row for row in self.rows if row.fits]
+        if not fitting:
+            return self._too_large()
+        safest = fitting[0]
+        expected, allowed = f"{100 * safest.loss:.3g}", f"{100 * self.target.gate.limit:.3g}"
+        return (
+            f"spec.target: what fits {self.on.name} ({size(self.on.memory)}) loses too much: the safest plan, {safest.name}, is expected to "
+            f"cost about {expected} % perplexity, and maxPerplexityIncrease is {allowed} %; raise it to {expected}%, or ask for a smaller "
+            "context or concurrency, or a larger GPU"
+        )
+
+    def _too_large(self) -> str:
         """What nothing fitting means: the smallest plan, what it takes, and what would have to change for it to fit."""
         smallest = min((row for row in self.rows if row.need), key=lambda row: row.need.total if row.need else 0)
         assert smallest.need is not None and smallest.served is not None

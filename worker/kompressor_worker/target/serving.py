@@ -19,7 +19,7 @@ from typing import Any
 from kompressor_api.hardware import ENGINES, Hardware
 from kompressor_worker.architectures import FAMILIES, text_config
 from kompressor_worker.assignment import Assignment
-from kompressor_worker.estimate import is_block, steps_of
+from kompressor_worker.estimate import is_block, steps_of, top_k
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.shards import stage_tensors
 from kompressor_worker.structure import operations
@@ -102,9 +102,9 @@ class Served:
     def of(cls, assigned: Assignment) -> Served:
         layout = assigned.layout
         config = text_config(layout.config)
-        kept = [unit for unit in layout.units if not unit.dropped]
+        stays = [replace(unit, stages=tuple(s for s in unit.stages if not s.dropped)) for unit in layout.units if not unit.dropped]
         rows, dense, experts = 0, 0, []
-        for unit in kept:
+        for unit in stays:
             routed = 0
             for stage in unit.stages:
                 size = sum(t.nbytes for t in stage_tensors(stage, assigned.schemes))
@@ -116,8 +116,8 @@ class Served:
                     dense += size
             if routed:
                 count = sum(x.shape[0] for stage in unit.stages for x in stage.linears if x.kind == "router")
-                experts.append((routed, min(1.0, int(config.get("num_experts_per_tok") or 1) / max(1, count))))
-        blocks = [steps_of(unit, layout) for unit in kept if is_block(unit)]
+                experts.append((routed, min(1.0, top_k(layout) / max(1, count))))
+        blocks = [steps_of(unit, layout) for unit in stays if is_block(unit)]
         flowing = [sum(s.share * (s.columns + sum(x.shape[0] for x in s.linears)) for s in sites) for steps in blocks for sites in steps]
         hidden = int(config.get("hidden_size") or 0)
         inputs = [scheme.inputs for scheme in assigned.schemes.values()]
@@ -128,7 +128,7 @@ class Served:
             caches=caches(layout),
             step=round(ELEMENT * (2 * hidden + max(flowing, default=0.0))),
             vocabulary=int(config.get("vocab_size") or 0),
-            operations=operations(kept, config),
+            operations=operations(stays, config),
             low=bool(inputs) and all(kind != "none" for kind in inputs),
         )
 
