@@ -82,8 +82,8 @@ class Fit:
         safest = fitting[0]
         expected, allowed = f"{100 * safest.loss:.3g}", f"{100 * self.target.gate.limit:.3g}"
         return (
-            f"spec.target: what fits {self.on.name} ({size(self.on.memory)}) loses too much: the safest plan, {safest.name}, is expected to "
-            f"cost about {expected} % perplexity, and maxPerplexityIncrease is {allowed} %; raise it to {expected}%, or ask for a smaller "
+            f"spec.target: what fits {self.on.name} ({size(self.on.memory)}) loses too much: the safest plan, {safest.name}, is expected "
+            f"to cost about {expected} % perplexity, and maxPerplexityIncrease is {allowed} %; raise it to {expected}%, or ask for a smaller "
             "context or concurrency, or a larger GPU"
         )
 
