@@ -40,7 +40,7 @@ def test_many(n):
     said = capfd.readouterr().out
     assert "-- bad: FAILED in" in said and "-- good: passed in" in said and "second line" in said
     again = sorted(line for line in said.splitlines()[-4:])
-    assert [line.rpartition("/")[2] for line in again if "test_b" in line] == [
+    assert [line.removeprefix("-- FAILED ").rpartition("/")[2] for line in again if "test_b" in line] == [
         'test_b.py::test_fixture: failed on setup with "OSError: no such thing"',
         "test_b.py::test_it: AssertionError: assert 'this' == 'that'",
         "test_b.py::test_many[2]: AssertionError: first line",

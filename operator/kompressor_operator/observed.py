@@ -72,7 +72,7 @@ class CompressionJob:
     @property
     def preflight(self) -> bool:
         """Is one wanted? Of a field that is younger than a release the CRD holds no default."""
-        return (self.spec.get("preflight") or CompressionJobSpec.model_fields["preflight"].default) == "Job"
+        return bool((self.spec.get("preflight") or CompressionJobSpec.model_fields["preflight"].default) == "Job")
 
     @property
     def ttl(self) -> int | None:

@@ -59,7 +59,7 @@ class LatentAttention:
             case "keys_values":
                 q, k, v = self._heads(state, linear(names[0], x), length, layer)
                 seen = attend(q, k, pad(v, (0, q.shape[-1] - self.value)), self.scale, None, None)  # as wide: the kernel for that is lean
-                state["attention"] = seen.unflatten(-1, (self.heads, -1))[..., : self.value].flatten(-2).to(dtype)
+                state["attention"] = seen.view(*seen.shape[:-1], self.heads, -1)[..., : self.value].flatten(-2).to(dtype)
                 for name in STATE:
                     del state[name]
 
@@ -87,9 +87,9 @@ class LatentAttention:
 
 def softmax_scale(config: Any) -> float:
     """Of scores. Rotary embeddings that are stretched with a temperature (YaRN's `mscale_all_dim`) have it squared in here."""
-    scale = float(int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)) ** -0.5
+    scale = math.pow(int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim), -0.5)
     rope = getattr(config, "rope_parameters", None) or {}
-    temperature = rope.get("mscale_all_dim", 0) if rope.get("rope_type", "default") != "default" else 0
+    temperature = float(rope.get("mscale_all_dim", 0)) if rope.get("rope_type", "default") != "default" else 0
     if not temperature or rope["factor"] <= 1:
         return scale
-    return scale * float(0.1 * temperature * math.log(rope["factor"]) + 1.0) ** 2
+    return scale * (0.1 * temperature * math.log(float(rope["factor"])) + 1.0) ** 2

@@ -46,7 +46,7 @@ class Rule:
         """scores [tokens, experts] with -inf where the expert's group is not among the best."""
         if not self.best:
             return scores
-        by_group = scores.unflatten(-1, (self.groups, -1))
+        by_group = scores.view(len(scores), self.groups, -1)
         worth = by_group.topk(min(self.best, by_group.shape[-1]), dim=-1).values.sum(-1)
         kept = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, worth.topk(self.kept_groups, dim=-1).indices, True)
         return by_group.masked_fill(~kept[..., None], float("-inf")).flatten(-2)

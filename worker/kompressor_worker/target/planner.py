@@ -83,8 +83,8 @@ class Fit:
         expected, allowed = f"{100 * safest.loss:.3g}", f"{100 * self.target.gate.limit:.3g}"
         return (
             f"spec.target: what fits {self.on.name} ({size(self.on.memory)}) loses too much: the safest plan, {safest.name}, is expected "
-            f"to cost about {expected} % perplexity, and maxPerplexityIncrease is {allowed} %; raise it to {expected}%, or ask for a smaller "
-            "context or concurrency, or a larger GPU"
+            f"to cost about {expected} % perplexity, and maxPerplexityIncrease is {allowed} %; raise it to {expected}%, or ask for a "
+            "smaller context or concurrency, or a larger GPU"
         )
 
     def _too_large(self) -> str:
