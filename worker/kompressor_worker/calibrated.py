@@ -45,6 +45,9 @@ from kompressor_worker.reshaping import Reshaper
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.sites import join, sites_of
 
+GIVEN_BACK = 32 << 20
+"""Bytes of source after which freed memory goes back to the system: experts are often small, and it takes a while."""
+
 KvHook = Callable[[Batch], Cache | None]
 
 
@@ -91,12 +94,16 @@ class Engine:
         work = BlockWork(block, KvObserver(self.decoder.kv_heads, self.decoder.device))
         reshaper = self._reshaper(at, unit)
         original, norms = Block(self.source, at.source, unit.as_stored()), dict[str, Tensor]()
-        for part in parts_of(unit, self.passes, self.schemes):
+        parts, passed = parts_of(unit, self.passes, self.schemes), 0
+        for part in parts:
             stored = self._loaded(unit, part, load, norms)
             self._original(original, part, stored, reference=reshaper is None)
             self._part(work, unit, part, stored, reshaper, write)
+            passed += sum(unit.stages[number].source_bytes for number in part.stages)
             del stored  # before the next part is read
-            give_back_freed_memory()
+            if passed >= GIVEN_BACK or part is parts[-1]:
+                give_back_freed_memory()
+                passed = 0
         for stream in self.streams.through_compressed():
             stream.exclude_nonfinite(unit.name)
         self._pace.finish()
