@@ -125,6 +125,7 @@ class TargetResult(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     plan: Text | None = Field(default=None, description="The plan that was carried out last.")
+    passes: list[Text] | None = Field(default=None, max_length=16, description="Its passes, as spec.passes would have them.")
     tries: list[Text] | None = Field(default=None, max_length=MAX_PLANS, description="Each plan that was tried, with what was measured.")
     totalBytes: int | None = Field(default=None, description="Memory that serving the result takes, as planned.")
     memoryBytes: int | None = Field(default=None, description="Memory of the GPU.")

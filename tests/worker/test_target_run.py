@@ -67,6 +67,7 @@ def test_a_miss_goes_one_plan_back_and_everybody_is_told(awkward: Path, data: di
     assert result.target is not None and result.target.tries is not None
     first, *_, last = result.target.tries
     assert first.startswith("W4A16, KV FP8: missed: perplexity rises by") and last.startswith(f"{result.target.plan}: kept")
+    assert result.target.passes == ["gptq: {scheme: W8A8}", "kvCache: {scheme: FP8}"]
     assert result.target.plan == told.target.fallbacks[len(result.target.tries) - 2]
     assert (seen[0].tries, seen[0].plan) == (1, "W4A16, KV FP8")
     assert [s.tries for s in seen] == sorted(s.tries for s in seen) and seen[-1].tries == len(result.target.tries)

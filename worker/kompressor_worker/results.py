@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kompressor_api.target import passes_as_text
 from kompressor_worker import gates
 
 
@@ -41,6 +42,7 @@ def targeted(target: Mapping[str, Any]) -> dict[str, Any]:
     cost = {"costPerMillionTokens": f"{after['costPerMillionTokens']:.4g}"} if "costPerMillionTokens" in after else {}
     return {
         "plan": target["chosen"],
+        "passes": passes_as_text(next(row["passes"] for row in target["plans"] if row["plan"] == target["chosen"])),
         "tries": [f"{each['plan']}: {'kept' if each['met'] else 'missed'}: {each['says']}" for each in target["tries"]],
         "totalBytes": target["need"]["total"],
         "memoryBytes": target["memoryBytes"],
