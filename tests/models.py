@@ -106,6 +106,24 @@ RECIPES: dict[str, Recipe] = {
         },
         steps=80,
     ),
+    "qwen3_moe_32": Recipe(  # many narrow experts, four of them for a token
+        "Qwen3MoeConfig",
+        {
+            **SHAPE,
+            "hidden_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 64,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.01,
+        },
+        steps=150,
+    ),
     "mixtral": Recipe(
         "MixtralConfig",
         {

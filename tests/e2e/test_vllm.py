@@ -70,6 +70,11 @@ CASES = {
     "qwen2_moe pruneWidth": Case([{"pruneWidth": {"ratio": 0.25, "multiple": 32}}], kind="qwen2_moe"),
     "qwen2_moe pruneHeads": Case([HEADS], kind="qwen2_moe"),  # published as vLLM runs transformers' module
     "mixtral pruneHeads, pruneWidth": Case([HEADS, {"pruneWidth": {"intermediateSize": 192}}], kind="mixtral"),
+    "mixtral pruneExperts": Case([{"pruneExperts": {"experts": 6}}], kind="mixtral"),
+    "mixtral mergeExperts": Case([{"mergeExperts": {"experts": 6}}], kind="mixtral"),
+    "qwen3_moe pruneExperts, pruneWidth": Case(
+        [{"pruneExperts": {"experts": 5}}, {"pruneWidth": {"intermediateSize": 64}}], kind="qwen3_moe"
+    ),
     "data-free W8A8": Case(rtn("W8A8"), measures=False),
     "data-free FP8_DYNAMIC": Case(rtn("FP8_DYNAMIC"), measures=False),
     "data-free W4A16": Case(rtn("W4A16"), measures=False, runs=avx512),
@@ -151,7 +156,9 @@ def test_vllm_sees_the_model_that_the_job_reports(case: str, seen: dict[str, See
     assert theirs == pytest.approx(ours, rel=CASES[case].tolerance)
 
 
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if any("prune" in str(one) for one in case.passes)])
+@pytest.mark.parametrize(
+    "case", [name for name, case in CASES.items() if any("prune" in str(one) or "merge" in str(one) for one in case.passes)]
+)
 def test_vllm_generates_what_transformers_would(case: str, seen: dict[str, Seen]) -> None:
     """Token by token from its cache, each the likeliest by transformers too, or as good as that: vLLM computes in bf16."""
     if not CASES[case].runs():

@@ -92,7 +92,26 @@ def report(layers: int = 4, experts: int = 0, word: str = "model") -> dict[str, 
     }  # fmt: skip
 
 
-FORMS = {"none": report(0), "one": report(1), "many": report(80), "experts": report(6, 64), "nothing": {}}
+def fewer_experts(experts: int) -> dict[str, Any]:
+    """The section on a result with half of them: what pruning chose in one block, and merging in another."""
+    chance = random.Random(1)
+    scores, tokens = [chance.random() for _ in range(experts)], [chance.randrange(99) for _ in range(experts)]
+    gone = sorted(range(experts), key=lambda n: scores[n])[: experts // 2]
+    few = [n for n in range(experts) if tokens[n] < 32]
+    pruned = {"importance": "reap", "minTokens": 32, "layers": {"3": {"gone": gone, "scores": scores, "tokens": tokens, "few": few}}}
+    merged = {"layers": {"4": {"merged": [[2, 0], [1, 3]], "tokens": tokens}}}
+    sizes = {"num_local_experts": [experts, experts // 2]}
+    return {"sizes": sizes, "parameters": [10**9, 6 * 10**8], "passes": {"pruneExperts": pruned, "mergeExperts": merged}}
+
+
+FORMS = {
+    "none": report(0),
+    "one": report(1),
+    "many": report(80),
+    "experts": report(6, 64),
+    "fewer": {**report(6, 64), "structure": fewer_experts(64)},
+    "nothing": {},
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -136,6 +155,24 @@ def test_the_darkest_cell_is_the_largest_error() -> None:
     strength = {unescape(t): float(o) for o, t in re.findall(r'fill-opacity="([\d.]+)"><title>(\w+)', plot)}
     assert strength["q0"] < strength["o1"] < strength["q1"] == 1.0
     assert plot.count('class="none"') == 1, "o of block 0 is not there"
+
+
+def test_experts_that_went_are_framed() -> None:
+    """And those that got few tokens, and those that became one, are told by their numbers."""
+    structure = fewer_experts(8)
+    chosen = structure["passes"]["pruneExperts"]["layers"]["3"]
+    page = render({**report(2, 8), "structure": structure})
+    framed = re.findall(r'<rect class="cell framed"[^>]*><title>block 3, expert (\d+), (\d+) tokens', page.decode())
+    assert framed == [(str(n), str(chosen["tokens"][n])) for n in sorted(chosen["gone"])]
+    text, tokens = Page(page).text, chosen["tokens"]
+    for said in (
+        "Experts of a layer",
+        f"{len(chosen['few'])}: {', '.join(map(str, chosen['few']))}",
+        "2 clusters in 1 blocks",
+        "1, 3",
+        f"{tokens[2]}, {tokens[0]}",
+    ):
+        assert said in text, said
 
 
 ODD = ["<script>alert(1)</script>", "\"><img src=x onerror='a()'>", "$title & ${body}", "\n", "\ud800"]

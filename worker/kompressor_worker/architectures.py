@@ -13,7 +13,7 @@ from typing import Any
 from kompressor_api.names import Reason
 from kompressor_worker.errors import CorruptSource, UserError
 
-__all__ = ["FAMILIES", "Dimensions", "Experts", "Family", "Group", "Linear", "StandIn", "family_of", "text_config"]
+__all__ = ["EXPERT_COUNTS", "FAMILIES", "Dimensions", "Experts", "Family", "Group", "Linear", "StandIn", "family_of", "text_config"]
 
 
 @dataclass(frozen=True)
@@ -313,6 +313,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Where config.json says how many experts a token may be routed to."""
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The decoder's part of config.json: all of it, or text_config in a model that also sees or hears."""
     inner = config.get("text_config")
@@ -358,7 +362,7 @@ class Dimensions:
             "ffn": size("intermediate_size"),
             "moe_ffn": size("moe_intermediate_size"),
             "shared_ffn": shared * width if shared and width else size("shared_expert_intermediate_size"),
-            "experts": size("num_experts", "num_local_experts", "n_routed_experts"),
+            "experts": size(*EXPERT_COUNTS),
             "q_rank": size("q_lora_rank"),
             "kv_rank": size("kv_lora_rank"),
             "rope": rope,

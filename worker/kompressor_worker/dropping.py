@@ -1,4 +1,5 @@
-"""A layout without some of its blocks: those that stay are counted anew, and so is all that config.json says layer by layer. No torch."""
+"""A layout without some of its blocks, or of its experts: those that stay are counted anew, and so is all that config.json says layer by
+layer. No torch."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.resizing import with_text
 
-__all__ = ["block_numbers", "depth_config", "is_block", "kept_layers", "layer_types", "renamed", "without"]
+__all__ = ["block_numbers", "depth_config", "is_block", "kept_layers", "layer_types", "mixtures", "renamed", "with_experts", "without"]
 
 DROPPED = "dropped.layers"
 """In place of a block's prefix where the result does not have it: no name of the result's can be the same."""
+GONE = "gone"
+"""Before the number of an expert that the result does not have."""
 
 
 def block_numbers(layout: ModelLayout) -> list[int]:
@@ -39,6 +42,37 @@ def without(layout: ModelLayout, gone: Collection[int]) -> ModelLayout:
             units[number] = _placed(unit, f"{prefix}.{stays}")
             stays += 1
     return replace(layout, units=tuple(units))
+
+
+def mixtures(layout: ModelLayout) -> dict[int, int]:
+    """Numbers of the units that have experts, and their block's, counted from 0 in the source."""
+    blocks = [n for n, unit in enumerate(layout.units) if is_block(unit)]
+    return {n: layer for layer, n in enumerate(blocks) if any(stage.expert is not None for stage in layout.units[n].stages)}
+
+
+def with_experts(layout: ModelLayout, clusters: Mapping[int, Sequence[Sequence[int]]]) -> ModelLayout:
+    """By block: which experts (numbers in the source) become one, in the order of the result's. A cluster's last member has its place, and
+    those before it stand before it, dropped; an expert of no cluster is dropped behind all. The original still flows through them."""
+    units = list(layout.units)
+    for number, layer in mixtures(layout).items():
+        unit = units[number]
+        if unit.dropped or layer not in clusters:
+            continue
+        by_number = {stage.expert: stage for stage in unit.stages if stage.expert is not None}
+        stages = [stage for stage in unit.stages if stage.expert is None]
+        for new, members in enumerate(clusters[layer]):
+            *others, last = (by_number.pop(member) for member in members)
+            stages += [*map(_gone, others), _numbered(last, str(new))]
+        units[number] = replace(unit, stages=(*stages, *map(_gone, by_number.values())))
+    return replace(layout, units=tuple(units))
+
+
+def _gone(stage: StageLayout) -> StageLayout:
+    return replace(_numbered(stage, f"{GONE}.{stage.expert}"), dropped=True)
+
+
+def _numbered(stage: StageLayout, number: str) -> StageLayout:
+    return _moved(stage, stage.name, f"{stage.name.rpartition('.')[0]}.{number}")
 
 
 def depth_config(config: Mapping[str, Any], family: Family, kept: Sequence[int]) -> dict[str, Any]:
@@ -92,13 +126,24 @@ def is_block(unit: UnitLayout) -> bool:
 
 
 def _placed(unit: UnitLayout, name: str) -> UnitLayout:
-    old = f"{unit.name}."
-    moved = renamed(unit, lambda text: f"{name}.{text.removeprefix(old)}" if text.startswith(old) else text)
-    return replace(moved, name=name)
+    return replace(unit, name=name, stages=tuple(_moved(stage, unit.name, name) for stage in unit.stages))
 
 
 def renamed(unit: UnitLayout, new: Callable[[str], str]) -> UnitLayout:
     """The unit with other names of tensors, linears and stages."""
+    return replace(unit, stages=tuple(_renamed(stage, new) for stage in unit.stages))
+
+
+def _moved(stage: StageLayout, old: str, name: str) -> StageLayout:
+    """With `name` in place of `old` where names begin with it."""
+
+    def new(text: str) -> str:
+        return f"{name}.{text.removeprefix(f'{old}.')}" if text.startswith(f"{old}.") else name if text == old else text
+
+    return _renamed(stage, new)
+
+
+def _renamed(stage: StageLayout, new: Callable[[str], str]) -> StageLayout:
 
     def tensor(t: SourceTensor) -> SourceTensor:
         return replace(t, name=new(t.name))
@@ -106,7 +151,4 @@ def renamed(unit: UnitLayout, new: Callable[[str], str]) -> UnitLayout:
     def linear(x: LinearLayout) -> LinearLayout:
         return replace(x, name=new(x.name), fused=new(x.fused) if x.fused else None, shared=new(x.shared) if x.shared else None)
 
-    def stage(s: StageLayout) -> StageLayout:
-        return replace(s, name=new(s.name), tensors=tuple(map(tensor, s.tensors)), linears=tuple(map(linear, s.linears)))
-
-    return replace(unit, stages=tuple(map(stage, unit.stages)))
+    return replace(stage, name=new(stage.name), tensors=tuple(map(tensor, stage.tensors)), linears=tuple(map(linear, stage.linears)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from html import escape
 
 WIDTH = 960
@@ -48,8 +48,16 @@ def columns(
     return _svg(height + 26, parts, top=12)
 
 
-def heat(cells: Mapping[tuple[str, str], tuple[float, str]], rows: Sequence[str], across: Sequence[str], say: Say) -> str:
-    """A cell for each (row, column) that has a value, and a text to show with it: pale for the smallest, full colour for the largest."""
+def heat(
+    cells: Mapping[tuple[str, str], tuple[float, str]],
+    rows: Sequence[str],
+    across: Sequence[str],
+    say: Say,
+    *,
+    framed: Collection[tuple[str, str]] = (),
+) -> str:
+    """A cell for each (row, column) that has a value, and a text to show with it: pale for the smallest, full colour for the largest;
+    those in `framed` in a frame in the colour of what is wrong."""
     values = [value for value, _ in cells.values() if math.isfinite(value)]
     if not values:
         return ""
@@ -68,8 +76,9 @@ def heat(cells: Mapping[tuple[str, str], tuple[float, str]], rows: Sequence[str]
                 parts.append(f'<rect class="none" {box} opacity="0.5"/>')
                 continue
             strength = 0.1 + 0.9 * (value - low) / (high - low) if high > low else 0.1
+            frame = " framed" if (row, column) in framed else ""
             parts.append(
-                f'<rect class="cell" {box} fill-opacity="{strength:.2f}"><title>{escape(text)}: {escape(say(value))}</title></rect>'
+                f'<rect class="cell{frame}" {box} fill-opacity="{strength:.2f}"><title>{escape(text)}: {escape(say(value))}</title></rect>'
             )
             if step >= 52:
                 middle = left + (x + 0.5) * step - 1

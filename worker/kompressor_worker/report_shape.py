@@ -1,10 +1,12 @@
-"""The section of report.html on a result of another shape: what went, why, and what that cost."""
+"""The section of report.html on a result of another shape: what went, why, and what that cost. Experts: report_experts.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kompressor_worker.architectures import EXPERT_COUNTS
+from kompressor_worker.report_experts import experts
 from kompressor_worker.report_plots import columns, heat, percent
 from kompressor_worker.report_sections import card, number, table
 
@@ -13,6 +15,8 @@ COUNTED = {
     "num_attention_heads": "Query heads",
     "num_key_value_heads": "KV heads",
     "hidden_size": "Channels",
+    **dict.fromkeys(EXPERT_COUNTS, "Experts of a layer"),
+    "num_experts_per_tok": "Experts that a token is routed to",
 }
 WIDTHS = {"intermediate_size": "Neurons of a feed-forward", "moe_intermediate_size": "Neurons of an expert"}
 MEASURES = {"influence": "1 - cosine of a block's input and output", "divergence": "KL of the logits without the block"}
@@ -21,7 +25,11 @@ MEASURES = {"influence": "1 - cosine of a block's input and output", "divergence
 def shape(structure: Mapping[str, Any]) -> str:
     if not structure:
         return ""
-    return card("Shape", "The result is an ordinary model of other sizes.", _sizes(structure) + _layers(structure) + _blocks(structure))
+    return card(
+        "Shape",
+        "The result is an ordinary model of other sizes.",
+        _sizes(structure) + _layers(structure) + experts(structure) + _blocks(structure),
+    )
 
 
 def _sizes(structure: Mapping[str, Any]) -> str:

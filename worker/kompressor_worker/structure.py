@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
-from kompressor_worker.architectures import text_config
+from kompressor_worker.architectures import EXPERT_COUNTS, text_config
 from kompressor_worker.layout import ModelLayout, SourceTensor, UnitLayout
 from kompressor_worker.passes import Pass
 
@@ -18,6 +19,8 @@ SIZES = (
     "shared_expert_intermediate_size",
     "num_attention_heads",
     "num_key_value_heads",
+    *EXPERT_COUNTS,
+    "num_experts_per_tok",
 )
 
 
@@ -32,7 +35,7 @@ def structure(layout: ModelLayout) -> dict[str, Any]:
         return {}
     before, after = (text_config(config) for config in (layout.source_config, layout.config))
     sizes = {name: [before.get(name), after.get(name)] for name in SIZES if before.get(name) != after.get(name)}
-    kept = [unit for unit in layout.units if not unit.dropped]
+    kept = [replace(unit, stages=tuple(s for s in unit.stages if not s.dropped)) for unit in layout.units if not unit.dropped]
     return {
         "sizes": sizes,
         "parameters": [

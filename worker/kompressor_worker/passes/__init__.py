@@ -41,6 +41,8 @@ REGISTRY: dict[str, str] = {
     "pruneWidth": "kompressor_worker.passes.prune_width:PruneWidth",
     "pruneHidden": "kompressor_worker.passes.prune_hidden:PruneHidden",
     "pruneLayers": "kompressor_worker.passes.prune_layers:PruneLayers",
+    "pruneExperts": "kompressor_worker.passes.prune_experts:PruneExperts",
+    "mergeExperts": "kompressor_worker.passes.merge_experts:MergeExperts",
     "hybridAttention": "kompressor_worker.passes.hybrid_attention:HybridAttention",
 }
 """Name in the spec to `module:class`, imported when asked for."""

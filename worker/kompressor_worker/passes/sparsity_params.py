@@ -153,6 +153,8 @@ def refuse_changed(layout: ModelLayout, by: str) -> None:
         what = "an earlier rotate has turned the weights"
     elif any(unit.dropped for unit in layout.units):
         what = "an earlier pass has taken blocks out"
+    elif any(stage.dropped for unit in layout.units for stage in unit.stages):
+        what = "an earlier pass has left fewer experts"
     elif smaller := next((x.name for x in layout.linears() if x.kind == "linear" and shapes.get(x.weight, x.shape) != x.shape), None):
         what = f"an earlier pass has made {smaller} smaller"
     else:
