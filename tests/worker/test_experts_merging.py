@@ -78,6 +78,15 @@ def test_averaged_by_tokens() -> None:
             torch.testing.assert_close(tensor, factor * one[name], rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_held_does_not_grow_with_the_members() -> None:
+    average, held = Average(), []
+    for seed in range(6):
+        average.add(linears("e"), expert("e", seed), 1)
+        kept = [t for value in vars(average).values() if isinstance(value, list) for t in value if t is not None]
+        held.append(sum(t.untyped_storage().nbytes() for t in kept))
+    assert len(set(held)) == 1 and held[0] < 3 * sum(t.nbytes for t in expert("e", 0).values())
+
+
 def test_clusters_lose_least_when_their_mean_stands_for_them() -> None:
     """Against every way to make four clusters of six outputs, where they are plain to see; and as few as there are groups allow."""
     chance = torch.Generator().manual_seed(1)
