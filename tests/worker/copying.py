@@ -19,11 +19,11 @@ from models import cached
 
 __all__ = ["HALF", "LAYERS", "WINDOW", "copying_model", "copying_rows"]
 
-HALF, VOCABULARY, LAYERS, WINDOW = 40, 64, 6, 12
-STEPS, BATCH, BRANCHES, RATE = 500, 24, 6, 3e-3
+HALF, VOCABULARY, LAYERS, WINDOW = 24, 32, 6, 8
+STEPS, BATCH, BRANCHES, RATE = 240, 16, 8, 5e-3
 SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "tie_word_embeddings": False,
 }  # fmt: skip
 VERSION = 1
 """Part of the cache's key: raise it when the code below changes what comes out."""
@@ -56,7 +56,7 @@ def _train(folder: Path, seed: int) -> None:
         model = LlamaForCausalLM(LlamaConfig(**SHAPE, bos_token_id=1, eos_token_id=2, pad_token_id=0))
         rows = copying_rows(STEPS * BATCH, 1000 + seed)
         optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS, pct_start=0.1)
         for batch in rows.split(BATCH):
             model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
