@@ -182,7 +182,7 @@ def test_killed_in_the_survey_and_behind_it(kind: str, tmp_path: Path, caplog: p
     run(load_job(job("whole"), {}), {}, Progress(), threading.Event(), Limits(snapshot_seconds=0))
     whole = files_of(tmp_path / "whole")
     caplog.set_level(logging.INFO)
-    for at in ("survey 1: model.layers.2", "survey 1: head", "embeddings", "model.layers.2"):
+    for at in ("survey 1: model.layers.2", "survey 1: head", "model.layers.2"):
         interrupted(job("cut"), at)
     run(load_job(job("cut"), {}), {}, Progress(), threading.Event(), Limits(snapshot_seconds=0))
     cut = files_of(tmp_path / "cut")
