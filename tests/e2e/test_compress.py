@@ -215,16 +215,19 @@ def test_a_target_comes_from_bf16_to_what_fits(installed: Installed, data: dict[
     from transformers import AutoModelForCausalLM
 
     installed.bucket.upload(trained_llama, "llama")
-    memory = memory_for(trained_llama, "W4A16")
+    memory = memory_for(trained_llama, "W4A16, KV FP8")
     installed.apply("target", "llama", [], **data, target=aimed(memory, maxPerplexityIncrease="5%", pricePerHour=0.5))
     installed.apply("too-large", "llama", [], **data, target=aimed(memory, concurrency=4))
     status = installed.wait("target", "Complete")
     planned, result = status["plan"]["target"], status["result"]
-    assert (planned["name"], planned["passes"]) == ("W4A16", ["gptq: {scheme: W4A16, groupSize: 128}"])
+    assert (planned["name"], planned["passes"]) == (
+        "W4A16, KV FP8",
+        ["gptq: {scheme: W4A16, groupSize: 128}", "kvCache: {scheme: FP8}"],
+    )
     assert planned["totalBytes"] <= planned["memoryBytes"] == memory
     assert installed.steps("target") == ["compress", "preflight"] and status["plan"]["outputBytes"] == result["outputBytes"]
     assert planned["weightBytes"] == result["outputBytes"] < result["sourceBytes"] / 2
-    assert result["target"]["plan"] == "W4A16" and [x.split(":")[1] for x in result["target"]["tries"]] == [" kept"]
+    assert result["target"]["plan"] == planned["name"] and [x.split(":")[1] for x in result["target"]["tries"]] == [" kept"]
     assert float(result["target"]["tokensPerSecond"]) > 0 and float(result["target"]["costPerMillionTokens"]) > 0
     folder = installed.bucket.download("target", tmp_path / "target")
     after, before = perplexity(AutoModelForCausalLM.from_pretrained(folder), held_out_tokens("llama")), exact_perplexity("llama")
