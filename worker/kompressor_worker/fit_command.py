@@ -17,7 +17,6 @@ from kompressor_worker.errors import UserError
 from kompressor_worker.reading import read_layout
 from kompressor_worker.storage.locations import open_source
 from kompressor_worker.target.planner import Fit, fit, longest_context
-from kompressor_worker.verify import wanted_source
 
 FIT = """\
 Says which plans there are to serve a model on one GPU: what each takes of its memory, whether that fits, and how fast a roofline predicts
@@ -58,6 +57,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def fit_command(args: argparse.Namespace) -> int:
+    from kompressor_worker.verify import wanted_source  # with torch, which `kompressor plan` does without
+
     location = wanted_source(args.uri, args.endpoint, args.region)
     layout = read_layout(open_source(location, os.environ, threading.Event()))
     context = args.context if args.context is not None else longest_context(layout)
