@@ -47,6 +47,16 @@ REFUSED: dict[str, tuple[str, Passes, str]] = {
     "latent vectors": ("deepseek_v3", hybrid(), r"hybridAttention: the model \(kv_lora_rank 128\) attends to latent vectors"),
     "heads of an OLMo3": ("olmo3", [{"pruneHeads": {"kvHeads": 1}}], "a olmo3 has norms over all heads together"),
     "channels of an OLMo3": ("olmo3", [{"pruneHidden": {"hiddenSize": 96}}], "a olmo3 has no norm before attention and feed-forward"),
+    "names that change behind heads": (
+        "mixtral",
+        [{"pruneHeads": {"kvHeads": 1}}, *hybrid()],
+        "published as a qwen2_moe, under other tensor names, .*put hybridAttention first, or into a job of its own",
+    ),
+    "a rotation behind names that change": (
+        "mixtral",
+        [*hybrid(), {"rotate": {}}],
+        "rotate: model_type 'qwen2_moe' has other tensor names",
+    ),
     "twice": ("qwen3", hybrid() * 2, "an earlier hybridAttention has given layers a window; ask once"),
     "before blocks go": ("qwen3", [*hybrid(), {"pruneLayers": {"layers": 3}}], "put pruneLayers first"),
     "before heads go": ("qwen3", [*hybrid(), {"pruneHeads": {"kvHeads": 1}}], "put pruneHeads first"),
