@@ -42,8 +42,9 @@ AWQ = [{"awq": {"scheme": "W4A16", "groupSize": 32, "grid": 4}}]
 
 
 class Probe(Pass):
-    """What is measured of every input, as the pass behind the others finds it."""
+    """What is measured of every input, as the pass behind the others finds it, with all experts at once."""
 
+    folds = True
     Params: ClassVar[type[Model]] = Model
     statistics = frozenset({"hessian", "norms", "range", "magnitude"})
 

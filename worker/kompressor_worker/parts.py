@@ -27,7 +27,7 @@ class Part:
 
 def held(passes: Iterable[Pass]) -> str | None:
     """The name of a pass that needs whole blocks; None: there is none."""
-    return next((name_of(p) for p in passes if p.folds), None)
+    return next((name_of(p) for p in passes if p.folds or p.whole_block), None)
 
 
 def together(unit: UnitLayout, schemes: Mapping[str, Scheme]) -> Scheme | None:

@@ -61,7 +61,7 @@ class Pass:
     """Whether it needs the statistics of all stages of a block before the first weight changes, since it folds scales across stages."""
     folds: bool = False
     """Whether it changes weights outside of the stage that it is applied to (a norm's, in front of it), so that all of a block stays in
-    memory until its last stage is done. Includes `whole_block`."""
+    memory until its last stage is done; `whole_block` says as much."""
     transforms: bool = False
     """Whether it changes weights before anything is measured (`transform`, `transform_rows`)."""
     prunes: bool = False

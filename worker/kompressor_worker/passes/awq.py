@@ -60,7 +60,6 @@ class Awq(Pass):
     Params: ClassVar[type[Model]] = AwqParams
     statistics: frozenset[Statistic] = frozenset({"hessian", "magnitude"})
     whole_block = True
-    folds = True
 
     def __init__(self, params: AwqParams) -> None:
         self.params = params

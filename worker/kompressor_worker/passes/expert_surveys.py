@@ -18,6 +18,7 @@ class Contributions(Surveyor):
     output (`contributed`)."""
 
     wants_experts = True
+    whole_block = False
 
     def expert(self, seen: SeenExpert) -> None:
         tokens, contributed = (self._of(name, seen) for name in ("tokens", "contributed"))
