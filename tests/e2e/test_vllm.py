@@ -68,7 +68,6 @@ CASES = {
     "qwen3 all four": Case([LAYERS, HEADS, WIDTH, HIDDEN], kind="qwen3"),
     "qwen3_moe all four": Case([LAYERS, HEADS, {"pruneWidth": {"intermediateSize": 64}}, HIDDEN], kind="qwen3_moe"),
     "qwen2_moe pruneWidth": Case([{"pruneWidth": {"ratio": 0.25, "multiple": 32}}], kind="qwen2_moe"),
-    "qwen2_moe pruneHeads": Case([HEADS], kind="qwen2_moe"),  # published as vLLM runs transformers' module
     "mixtral pruneHeads, pruneWidth": Case([HEADS, {"pruneWidth": {"intermediateSize": 192}}], kind="mixtral"),
     "mixtral pruneExperts": Case([{"pruneExperts": {"experts": 6}}], kind="mixtral"),
     "mixtral mergeExperts": Case([{"mergeExperts": {"experts": 6}}], kind="mixtral"),
