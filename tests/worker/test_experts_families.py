@@ -15,7 +15,7 @@ import mixtures
 import pytest
 import smaller
 import torch
-from test_structured_families import compress, require_function, rows_of
+from test_structured_families import compress, passes_of, require_function, rows_of
 
 from independent import tensors_of
 
@@ -113,6 +113,19 @@ def test_those_that_say_nothing_go(family: str, tmp_path: Path) -> None:
     source = mixtures.silenced(mixture(family, tmp_path), tmp_path / "silenced", dead)
     report = compress(source, tmp_path, [{"pruneExperts": {"experts": 6}}])
     assert {layer: said["gone"] for layer, said in said_of(report, "pruneExperts").items()} == {n: sorted(d) for n, d in dead.items()}
+
+
+@pytest.mark.parametrize("name", ["pruneExperts", "mergeExperts"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_with_all_that_makes_a_model_smaller(family: str, name: str, tmp_path: Path) -> None:
+    """Before the others or between them, gptq behind: one job, and the function that it reports."""
+    source = mixture(family, tmp_path, num_attention_heads=8, num_key_value_heads=4, head_dim=32 if family != "qwen2_moe" else 16)
+    layers, heads, width, hidden = ({n: p} for n, p in passes_of(family, layers=3).items())
+    fewer = {name: {"ratio": 0.25}}
+    orders = {"pruneExperts": [fewer, layers, width, hidden], "mergeExperts": [width, layers, heads, fewer]}
+    report = compress(source, tmp_path, [*orders[name], {"gptq": {"scheme": "W4A16", "groupSize": 32}}])
+    require_function(source, tmp_path / "out", report, 1e-2)
+    assert mixtures.expert_count(tmp_path / "out") == 6 and report["result"]["quantizedLinears"] > 0
 
 
 @pytest.mark.parametrize("name", ["pruneExperts", "mergeExperts"])
