@@ -102,6 +102,18 @@ def test_a_mixture_reads_only_the_experts_that_tokens_are_routed_to(layouts: dic
     assert weights(64) == pytest.approx(served.dense + experts, rel=1e-6)
 
 
+def test_experts_that_go_weigh_nothing_and_are_not_read(layouts: dict[str, ModelLayout]) -> None:
+    def served(*passes: Any) -> Served:
+        return Served.of(Assignment.of(spec().model_copy(update={"passes": list(passes)}), layouts["mixtral"]))
+
+    whole, half = served(), served({"pruneExperts": {"ratio": 0.5}})
+    assert sum(size for size, _ in half.experts) * 2 == sum(size for size, _ in whole.experts)
+    assert {share for _, share in half.experts} == {0.5} and half.operations == pytest.approx(whole.operations, rel=1e-4)
+    found = fit(spec(context=32768), layouts["mixtral"])
+    fewer = next(row for row in found.rows if row.name == "25% of the experts less, W4A16, KV FP8")
+    assert found.ladder[0] == fewer, "nothing safer fits"
+
+
 def test_windows_and_latent_vectors_are_counted_as_engines_keep_them(layouts: dict[str, ModelLayout]) -> None:
     plain = layouts["llama-8b"]
     made = [{"hybridAttention": {"window": 1024, "fullLayers": 8, "context": 32768}}]
