@@ -25,14 +25,16 @@ LOADABLE = [
 ]  # fmt: skip
 
 
+TOKENS = torch.arange(3, 99).remainder(100).add(3).view(2, 48)
+
+
 def logits(folder: Path) -> torch.Tensor:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     vision = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
     model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32)
-    tokens = torch.arange(3, 99).remainder(100).add(3).view(2, 48)
     with torch.inference_mode():
-        return model(input_ids=tokens).logits.float()
+        return model(input_ids=TOKENS).logits.float()
 
 
 def compress(source: Path, out: Path, scheme: str) -> None:
@@ -145,6 +147,7 @@ def test_from_fp8_blocks(family: str, tmp_path: Path) -> None:
 
 def test_from_mxfp4(tmp_path: Path) -> None:
     """gpt-oss keeps its own layout: experts stacked, gate and up interleaved, with biases, decoded as transformers decodes them."""
+    from transformers import AutoModelForCausalLM
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     source = families.mxfp4_model()
@@ -155,8 +158,11 @@ def test_from_mxfp4(tmp_path: Path) -> None:
     for name in stacks:
         assert torch.equal(after[name], convert_moe_packed_tensors(before[f"{name}_blocks"], before[f"{name}_scales"]))
         assert torch.equal(after[f"{name}_bias"], before[f"{name}_bias"])
-    original, made = logits(families.tiny_model("gpt_oss")), logits(tmp_path / "out")
-    assert 0 < (made - original).norm() / original.norm() < 0.1, "what MXFP4 and INT8 took together"
+    model = AutoModelForCausalLM.from_pretrained(families.tiny_model("gpt_oss"), dtype=torch.float32)
+    model.load_state_dict({name: after[name].float() for name in stacks}, strict=False)
+    with torch.inference_mode():
+        decoded, made = model(input_ids=TOKENS).logits, logits(tmp_path / "out")
+    assert 0 < (made - decoded).norm() / decoded.norm() < 0.03, "what INT8 took of the attention"
 
 
 @pytest.mark.parametrize(
