@@ -110,7 +110,7 @@ def test_clusters_lose_least_when_their_mean_stands_for_them() -> None:
 
 
 def test_router_rows_are_joined_by_tokens() -> None:
-    rows = joined([[2, 0], [1]], torch.tensor([1.0, 0.0, 3.0]), torch.zeros(1, 3))
+    rows = joined([[2, 0], [1]], torch.tensor([1.0, 0.0, 3.0]))
     assert rows.tolist() == [[0.25, 0.0, 0.75], [0.0, 1.0, 0.0]]
 
 

@@ -31,14 +31,12 @@ class Contributions(Surveyor):
 
 class Likeness(Contributions):
     """The same, and by block the products of all pairs of experts' outputs (`products` [experts, experts]), mean over a sample of tokens
-    that is the same for all; and what the router says to these (`logits` [tokens, experts])."""
+    that is the same for all."""
 
-    def __init__(self, router: str) -> None:
-        """`router`: its weight's name in a block."""
+    def __init__(self) -> None:
         super().__init__()
-        self._router = router
         self._outputs: dict[int, Tensor] = {}
-        self._sample: Tensor | None = None
+        self._tokens = 1
 
     @property
     def resting(self) -> bool:
@@ -47,17 +45,15 @@ class Likeness(Contributions):
     def expert(self, seen: SeenExpert) -> None:
         super().expert(seen)
         outputs = seen.sample_outputs
+        self._tokens = max(1, len(outputs))
         self._outputs[seen.number] = (outputs @ sketch(outputs.shape[1]).to(outputs.device)).flatten()
-        self._sample = seen.sample
 
     def block(self, seen: SeenBlock) -> None:
-        if self._sample is None:
+        if not self._outputs:
             return
         outputs = torch.stack([self._outputs[number] for number in range(len(self._outputs))])
-        self.tensors[f"products/{seen.layer}"] = (outputs @ outputs.T).double() / len(self._sample)
-        router = seen.weights[f"{seen.prefix}{self._router}"].float()
-        self.tensors[f"logits/{seen.layer}"] = self._sample.float() @ router.T
-        self._outputs, self._sample = {}, None
+        self.tensors[f"products/{seen.layer}"] = (outputs @ outputs.T).double() / self._tokens
+        self._outputs = {}
 
 
 def sketch(channels: int) -> Tensor:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.layout import ModelLayout, UnitLayout
 from kompressor_worker.passes.fewer_experts import Clusters, FewerExperts, FewerExpertsParams
-from kompressor_worker.resizing import family_to_resize
 
 if TYPE_CHECKING:
     import torch
@@ -48,18 +47,16 @@ class MergeExperts(FewerExperts):
     def surveyor(self, source: ModelLayout) -> Surveyor:
         from kompressor_worker.passes.expert_surveys import Likeness
 
-        experts = family_to_resize(source, self.name).experts
-        assert experts is not None, "prepare has refused models without experts"
-        return Likeness(f"{experts.router}.weight")
+        return Likeness()
 
     def decide(self, found: Mapping[str, torch.Tensor]) -> None:
         from kompressor_worker.passes.expert_surveys import by_layer
         from kompressor_worker.passes.merging import clusters, joined
 
         self._clusters = {}
-        for layer, (tokens, products, logits) in by_layer(found, "tokens", "products", "logits").items():
+        for layer, (tokens, products) in by_layer(found, "tokens", "products").items():
             self._clusters[layer] = clusters(products, tokens, self.kept, self.groups)
-            self._rows[layer] = joined(self._clusters[layer], tokens, logits)
+            self._rows[layer] = joined(self._clusters[layer], tokens)
             self._tokens[layer] = tokens.long().tolist()
 
     def routed(self, layer: int, rows: torch.Tensor) -> torch.Tensor:

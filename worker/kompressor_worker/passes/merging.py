@@ -45,7 +45,7 @@ def agglomerated(products: Tensor, tokens: Tensor, kept: int) -> list[list[int]]
     return list(members.values())
 
 
-def joined(found: Sequence[Sequence[int]], tokens: Tensor, logits: Tensor) -> Tensor:
+def joined(found: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
     """fp32 [clusters, experts]: by what the router's rows are multiplied, so that each cluster has one."""
     rows = torch.zeros(len(found), len(tokens))
     for new, members in enumerate(found):
