@@ -60,7 +60,7 @@ def sketch(channels: int) -> Tensor:
     """fp32 [channels, SKETCHED or fewer]: products of vectors behind it are those before it, on average (Johnson and Lindenstrauss)."""
     if channels <= SKETCHED:
         return torch.eye(channels)
-    return torch.randn(channels, SKETCHED, generator=torch.Generator().manual_seed(0)) / SKETCHED**0.5
+    return torch.randn(channels, SKETCHED, generator=torch.Generator().manual_seed(0)) / float(SKETCHED**0.5)
 
 
 def by_layer(found: Mapping[str, Tensor], *names: str) -> dict[int, tuple[Tensor, ...]]:

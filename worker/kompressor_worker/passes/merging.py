@@ -81,9 +81,9 @@ class Average:
             order = matched(self._first, parts)
         for total, part in zip(self._sums, parts, strict=True):
             total.add_(part[order].float(), alpha=share)
-        for total, bias, last in zip(self._biases, biases, [False] * (len(biases) - 1) + [True], strict=True):
-            if total is not None and bias is not None:
-                total.add_(bias.float() if last else bias[order].float(), alpha=share)
+        for held, bias, last in zip(self._biases, biases, [False] * (len(biases) - 1) + [True], strict=True):
+            if held is not None and bias is not None:
+                held.add_(bias.float() if last else bias[order].float(), alpha=share)
         self._tokens += share
 
     def result(self, linears: Sequence[LinearLayout], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,9 +109,9 @@ def neurons(linears: Sequence[LinearLayout], weights: Mapping[str, Tensor]) -> t
     parts, biases = list[Tensor](), list[Tensor | None]()
     for linear in before:
         bias = weights.get(f"{linear.name}.bias")
-        pieces = weights[linear.weight].split(len(columns))
+        pieces = torch.split(weights[linear.weight], len(columns))
         parts += pieces
-        biases += [None] * len(pieces) if bias is None else list(bias.split(len(columns)))
+        biases += [None] * len(pieces) if bias is None else list(torch.split(bias, len(columns)))
     return [*parts, columns], [*biases, weights.get(f"{down.name}.bias")]
 
 
