@@ -179,6 +179,13 @@ def test_behind_passes_that_take_away(family: str, tmp_path: Path, streamed: lis
     assert set(chosen["sourceLayers"]) == set(sorted(kept, key=lambda layer: -scores[layer])[:2])
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_behind_passes_that_leave_fewer_experts(family: str, tmp_path: Path, streamed: list[Tensor]) -> None:
+    compress(model_of(family, tmp_path), tmp_path, [{"pruneExperts": {"experts": 3}}, HYBRID])
+    rows = evaluation_rows(tmp_path / "job.json")
+    torch.testing.assert_close(losses(tmp_path / "out", rows), streamed[0], rtol=0, atol=1e-4)
+
+
 def test_the_cache_is_counted_and_scaled(tmp_path: Path) -> None:
     """Plan and report, with FP8 scales beside the windows: at 100 tokens two layers hold 100 and four 8, in one byte each of four."""
     passes = [{"hybridAttention": {**HYBRID["hybridAttention"], "context": 100}}, {"kvCache": {}}]

@@ -104,6 +104,7 @@ def test_transformers_rounds_with_them(passes: list[Mapping[str, Any]], strategy
         [{"kvCache": {}}],
         [{"kvCache": {"strategy": "head"}}],
         [{"smoothQuant": {}}, {"gptq": {"scheme": "W8A8"}}, {"kvCache": {}}],
+        [{"hybridAttention": {"window": 48, "fullLayers": 2}}, {"kvCache": {"strategy": "head"}}],
     ],
     ids=str,
 )
