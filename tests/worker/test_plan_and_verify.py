@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
@@ -107,3 +108,17 @@ def test_damage_is_found(damage: str, result: Path, capfd: pytest.CaptureFixture
 def test_verify_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_cli(["verify", str(tmp_path / "nowhere")]) == 64
     assert "nowhere" in capfd.readouterr().err
+
+
+def test_people_read_what_changes_in_shape() -> None:
+    from kompressor_worker.terminal import shape_rows
+
+    plan: dict[str, Any] = {"sizes": {"num_experts": [8, 6]}, "parameters": [4205056, 3416576]}
+    plan["kvCache"] = {"context": 4096, "bytes": [8388608, 1], "bytesPerToken": [2048, 560], "fullLayers": [4, 2]}
+    plan["autoScheme"] = {"budgetBytes": 2_507_808, "mostBytes": 2_400_000, "smallestBytes": 2_165_152, "largestBytes": 3_719_584}
+    assert shape_rows(plan) == {
+        "shape": "num_experts 8 -> 6; 4,205,056 -> 3,416,576 parameters",
+        "KV cache": "2,048 -> 560 bytes a token at a context of 4,096; 2 layers with full attention",
+        "budget": "at most 2.4 MB of 2.5 MB; candidates allow 2.2 MB to 3.7 MB",
+    }
+    assert shape_rows({}) == {}

@@ -71,13 +71,14 @@ def plan_command(args: argparse.Namespace) -> int:
     if args.in_cluster or args.json:
         return int(ExitCode.DONE)
 
-    from kompressor_worker.terminal import bitmask_rows, flow_rows, human, out, table
+    from kompressor_worker.terminal import bitmask_rows, flow_rows, human, out, shape_rows, table
 
     rows = {
         "model": f"{plan['family'] or 'unknown family'}, {plan['units']} units",
         "schemes": ", ".join([*(f"{k}: {n} linears" for k, n in plan["schemes"].items()), f"exact: {plan['exact']}"]),
         **({"pruned": ", ".join(f"{k}: {n} linears" for k, n in plan["pruned"].items())} if "pruned" in plan else {}),
         **bitmask_rows(plan),
+        **shape_rows(plan),
         "size": f"{human(plan['sourceBytes'])} -> {human(plan['outputBytes'])} ({plan['ratio']}x smaller), {plan['shards']} shard(s)",
         "peak memory": human(plan["peakMemoryBytes"]) + (f", {human(gpu)} on the GPU" if (gpu := plan.get("gpuMemoryBytes")) else ""),
         "time": "none" if plan["alreadyCompressed"] else f"about {plan['estimatedSeconds']:,} s: a few to start, then 300 MB/s of source",

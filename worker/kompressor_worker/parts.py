@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kompressor_worker.layout import ModelLayout, StageLayout, UnitLayout
 from kompressor_worker.passes import REGISTRY, Pass
+from kompressor_worker.report_sections import size
 from kompressor_worker.schemes import Scheme
 
 __all__ = ["Part", "held", "is_shared", "mixture_warnings", "parts_of", "plain", "together", "whole_block"]
@@ -84,17 +85,17 @@ def mixture_warnings(layout: ModelLayout, passes: Collection[Pass], schemes: Map
         return []
     largest = max(mixtures, key=lambda unit: unit.source_bytes)
     all_of_them = f"all {sum(stage.expert is not None for stage in largest.stages)} experts of a block are in memory at once"
-    size = f"{largest.source_bytes / 1e9:.1f} GB as stored"
+    stored = f"{size(largest.source_bytes)} as stored"
     found = []
     if (name := held(passes)) is not None:
-        found.append(f"{name}: scales are folded across a block, so {all_of_them} ({size}); leave it out where memory is short")
+        found.append(f"{name}: scales are folded across a block, so {all_of_them} ({stored}); leave it out where memory is short")
     elif (scheme := next(filter(None, (together(unit, schemes) for unit in mixtures)), None)) is not None:
         found.append(
-            f"{scheme.name}: a mixture's experts share a static input scale, so {all_of_them} ({size}); choose a scheme that takes its "
+            f"{scheme.name}: a mixture's experts share a static input scale, so {all_of_them} ({stored}); choose a scheme that takes its "
             "inputs as they come, such as FP8_DYNAMIC, where memory is short"
         )
     if (surveying := next((p for p in passes if p.surveys_whole_blocks), None)) is not None:
-        found.append(f"{name_of(surveying)}: its survey tries changes of a whole block, so {all_of_them} ({size})")
+        found.append(f"{name_of(surveying)}: its survey tries changes of a whole block, so {all_of_them} ({stored})")
     return found
 
 

@@ -96,6 +96,22 @@ def flow_rows(plan: Mapping[str, Any]) -> dict[str, str]:
     return rows | {"  computing": f"{total / 1e12:,.3g} T multiply-adds at {rate}: {shares}"}
 
 
+def shape_rows(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What a plan says of sizes, of the KV cache and of a budget of bits; nothing of what stays or was not asked for."""
+    rows: dict[str, str] = {}
+    if sizes := plan.get("sizes"):
+        before, after = plan["parameters"]
+        named = ", ".join(f"{name} {was:,} -> {now:,}" for name, (was, now) in sizes.items())
+        rows["shape"] = f"{named}; {before:,} -> {after:,} parameters"
+    if cache := plan.get("kvCache"):
+        (before, after), (_, full) = cache["bytesPerToken"], cache["fullLayers"]
+        rows["KV cache"] = f"{before:,} -> {after:,} bytes a token at a context of {cache['context']:,}; {full} layers with full attention"
+    if budget := plan.get("autoScheme"):
+        between = f"candidates allow {human(budget['smallestBytes'])} to {human(budget['largestBytes'])}"
+        rows["budget"] = f"at most {human(budget['mostBytes'])} of {human(budget['budgetBytes'])}; {between}"
+    return rows
+
+
 def bitmask_rows(found: Mapping[str, Any]) -> dict[str, str]:
     """What a plan or a result says of linears that are stored by a bitmask; nothing where none is."""
     count = found.get("bitmaskLinears", found.get("bitmaskTensors"))
