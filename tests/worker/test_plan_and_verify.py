@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -122,3 +123,19 @@ def test_people_read_what_changes_in_shape() -> None:
         "budget": "at most 2.4 MB of 2.5 MB; candidates allow 2.2 MB to 3.7 MB",
     }
     assert shape_rows({}) == {}
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    source, out = families.tiny_model("llama").as_uri(), (tmp_path / "out").as_uri()
+    job = jobs.write(tmp_path / "job.json", jobs.manifest(source, out, [{"rtn": {"scheme": "W8A8"}}]))
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "kompressor_worker", "plan", str(job), "--json"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, "Traceback" in done.stderr) == (141, False), done.stderr

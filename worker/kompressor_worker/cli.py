@@ -6,6 +6,9 @@ import argparse
 import errno
 import json
 import logging
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -103,7 +106,22 @@ exit codes: 0 done, 64 not one of our results or not finished, 65 damaged, 74 st
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    sys.exit(run_cli(argv))
+    try:
+        code = run_cli(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not reader_is_gone():  # another pipe, or a connection
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes when it ends
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, such as `head` that has seen enough."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run_cli(argv: Sequence[str] | None = None) -> int:
