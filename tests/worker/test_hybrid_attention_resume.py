@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from nursery import Nursery
 from test_resume import TRIES, files_of
-from test_structured_resume import ALWAYS_SAVES, GOES_ON, cut_off, job
+from test_structured_resume import GOES_ON, blocks, cut_off, job, nursery  # noqa: F401  (fixtures)
 
 from kompressor_worker.journal import State
 
@@ -20,26 +20,6 @@ PASSES = [
     {"gptq": {"scheme": "W4A16", "groupSize": 32, "ignore": ["re:.*(q|k|v|gate|up)_proj"]}},
     {"kvCache": {}},
 ]
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery(ALWAYS_SAVES) as ready:
-        yield ready
-
-
-@pytest.fixture(scope="module")
-def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve thin blocks."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
-    folder = tmp_path_factory.mktemp("blocks")
-    config = Qwen3Config(**sizes, head_dim=32, vocab_size=512, tie_word_embeddings=True, initializer_range=0.1, max_position_embeddings=64)
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def moments(chance: random.Random) -> list[Callable[[State], bool]]:
@@ -54,7 +34,7 @@ def moments(chance: random.Random) -> list[Callable[[State], bool]]:
     ]
 
 
-def test_killed_anywhere_the_same_bytes_come_out(nursery: Nursery, blocks: Path, tmp_path: Path) -> None:
+def test_killed_anywhere_the_same_bytes_come_out(nursery: Nursery, blocks: Path, tmp_path: Path) -> None:  # noqa: F811
     whole = nursery.worker(job(tmp_path, blocks, "whole", PASSES))
     said = whole.communicate()[1]
     assert whole.returncode == 0, said
