@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kompressor_worker.architectures import Family, text_config
+from kompressor_worker.architectures import text_config
 from kompressor_worker.errors import UserError
+from kompressor_worker.family import Family
 from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.resizing import with_text
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kompressor_worker.architectures import Scoring
+from kompressor_worker.family import Scoring
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kompressor_worker.architectures import FAMILIES, Dimensions, Experts, Family, Group, family_of, text_config
+from kompressor_worker.architectures import FAMILIES, Dimensions, family_of, text_config
 from kompressor_worker.by_shape import arrange_by_shape
 from kompressor_worker.checkpoint import Checkpoint, read_checkpoint
 from kompressor_worker.encodings import decoded_dtype, source_tensors
 from kompressor_worker.errors import CorruptSource
+from kompressor_worker.family import Experts, Family, Group
 from kompressor_worker.layout import Kind, LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.stacked import unstacked
 from kompressor_worker.stages import linear_layout, other_units, plain_stages

@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from kompressor_api.names import Reason
-from kompressor_worker.architectures import FAMILIES, Dimensions, Family, text_config
+from kompressor_worker.architectures import FAMILIES, Dimensions, text_config
 from kompressor_worker.errors import UserError
+from kompressor_worker.family import Family
 from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 
 __all__ = ["axes", "family_to_resize", "head_size", "loadable", "refuse_latent", "resized", "with_text"]

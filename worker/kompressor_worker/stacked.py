@@ -11,8 +11,9 @@ from dataclasses import replace
 from math import prod
 
 from kompressor_api.names import Reason
-from kompressor_worker.architectures import Dimensions, Experts, Family
+from kompressor_worker.architectures import Dimensions
 from kompressor_worker.errors import CorruptSource, UserError
+from kompressor_worker.family import Experts, Family
 from kompressor_worker.layout import DTYPE_BYTES, SourceTensor, StoredTensor
 
 __all__ = ["unstacked"]

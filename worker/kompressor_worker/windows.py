@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kompressor_api.names import Reason
-from kompressor_worker.architectures import FAMILIES, Dimensions, Family, text_config
+from kompressor_worker.architectures import FAMILIES, Dimensions, text_config
 from kompressor_worker.dropping import is_block, layer_types, renamed
 from kompressor_worker.errors import UserError
+from kompressor_worker.family import Family
 from kompressor_worker.layout import ModelLayout, SourceTensor, UnitLayout
 from kompressor_worker.resizing import with_text
 from kompressor_worker.structure import reshaped

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kompressor_worker.architectures import FAMILIES, Family
+from kompressor_worker.architectures import FAMILIES
 from kompressor_worker.block import Reduction
+from kompressor_worker.family import Family
 from kompressor_worker.layout import ModelLayout, UnitLayout
 from kompressor_worker.passes.encoding import finite
 from kompressor_worker.passes.reduction import dampened, digits

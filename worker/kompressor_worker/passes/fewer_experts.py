@@ -14,9 +14,10 @@ from pydantic import Field, model_validator
 
 from kompressor_api.fields import Count, Number
 from kompressor_api.names import Reason
-from kompressor_worker.architectures import EXPERT_COUNTS, Dimensions, Family, Scoring, text_config
+from kompressor_worker.architectures import EXPERT_COUNTS, Dimensions, text_config
 from kompressor_worker.dropping import mixtures, with_experts
 from kompressor_worker.errors import UserError
+from kompressor_worker.family import Family, Scoring
 from kompressor_worker.layout import ModelLayout, UnitLayout
 from kompressor_worker.passes.structured import RATIO, StructuredParams, StructuredPass, count_kept
 from kompressor_worker.resizing import family_to_resize, resized

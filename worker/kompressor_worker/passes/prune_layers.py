@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 
 from kompressor_api.fields import Count, Number
 from kompressor_api.v1alpha1 import Model
-from kompressor_worker.architectures import Family
 from kompressor_worker.dropping import block_numbers, depth_config, without
+from kompressor_worker.family import Family
 from kompressor_worker.layout import ModelLayout, UnitLayout
 from kompressor_worker.passes.structured import RATIO, StructuredParams, StructuredPass, count_kept
 from kompressor_worker.resizing import family_to_resize

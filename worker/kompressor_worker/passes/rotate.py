@@ -19,8 +19,9 @@ from pydantic import Field
 from kompressor_api.fields import Count
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import Model
-from kompressor_worker.architectures import FAMILIES, Dimensions, Family, family_of, text_config
+from kompressor_worker.architectures import FAMILIES, Dimensions, family_of, text_config
 from kompressor_worker.errors import UserError
+from kompressor_worker.family import Family
 from kompressor_worker.layout import DTYPE_BYTES, LinearLayout, ModelLayout, StageLayout, UnitLayout
 from kompressor_worker.passes import Pass
 from kompressor_worker.schemes import Scheme
