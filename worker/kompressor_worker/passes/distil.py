@@ -1,0 +1,139 @@
+"""Distillation from end to end: what is asked for. The training itself is in `kompressor_worker.distil`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from kompressor_api.datasets import MAX_SAMPLES, MAX_SEQUENCE_LENGTH, Dataset
+from kompressor_api.fields import Count, Flag, Model, Number
+from kompressor_api.locations import Location, SourceLocation
+
+Share = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
+Size = Annotated[Count, Field(ge=1, le=1_048_576)]
+
+
+class DivergenceParams(Model):
+    """How far the student's next-token distribution is from the teacher's."""
+
+    kind: Literal["forward", "reverse", "jensenShannon"] = Field(
+        default="forward", description="forward: KL(teacher || student). reverse: KL(student || teacher). jensenShannon: of both."
+    )
+    temperature: Annotated[Number, Field(gt=0, le=100, allow_inf_nan=False)] = Field(
+        default=1.0, description="What logits of both are divided by; the loss is multiplied by its square."
+    )
+    labels: Share = Field(
+        default=0.0, description="Share of the data's own next tokens (cross-entropy) in the loss; 1: no teacher's logits."
+    )
+
+
+class LayerPairs(Model):
+    """States of student's and teacher's layers that are to be alike: mean squared error over the teacher's mean square."""
+
+    layers: Size | None = Field(
+        default=None, description="How many pairs, evenly over the depth, the last layers among them. Default: all."
+    )
+    pairs: list[Annotated[list[Annotated[Count, Field(ge=0, le=100_000)]], Field(min_length=2, max_length=2)]] | None = Field(
+        default=None, min_length=1, max_length=512, description="[student's layer, teacher's layer], counted from 0, instead of layers."
+    )
+    weight: Annotated[Number, Field(gt=0, le=1000, allow_inf_nan=False)] = Field(default=1.0, description="Factor in the loss.")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.layers is not None and self.pairs is not None:
+            raise ValueError("give either layers or pairs")
+        return self
+
+
+class OfflineParams(Model):
+    """The teacher's largest logits, written once and read by any number of students."""
+
+    top_k: Annotated[Count, Field(ge=1, le=4096)] = Field(default=64, description="Logits kept of each position.")
+    location: Location | None = Field(default=None, description="Where they are kept, by digest. Default: below the job's own output.")
+
+
+class TeacherParams(Model):
+    """Who is learned from."""
+
+    source: SourceLocation | None = Field(default=None, description="A checkpoint with the same tokenizer. Default: model.source.")
+    offline: OfflineParams | None = Field(default=None, description="Write the teacher's logits once, instead of running it at every step.")
+
+
+class StudentParams(Model):
+    """Who learns: what the passes before have made, unless said otherwise."""
+
+    source: SourceLocation | None = Field(default=None, description="A checkpoint with the same tokenizer, instead of any passes.")
+    layers: Size | None = Field(default=None, description="Blocks of the student, as by pruneLayers.")
+    intermediate_size: Size | None = Field(default=None, description="Neurons of its feed-forwards, as by pruneWidth.")
+    hidden_size: Size | None = Field(default=None, description="Channels of its hidden state, as by pruneHidden.")
+    key_value_heads: Size | None = Field(default=None, description="Its KV heads, as by pruneHeads.")
+
+    @model_validator(mode="after")
+    def _a_checkpoint_or_a_shape(self) -> Self:
+        shape = [name for name in ("layers", "intermediate_size", "hidden_size", "key_value_heads") if getattr(self, name) is not None]
+        if self.source is not None and shape:
+            raise ValueError("student.source has a shape of its own; give either source or sizes")
+        return self
+
+
+class DistilParams(Model):
+    """Trains the student from end to end to say what the teacher says; the last pass of all but kvCache."""
+
+    dataset: Dataset | None = Field(default=None, description="What it is trained on. Default: calibration.dataset.")
+    rows: Annotated[Count, Field(ge=1, le=MAX_SAMPLES * 1000)] | None = Field(default=None, description="Rows to draw. Default: all.")
+    sequence_length: Annotated[Count, Field(ge=2, le=MAX_SEQUENCE_LENGTH)] = Field(default=2048, description="Tokens in a row.")
+    packing: Flag = Field(default=True, description="Join documents and cut them into full rows, as in calibration.")
+    validation_rows: Annotated[Count, Field(ge=0, le=65_536)] = Field(
+        default=64, description="Rows held out of training that evaluations measure on; an eighth of all at most."
+    )
+    steps: Annotated[Count, Field(ge=1, le=100_000_000)] | None = Field(default=None, description="Optimizer steps. Default: by epochs.")
+    epochs: Annotated[Number, Field(gt=0, le=10_000, allow_inf_nan=False)] = Field(
+        default=1.0, description="How many times each row is used, where steps is not given."
+    )
+    batch: Annotated[Count, Field(ge=1, le=1_048_576)] = Field(default=32, description="Rows of a step, over all processes.")
+    micro_batch: Annotated[Count, Field(ge=1, le=65_536)] | None = Field(
+        default=None, description="Rows of a process at a time. Default: about 4096 tokens."
+    )
+    learning_rate: Annotated[Number, Field(gt=0, le=1, allow_inf_nan=False)] = Field(default=1e-4, description="AdamW's, after warm-up.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="How the learning rate falls.")
+    warmup: Share = Field(default=0.03, description="Share of the steps in which it rises from 0.")
+    floor: Share = Field(default=0.1, description="Share of it that is left at the end.")
+    weight_decay: Share = Field(default=0.0, description="AdamW's, on matrices.")
+    betas: Annotated[list[Annotated[Number, Field(ge=0, lt=1, allow_inf_nan=False)]], Field(min_length=2, max_length=2)] = Field(
+        default=[0.9, 0.95], description="AdamW's."
+    )
+    gradient_clip: Annotated[Number, Field(ge=0, le=1_000_000, allow_inf_nan=False)] = Field(
+        default=1.0, description="Largest norm of a gradient; 0: any."
+    )
+    divergence: DivergenceParams = Field(default_factory=DivergenceParams, description="The loss on logits.")
+    hidden_states: LayerPairs | None = Field(default=None, description="A loss on what blocks put out, too.")
+    attention_outputs: LayerPairs | None = Field(default=None, description="A loss on what attentions put out, too.")
+    evaluate_every: Annotated[Count, Field(ge=1, le=100_000_000)] | None = Field(
+        default=None, description="Steps between evaluations; the best student is kept. Default: a tenth of all."
+    )
+    patience: Annotated[Count, Field(ge=1, le=10_000)] | None = Field(
+        default=None, description="Stop after so many evaluations without a better one. Default: never."
+    )
+    checkpoint_every: Annotated[Count, Field(ge=0, le=86_400)] = Field(
+        default=300, description="Seconds between checkpoints; 0: after every step."
+    )
+    activation_checkpointing: Flag | None = Field(
+        default=None, description="Compute a block's forward again in the backward. Default: where activations would take much memory."
+    )
+    teacher: TeacherParams = Field(default_factory=TeacherParams, description="Who is learned from. Default: model.source.")
+    student: StudentParams = Field(default_factory=StudentParams, description="Who learns. Default: what the passes before have made.")
+    seed: Annotated[Count, Field(ge=0, le=4_294_967_295)] = Field(default=0, description="Of the order of rows.")
+
+    @field_validator("betas")
+    @classmethod
+    def _two(cls, betas: list[float]) -> list[float]:
+        return [float(beta) for beta in betas]
+
+    @model_validator(mode="after")
+    def _offline_logits_alone(self) -> Self:
+        if self.teacher.offline is not None and (self.hidden_states is not None or self.attention_outputs is not None):
+            raise ValueError(
+                "teacher.offline keeps logits alone; hiddenStates and attentionOutputs need the teacher itself, so leave one out"
+            )
+        return self
