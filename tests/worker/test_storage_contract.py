@@ -14,7 +14,7 @@ from places import PART, Place, publish, upload
 
 from jobs import Bucket
 from kompressor_api.names import Reason
-from kompressor_worker.errors import CorruptSource, NotFound, StorageError
+from kompressor_worker.errors import ClaimLost, CorruptSource, NotFound, StorageError
 from kompressor_worker.storage import JOURNAL, WORK, Part, Source
 
 
@@ -144,6 +144,32 @@ def test_cleanup_leaves_nothing(place: Place, tmp_path: Path, request: pytest.Fi
         bucket: Bucket = request.getfixturevalue("bucket")
         assert bucket.names("models/small") == []
         assert bucket.uploads("models/small") == []
+    else:
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_an_output_among_the_working_objects(place: Place, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """It is claimed, grows and is published by itself, nobody sees it from outside, and what is left of it goes with the outer one's."""
+    outer = place.output()
+    outer.probe()
+    outer.replace(JOURNAL, b"1", None)
+    inner = outer.inner("student")
+    etag = inner.replace(JOURNAL, b"1", None)
+    publish(inner, {"model.safetensors": b"123456"})
+    assert inner.existing().keys() == {"config.json", "model.safetensors"} and outer.existing() == {}
+    again = place.output().inner("student")
+    source = again.as_source()
+    assert source.list().keys() == inner.existing().keys() and source.read("model.safetensors", 2, 4) == b"34"
+    with pytest.raises(ClaimLost):
+        inner.replace(JOURNAL, b"2", etag)  # it has gone with what was cleaned up
+    other = outer.inner("other")
+    other.replace(JOURNAL, b"1", None)
+    upload(other, "model.safetensors", os.urandom(PART + 1))
+    last = place.output()
+    last.cleanup()
+    if place.uri.startswith("s3"):
+        bucket: Bucket = request.getfixturevalue("bucket")
+        assert bucket.names("models/small") == bucket.uploads("models/small") == []
     else:
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 

@@ -74,6 +74,12 @@ class Output(Protocol):
     def place(self, name: str) -> str:
         """Where a person finds a working object."""
 
+    def inner(self, name: str) -> Output:
+        """An output of its own among the working objects, with its own journal: what a job needs whole on its way. It goes with the others."""
+
+    def as_source(self) -> Source:
+        """What is published here, to be read."""
+
     def write(self, name: str, data: bytes) -> None:
         """Writes a working object (under WORK) or a small final one, whole or not at all."""
 

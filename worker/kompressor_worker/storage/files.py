@@ -14,7 +14,7 @@ from kompressor_api.names import Reason
 from kompressor_worker.errors import ClaimLost, NotFound, OutputOccupied, StorageError
 from kompressor_worker.storage import WORK, ObjectInfo, Part
 from kompressor_worker.storage.claims import etag_of
-from kompressor_worker.storage.file_source import list_files
+from kompressor_worker.storage.file_source import FileSource, list_files
 from kompressor_worker.storage.posix import Disk, explained, reserve, write_at
 from kompressor_worker.storage.staging import Staging
 
@@ -40,6 +40,14 @@ class FileOutput:
 
     def place(self, name: str) -> str:
         return f"{self.uri.rstrip('/').rpartition('/')[0]}/{self._staging.path(name).relative_to(self.target.parent)}"
+
+    def inner(self, name: str) -> FileOutput:
+        made = FileOutput(self.place(f"{WORK}{name}"), self._staging.path(f"{WORK}{name}"), self._disk)
+        made.conditional = self.conditional
+        return made
+
+    def as_source(self) -> FileSource:
+        return FileSource(self.uri, self.target)
 
     def probe(self) -> bool:
         name = f"{WORK}probe-{secrets.token_hex(8)}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -101,6 +102,13 @@ class S3Store:
 
     def key(self, name: str) -> str:
         return self.prefix + name
+
+    def below(self, name: str) -> S3Store:
+        """A prefix of this one, with the same client."""
+        path = f"{self.prefix}{name}"
+        inside = S3Store(replace(self.place, uri=f"{self.place.uri}/{name}", path=path), self._environ, self.patience)
+        inside._client = self.client
+        return inside
 
     def call(self, what: str, request: Callable[[S3Client], T], failed: Callable[[BaseException], None] | None = None) -> T:
         """Makes a request until it is answered. `failed` sees every failure first and may raise an error of its own.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kompressor_worker.errors import ClaimLost, OutputOccupied
 from kompressor_worker.storage import JOURNAL, WORK, ObjectInfo, Part
-from kompressor_worker.storage.s3 import S3Store
+from kompressor_worker.storage.s3 import S3Source, S3Store
 from kompressor_worker.storage.s3_errors import ABSENT, PRECONDITION, UNSUPPORTED, code_of, may_be_done, status_of
 from kompressor_worker.storage.s3_uploads import Uploads, encoded
 
@@ -38,6 +38,14 @@ class S3Output:
 
     def place(self, name: str) -> str:
         return f"{self.uri.rstrip('/')}/{name}"
+
+    def inner(self, name: str) -> S3Output:
+        made = S3Output(self._store.below(f"{WORK}{name}"))
+        made.conditional, made._uploads.checksums = self.conditional, self._uploads.checksums
+        return made
+
+    def as_source(self) -> S3Source:
+        return S3Source(self._store)
 
     def probe(self) -> bool:
         name = f"{WORK}probe-{secrets.token_hex(8)}"

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kompressor_worker.errors import AccessDenied, ClaimLost, StorageError, UploadLost
-from kompressor_worker.storage import Part
+from kompressor_worker.storage import WORK, Part
 from kompressor_worker.storage.body import Chunks
 from kompressor_worker.storage.s3 import S3Store
 from kompressor_worker.storage.s3_errors import ABSENT, UNSUPPORTED, code_of, status_of
@@ -122,7 +122,7 @@ class Uploads:
     def leftovers(self) -> list[tuple[str, str]]:
         """(name, upload) of what was begun here and not ended, also by workers before this one.
 
-        Theirs straight below the prefix only: deeper keys may be another output's."""
+        Theirs straight below the prefix, and among its working objects, only: deeper keys may be another output's."""
         found = set(self._begun)
         marker: dict[str, Any] = {}
         while True:
@@ -131,7 +131,7 @@ class Uploads:
             except (_Unsupported, AccessDenied):  # an upload that is left costs money, not correctness
                 return sorted(found)
             names = [(entry["Key"].removeprefix(self._store.prefix), entry["UploadId"]) for entry in page.get("Uploads", ())]
-            found.update((name, upload) for name, upload in names if "/" not in name)
+            found.update((name, upload) for name, upload in names if "/" not in name or name.startswith(WORK))
             if not page.get("IsTruncated"):
                 return sorted(found)
             marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
