@@ -75,7 +75,7 @@ class Output(Protocol):
         """Where a person finds a working object."""
 
     def inner(self, name: str) -> Output:
-        """An output of its own among the working objects, with its own journal: what a job needs whole on its way. It goes with the others."""
+        """An output of its own among the working objects, with its own journal: what a job needs on its way. It goes with the others."""
 
     def as_source(self) -> Source:
         """What is published here, to be read."""
