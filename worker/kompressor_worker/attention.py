@@ -29,15 +29,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, so
         k, v = (x.repeat_interleave(shared, dim=1) if shared > 1 else x for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     else:
-        out = torch.empty_like(q)
-        mask = visible(length, window, q.device)
-        q, k, v = q.float(), k.float(), v.float()
-        for row in range(rows):  # scores of a few heads at a time: they are the one matrix that grows with length squared
-            for head in range(k.shape[1]):
-                mine = slice(head * shared, (head + 1) * shared)
-                scores = torch.tanh(q[row, mine] @ k[row, head].T * (scale / softcap)) * softcap
-                out[row, mine] = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v[row, head]
+        out = capped(q, k, v, scale, window, softcap)
     return out.transpose(1, 2).reshape(rows, length, -1)
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
+    """[rows, heads, length, head_dim] in q's dtype, of soft-capped scores; arithmetic is fp32."""
+    rows, _, length, _ = q.shape
+    shared, mask = q.shape[1] // k.shape[1], visible(length, window, q.device)
+
+    def seen(row: int, head: int) -> Tensor:
+        """By the heads that share this KV head. Scores of a few heads at a time: they are the one matrix that grows with length squared."""
+        mine = q[row, head * shared : (head + 1) * shared].float()
+        scores = torch.tanh(mine @ k[row, head].float().T * (scale / softcap)) * softcap
+        return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v[row, head].float()
+
+    if q.requires_grad or k.requires_grad or v.requires_grad:  # a backward through writes into one tensor copies all of it for each
+        return torch.stack([torch.cat([seen(row, head) for head in range(k.shape[1])]) for row in range(rows)]).to(q.dtype)
+    out = torch.empty_like(q)
+    for row in range(rows):
+        for head in range(k.shape[1]):
+            out[row, head * shared : (head + 1) * shared] = seen(row, head)
+    return out
 
 
 def visible(length: int, window: int | None, device: torch.device) -> Tensor:

@@ -53,7 +53,8 @@ class Decoder:
         return x * (weight.float() + self.family.norm_offset)
 
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self._activation(gate).mul_(up)
+        activated = self._activation(gate)
+        return activated * up if activated.requires_grad or up.requires_grad else activated.mul_(up)
 
     def window(self, layer: int) -> int | None:
         """The sliding window of this layer's attention; None: it sees everything before."""

@@ -20,6 +20,8 @@ from kompressor_worker.schemes import Scheme
 if TYPE_CHECKING:
     import torch
 
+    from kompressor_worker import grid
+
 VERSION = "0.20.0"
 """The compressed-tensors release whose format this is; readers do not act on it."""
 
@@ -167,9 +169,17 @@ def named_tensors(
 def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
     """The weight [out, in] in `dtype` that a reader sees: (code - zero point) * scale in fp32, then rounded. `tensors`
     by full name."""
+    from kompressor_worker import kernels
+
+    codes, columns, found = codes_and_grid(name, tensors, scheme)
+    return kernels.dequantize(codes, columns, found, scheme, dtype)
+
+
+def codes_and_grid(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> tuple[torch.Tensor, int, grid.Grid]:
+    """A quantised linear's codes as the file holds them, its columns, and its grid, unpacked. `tensors` by full name."""
     import torch
 
-    from kompressor_worker import grid, kernels
+    from kompressor_worker import grid
     from kompressor_worker.formats import packing
 
     def tensor(suffix: str) -> torch.Tensor:
@@ -196,7 +206,7 @@ def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme, dtype
             columns = 2 * codes.shape[1]
         case _:
             raise AssertionError(f"{scheme.name}: no layout for format {scheme.format}")
-    return kernels.dequantize(codes, columns, grid.Grid(scale.to(torch.float32), zero_point, global_scale), scheme, dtype)
+    return codes, columns, grid.Grid(scale.to(torch.float32), zero_point, global_scale)
 
 
 def _words(count: int, bits: int) -> int:

@@ -24,7 +24,7 @@ def encode(linear: LinearLayout, weight: Tensor, codes: Tensor, found: grid.Grid
             "look for a corrupted weight, or list the layer under ignore"
         )
     error, norm = kernels.code_errors(weight, codes, found, scheme)
-    tensors = named_tensors(linear.name, linear.shape, scheme, packed, scale, zero_point)
+    tensors = named_tensors(linear.name, linear.shape, scheme, packed, scale, zero_point, found.global_scale)
     stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     return Encoded(stored, error, norm, saturated)
 
