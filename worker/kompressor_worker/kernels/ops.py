@@ -12,7 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kompressor_worker.kernels import activations, bitmask, build, butterflies, clip_search, column_loop, compiled, eager, gram, pruning
+from kompressor_worker.kernels import (
+    activations,
+    bitmask,
+    build,
+    butterflies,
+    clip_search,
+    column_loop,
+    compiled,
+    eager,
+    gram,
+    pruning,
+    token_divergence,
+)
 
 LIBRARY = torch.library.Library("kompressor", "DEF")  # type: ignore[no-untyped-call]
 
@@ -120,3 +132,15 @@ _register(
 )
 _register("pack_bitmask(Tensor weight, int values) -> (Tensor, Tensor, Tensor)", bitmask.pack_bitmask, compiled.pack_bitmask)
 _register("unpack_bitmask(Tensor values, Tensor bitmask, int columns) -> Tensor", bitmask.unpack_bitmask, compiled.unpack_bitmask)
+_register(
+    "divergence(Tensor(a!) student, Tensor? teacher, Tensor targets, str kind, float temperature, float labels, float? cap,"
+    " float? teacher_cap, bool gradient) -> Tensor",
+    token_divergence.divergence,
+    lambda _, *args: token_divergence.divergence(*args),
+)
+_register(
+    "top_k_divergence(Tensor(a!) student, Tensor indices, Tensor log_probabilities, Tensor rest, Tensor targets, str kind,"
+    " float temperature, float labels, float? cap, bool gradient) -> Tensor",
+    token_divergence.top_k_divergence,
+    lambda _, *args: token_divergence.top_k_divergence(*args),
+)
