@@ -72,6 +72,9 @@ ADVICE: Mapping[Reason, str] = {
     Reason.NO_SPACE_LEFT: "free space at the output, or on the worker's scratch volume, and apply the job again",
     Reason.TERMINATED: "see why the pod was stopped: node pressure, preemption, a lost node or a person",
     Reason.CLAIM_LOST: "see which other worker or job writes to the same output, and end one of them",
+    Reason.PEER_LOST: "see how the other pod of the group ended; the group goes on from its last checkpoint by itself",
+    Reason.GROUP_INCOMPLETE: "see that all pods of spec.worker.parallelism can be scheduled at once, and that they may reach one another",
+    Reason.LOSS_NOT_FINITE: "lower distil's learning rate or raise its warm-up; the last good checkpoint is kept",
     Reason.WORKER_CRASHED: "read its log with `kubectl logs`; if the input is sound this is a bug worth a report",
     Reason.BACKOFF_LIMIT_EXCEEDED: "read the pods' logs with `kubectl logs`, and raise spec.retry.limit if the cause may pass",
     Reason.DEADLINE_EXCEEDED: "raise spec.activeDeadlineSeconds, or give it a faster node; applied again, it goes on at its last block",
@@ -133,6 +136,7 @@ def _failure(title: str, reason: Reason, retry: Retry, *codes: int) -> Failure:
 FAILURES: tuple[Failure, ...] = (
     _failure("evicted, preempted, or its node is gone", Reason.TERMINATED, Retry.FREE),
     _failure("terminated", Reason.TERMINATED, Retry.FREE, ExitCode.TERMINATED),
+    _failure("another pod of the group went away", Reason.PEER_LOST, Retry.FREE, ExitCode.PEER_LOST),
     _failure("user error", Reason.INVALID_SPEC, Retry.NEVER, ExitCode.USER_ERROR),
     _failure("corrupt source", Reason.CORRUPT_SOURCE, Retry.NEVER, ExitCode.CORRUPT_SOURCE),
     _failure("bad numerics", Reason.BAD_NUMERICS, Retry.NEVER, ExitCode.BAD_NUMERICS),

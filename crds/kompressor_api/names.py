@@ -62,6 +62,22 @@ ENV_POD_NAME = "POD_NAME"
 ENV_POD_NAMESPACE = "POD_NAMESPACE"
 ENV_MEMORY_PLAN = "KOMPRESSOR_MEMORY_PLAN"
 """How often the worker ran out of memory before: 1 or 2; absent at first. Each step asks for a smaller memory plan."""
+ENV_PODS = "KOMPRESSOR_PODS"
+"""Pods of the group that trains together; absent without one, as are the next two."""
+ENV_LEADER = "KOMPRESSOR_LEADER"
+"""Host name of pod 0, which the others meet at."""
+ENV_PORT = "KOMPRESSOR_PORT"
+"""Where they meet there."""
+GROUP_PORT = 29500
+ENV_POD_INDEX = "JOB_COMPLETION_INDEX"
+"""Which pod of the group this is, from 0; set by the Job controller."""
+ENV_PROCESSES_PER_POD = "KOMPRESSOR_PROCESSES_PER_POD"
+"""Training processes that a pod starts; absent where nothing is trained."""
+ENV_GROUP_PATIENCE = "KOMPRESSOR_GROUP_PATIENCE"
+"""Seconds that a pod waits for the others of its group. Default: GROUP_PATIENCE_SECONDS."""
+GROUP_PATIENCE_SECONDS = 1800
+TRAINING_PASS = "distil"
+"""The one pass whose work many processes share."""
 ENV_OUTPUT = "KOMPRESSOR_OUTPUT"
 """For `kompressor clean --in-cluster`: spec.output as JSON, since the job's ConfigMap may be gone already."""
 ENV_JOB_UID = "KOMPRESSOR_JOB_UID"
@@ -112,6 +128,8 @@ class ExitCode(IntEnum):
     """Object storage did not answer, or has no space. Retried in place; counts against `retry.limit`."""
     TERMINATED = 75
     """SIGTERM, or the claim on the output was lost; the journal is committed. Retried in place, not counted."""
+    PEER_LOST = 76
+    """Another pod of the group went away. Retried in place, not counted: only the pod that failed of its own counts."""
 
 
 FINAL_EXIT_CODES = (ExitCode.USER_ERROR, ExitCode.CORRUPT_SOURCE, ExitCode.BAD_NUMERICS, ExitCode.GATE_FAILED)
@@ -190,6 +208,10 @@ class Reason(StrEnum):
     NO_SPACE_LEFT = "NoSpaceLeft"
     TERMINATED = "Terminated"
     CLAIM_LOST = "ClaimLost"
+    PEER_LOST = "PeerLost"
+    GROUP_INCOMPLETE = "GroupIncomplete"
+    """The other pods of the group did not come."""
+    LOSS_NOT_FINITE = "LossNotFinite"
     WORKER_CRASHED = "WorkerCrashed"
     BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
     DEADLINE_EXCEEDED = "DeadlineExceeded"

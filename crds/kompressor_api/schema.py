@@ -47,6 +47,13 @@ _COLUMN_RULES = (
         "message": "plain text has no columns; leave field, messages and tokens out, or correct format",
     },
 )
+_NO_IDLE_PROCESSES = {
+    "rule": f"has(self.recipeRef) || !has(self.worker) || (has(self.passes) && self.passes.exists(p, has(p.{names.TRAINING_PASS}))) || "
+    "((!has(self.worker.parallelism) || self.worker.parallelism == 1) && "
+    "(!has(self.worker.processesPerPod) || self.worker.processesPerPod == 1))",
+    "message": f"parallelism and processesPerPod need the pass {names.TRAINING_PASS}, which alone trains in many processes; leave them out",
+    "fieldPath": ".worker",
+}
 
 
 def pass_schemas(passes: Mapping[str, type[BaseModel]]) -> dict[str, Schema]:
@@ -65,6 +72,8 @@ def crd(passes: Mapping[str, type[BaseModel]]) -> Schema:
     spec = structural(CompressionJobSpec, "spec", keep_unknown=True)
     _add_passes(spec, passes)
     _add_rules(spec)
+    if names.TRAINING_PASS in passes:
+        spec[RULES].append(_NO_IDLE_PROCESSES)
     status = structural(CompressionJobStatus, "status", keep_unknown=False)
     status["properties"]["conditions"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
     # an empty status looks finished to kstatus; -1 equals no generation, so it looks unfinished until we have spoken

@@ -8,16 +8,16 @@ object.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kompressor_api.datasets import CalibrationSpec, DriftSpec, EvaluationSpec, Sample
 from kompressor_api.fields import UNSTORED, Count, Flag, Message, Model, Name, Short, Text, Time, Uri, Warnings
 from kompressor_api.locations import CaBundle, Location, SourceLocation, canonical_endpoint, canonical_uri, refuse_overlap
-from kompressor_api.pod import PlainDict, Resources, Toleration
 from kompressor_api.recipe import PassEntry, RecipeRef, RecipeSpec, RecipeStatus
 from kompressor_api.target import HardwareSpec, TargetResult, TargetSpec, TargetStatus
+from kompressor_api.worker import WorkerSpec, refuse_idle_processes
 
 __all__ = [
     "CaBundle",
@@ -80,39 +80,6 @@ class OutputSpec(Location):
         if uri.startswith("hf://"):
             raise ValueError(f"output {uri}: a hub is read-only here; use s3:// or pvc://")
         return uri
-
-
-class WorkerSpec(Model):
-    """The pod that does the work."""
-
-    image: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = Field(
-        default=None, description="Worker image. Default: the one the operator was installed with."
-    )
-    resources: Annotated[dict[str, Any], PlainDict(Resources)] = Field(
-        default_factory=dict, description="Requests and limits of the worker's container, as in a Pod."
-    )
-    node_selector: dict[Short, Short] = Field(default_factory=dict, max_length=32, description="Labels that the worker's node must have.")
-    tolerations: list[Annotated[dict[str, Any], PlainDict(Toleration)]] = Field(
-        default_factory=list, max_length=32, description="Taints that the worker's pod tolerates, as in a Pod."
-    )
-    service_account_name: Name | None = Field(
-        default=None,
-        description="Existing service account for the pod (workload identity). Default: one made for this job alone.",
-    )
-    allow_device_change: Flag | None = Field(
-        default=None,
-        description=(
-            "Whether a calibrated job that was cut off may go on on another kind of GPU or processor, or with another number of threads: "
-            "the result is as good, but not the same to the byte, and says which units were made on what. Default: false."
-        ),
-    )
-    pod_template: dict[str, Any] | None = Field(
-        default=None,
-        description=(
-            "Part of a PodTemplateSpec, laid over the worker's pod by Kubernetes' merge keys: affinity, volumes, env, labels and more. "
-            "The container is called worker."
-        ),
-    )
 
 
 class RetrySpec(Model):
@@ -195,6 +162,12 @@ class CompressionJobSpec(Model):
     def _passes_or_a_recipe(self) -> CompressionJobSpec:
         if [bool(self.passes), self.recipe_ref is not None, self.target is not None].count(True) != 1:
             raise ValueError("give either passes, recipeRef or target, exactly one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _many_processes_have_work(self) -> CompressionJobSpec:
+        if self.recipe_ref is None:  # whose passes are not known yet
+            refuse_idle_processes(self.worker, self.passes)
         return self
 
     @model_validator(mode="after")

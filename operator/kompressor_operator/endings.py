@@ -176,4 +176,4 @@ def _report(message: str) -> Mapping[str, Any]:
 def _free(pod: ChildPod) -> bool:
     """Did its end not count, by the first two rules of the podFailurePolicy, or for want of a worker that failed?"""
     ended = pod.terminated
-    return bool(pod.disrupted) or (ended is not None and (ended.never_ran or ended.exit_code == ExitCode.TERMINATED))
+    return bool(pod.disrupted) or (ended is not None and (ended.never_ran or ended.exit_code in (ExitCode.TERMINATED, ExitCode.PEER_LOST)))

@@ -179,8 +179,8 @@ def backoff_limit(job: CompressionJob, failures_before: int) -> int:
 
 
 def pod_failure_rules(smaller: bool = True) -> list[Manifest]:
-    """First hit wins, so the order is the policy: outside causes and a commit on SIGTERM are free, final codes end the Job,
-    running out of memory ends this attempt (where a `smaller` one can follow), all else counts against backoffLimit."""
+    """First hit wins, so the order is the policy: outside causes, a commit on SIGTERM and another pod's end are free, final codes end the
+    Job, running out of memory ends this attempt (where a `smaller` one can follow), all else counts against backoffLimit."""
 
     def exit_codes(action: str, codes: tuple[int, ...]) -> Manifest:
         on = {"containerName": names.WORKER_CONTAINER, "operator": "In", "values": sorted(codes)}
@@ -188,7 +188,7 @@ def pod_failure_rules(smaller: bool = True) -> list[Manifest]:
 
     rules = [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        exit_codes("Ignore", (int(ExitCode.TERMINATED),)),
+        exit_codes("Ignore", (int(ExitCode.TERMINATED), int(ExitCode.PEER_LOST))),
         exit_codes("FailJob", tuple(int(code) for code in names.FINAL_EXIT_CODES)),
         exit_codes("FailJob", OUT_OF_MEMORY_CODES),
     ]

@@ -81,6 +81,7 @@ GOOD: dict[str, Spec] = {
         "drift": {"dataset": {"uri": "s3://data/c"}},
     },
     "all of a life": {"preflight": "Skip", "queueName": "gpu", "activeDeadlineSeconds": 3600, "deletionPolicy": "Delete"},
+    "one pod, one process": {"worker": {"parallelism": 1, "processesPerPod": 1}},
     "a pod of one's own": {"worker": {"podTemplate": {"metadata": {"labels": {"a": "b"}}, "spec": {"priorityClassName": "low"}}}},
     "life": {"suspend": True, "retry": {"limit": 0}, "ttlSecondsAfterFinished": 0},
 }
@@ -142,6 +143,9 @@ WRONG_VALUES: dict[str, tuple[Spec, str]] = {
     "no image": ({"worker": {"image": ""}}, "spec.worker.image"),
     "an amount of nothing": ({"worker": {"resources": {"limits": {"memory": "much"}}}}, "memory"),
     "an unknown effect": ({"worker": {"tolerations": [{"effect": "Sometimes"}]}}, "effect"),
+    "no pods": ({"worker": {"parallelism": 0}}, "spec.worker.parallelism"),
+    "pods without end": ({"worker": {"parallelism": 257}}, "spec.worker.parallelism"),
+    "no processes": ({"worker": {"processesPerPod": 0}}, "spec.worker.processesPerPod"),
     "selector of numbers": ({"worker": {"nodeSelector": {"zone": 1}}}, "nodeSelector"),
 }
 

@@ -89,7 +89,7 @@ def test_a_users_service_account_is_used_bound_and_not_made() -> None:
 def test_the_pod_failure_policy_in_this_order() -> None:
     assert manifests.pod_failure_rules() == [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "Ignore", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [75]}},
+        {"action": "Ignore", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [75, 76]}},
         {"action": "FailJob", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [64, 65, 66, 67]}},
         {"action": "FailJob", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [71, 137]}},
     ]

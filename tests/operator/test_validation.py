@@ -42,6 +42,8 @@ def test_a_good_spec_has_no_problem() -> None:
         ({"output": {"uri": "file:///tmp/out"}}, "file:///tmp/out cannot be used in a cluster; use s3:// or pvc://"),
         ({"model": {"source": {"uri": "file:///tmp/in"}}}, "spec.model.source.uri: file:///tmp/in"),
         ({"calibration": {"dataset": {"uri": "file:///tmp/d"}}}, "spec.calibration.dataset.uri: file:///tmp/d"),
+        ({"worker": {"parallelism": 2}}, "worker.parallelism 2 would leave all processes but one idle: only the pass distil trains"),
+        ({"worker": {"processesPerPod": 4}}, "worker.processesPerPod 4 would leave"),
         (
             {"calibration": {"dataset": {"uri": "s3://a/d"}, "sample": 3}},
             "spec.calibration.sample: unknown field (value 3); did you mean samples?",
@@ -52,6 +54,15 @@ def test_it_says_where_what_and_how_else(changed: dict[str, Any], expected: str)
     found = problems(**changed)
     assert expected in found
     assert found.endswith("delete this CompressionJob and apply again.")
+
+
+def test_many_processes_have_something_to_train() -> None:
+    group = {"parallelism": 2, "processesPerPod": 2}
+    assert problems({"distil": []}, worker=group, passes=[{"distil": {}}]) == ""
+    assert problems(worker={"parallelism": 1, "processesPerPod": 1}) == ""
+    recipe = copy.deepcopy(SPEC) | {"worker": group, "recipeRef": {"name": "small"}}
+    del recipe["passes"]
+    assert not problems_of(recipe, PASSES), "its passes are not known yet"
 
 
 @pytest.mark.parametrize("spec", [{}, {"model": 3}, {"passes": 3}, {"passes": [3]}, {"output": "s3://a"}, {"model": {"source": []}}])

@@ -7,13 +7,16 @@ KompressorError
 │   └── OutputOccupied      the output holds something else, or another job's work
 ├── CorruptSource       65  the checkpoint is broken
 ├── BadNumerics         66  NaN or Inf where numbers belong
+│   └── LossNotFinite       training has diverged; its last good checkpoint is kept
 ├── GateFailed          67  the result is not good enough
 ├── OutOfMemory         71  an allocation failed
 ├── StorageError        74  storage did not answer; worth another try
+│   ├── GroupIncomplete     the other pods of the group did not come
 │   ├── NoSpaceLeft         no room for the output
 │   └── UploadLost          the store has thrown an unfinished upload away
-└── Terminated          75  told to stop; the journal is committed
-    └── ClaimLost           another worker owns the output now
+├── Terminated          75  told to stop; the journal is committed
+│   └── ClaimLost           another worker owns the output now
+└── PeerLost            76  another pod of the group went away; all go on from the last checkpoint
 
 Every message names the object, the value and the remedy. `exit_code` and `reason` go to the pod's termination message.
 """
@@ -31,11 +34,14 @@ __all__ = [
     "ClaimLost",
     "CorruptSource",
     "GateFailed",
+    "GroupIncomplete",
     "KompressorError",
+    "LossNotFinite",
     "NoSpaceLeft",
     "NotFound",
     "OutOfMemory",
     "OutputOccupied",
+    "PeerLost",
     "StorageError",
     "Terminated",
     "UploadLost",
@@ -77,6 +83,10 @@ class BadNumerics(KompressorError):
     reason = Reason.BAD_NUMERICS
 
 
+class LossNotFinite(BadNumerics):
+    reason = Reason.LOSS_NOT_FINITE
+
+
 class GateFailed(KompressorError):
     exit_code = ExitCode.GATE_FAILED
     reason = Reason.GATE_FAILED
@@ -97,6 +107,10 @@ class StorageError(KompressorError):
     reason = Reason.STORAGE_FAILED
 
 
+class GroupIncomplete(StorageError):
+    reason = Reason.GROUP_INCOMPLETE
+
+
 class NoSpaceLeft(StorageError):
     reason = Reason.NO_SPACE_LEFT
 
@@ -112,3 +126,8 @@ class Terminated(KompressorError):
 
 class ClaimLost(Terminated):
     reason = Reason.CLAIM_LOST
+
+
+class PeerLost(KompressorError):
+    exit_code = ExitCode.PEER_LOST
+    reason = Reason.PEER_LOST
