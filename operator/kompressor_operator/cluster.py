@@ -38,6 +38,7 @@ ROUTES: Mapping[str, tuple[str, str]] = {
     names.CLUSTER_RECIPE_KIND: (f"/apis/{names.GROUP}/{names.VERSION}", names.CLUSTER_RECIPE_PLURAL),
     "ConfigMap": ("/api/v1", "configmaps"),
     "ServiceAccount": ("/api/v1", "serviceaccounts"),
+    "Service": ("/api/v1", "services"),
     "Pod": ("/api/v1", "pods"),
     "Event": ("/api/v1", "events"),
     "Role": ("/apis/rbac.authorization.k8s.io/v1", "roles"),

@@ -62,9 +62,9 @@ def ending_of(job: ChildJob, pods: Sequence[ChildPod]) -> Ending:
     if named:
         finished = [pod for pod in finished if pod.name == named["pod"]]
     elif job.ended == "Complete":
-        finished = [pod for pod in finished if pod.phase == "Succeeded"]
+        finished = [pod for pod in finished if pod.phase == "Succeeded" and pod.index == 0]  # of a group, the one that publishes
     else:
-        finished = [pod for pod in finished if not _free(pod)] or finished  # what did not count does not speak for the rest
+        finished = [pod for pod in finished if not free(pod)] or finished  # what did not count does not speak for the rest
     if finished:
         return ending_of_pod(max(finished, key=lambda pod: (pod.finished_at, pod.created, pod.name)))
     if named:  # the pod is gone, its exit code is not
@@ -173,7 +173,7 @@ def _report(message: str) -> Mapping[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def _free(pod: ChildPod) -> bool:
-    """Did its end not count, by the first two rules of the podFailurePolicy, or for want of a worker that failed?"""
+def free(pod: ChildPod) -> bool:
+    """Does its end not count, by the first two rules of the podFailurePolicy, or for want of a worker that failed?"""
     ended = pod.terminated
     return bool(pod.disrupted) or (ended is not None and (ended.never_ran or ended.exit_code in (ExitCode.TERMINATED, ExitCode.PEER_LOST)))

@@ -13,7 +13,7 @@ from kompressor_operator.decide import View
 from kompressor_operator.manifests import spec_digest
 from kompressor_operator.object_meta import stamp
 from kompressor_operator.observed import ChildJob
-from kompressor_operator.retries import counted
+from kompressor_operator.retries import counted, failures
 
 __all__ = ["facts_of", "facts_of_told", "result_of"]
 
@@ -26,7 +26,7 @@ def facts_of(view: View, job: ChildJob | None) -> dict[str, Any]:
     return {
         "jobName": job.name,
         "attempt": job.attempt,
-        "retries": job.failed,
+        "retries": failures(view, job),
         "startTime": status.get("startTime") or stamp(view.observed.jobs[0].created),
         "specDigest": status.get("specDigest") or spec_digest(view.told.spec),
         "memoryPlan": job.memory_plan,

@@ -1,4 +1,4 @@
-"""The children of a CompressionJob as dicts: ConfigMap, ServiceAccount, Role, RoleBinding, Job. Pure.
+"""The children of a CompressionJob as dicts: ConfigMap, ServiceAccount, Role, RoleBinding, a Service for a group of pods, Job. Pure.
 
 Names are deterministic, so that a second creation meets a 409 and not a second child; every child has the CompressionJob as its
 controlling owner, so that Kubernetes cleans up even while the operator is down. The pod itself is in worker_pod.py.
@@ -15,6 +15,7 @@ from typing import Any
 from kompressor_api import names
 from kompressor_api.failures import KILLED
 from kompressor_api.names import ExitCode, Step
+from kompressor_operator import group
 from kompressor_operator.observed import CompressionJob, Manifest
 from kompressor_operator.pod_template import overlay_of
 from kompressor_operator.settings import Settings
@@ -46,11 +47,12 @@ class Attempt:
 
 def stem(job: CompressionJob) -> str:
     """`<name cut to 40>-<6 of sha256(uid)>`: at most 47 bytes, of this incarnation alone."""
-    return f"{job.name[:40].rstrip('-.')}-{hashlib.sha256(job.uid.encode()).hexdigest()[:6]}"
+    name = job.name if group.pods_in(job.spec) == 1 else job.name.replace(".", "-")  # a host name has no dots
+    return f"{name[:40].rstrip('-.')}-{hashlib.sha256(job.uid.encode()).hexdigest()[:6]}"
 
 
 def job_name(job: CompressionJob, attempt: int) -> str:
-    """Name of the Job; its pods add six bytes and must stay below 63."""
+    """Name of the Job; its pods add six bytes, those of a group their index too, and must stay below 63."""
     return f"{stem(job)}-{attempt}"
 
 
@@ -98,6 +100,8 @@ def supports(job: CompressionJob, config: bool = True) -> list[Manifest]:
     children = [*([config_map(job)] if config else []), role(job)]
     if not users_account(job):
         children.append(service_account(job))
+    if group.pods_in(job.spec) > 1:
+        children.append(service(job))
     return children
 
 
@@ -121,6 +125,12 @@ def service_account(job: CompressionJob) -> Manifest:
     return child(job, "v1", "ServiceAccount", {"automountServiceAccountToken": False})
 
 
+def service(job: CompressionJob) -> Manifest:
+    """One for all attempts, since their pods never live at once; the host names tell them apart."""
+    selector = {names.LABEL_JOB_UID: job.uid, names.LABEL_STEP: str(Step.COMPRESS)}
+    return child(job, "v1", "Service", {"spec": group.service_spec(selector)}, name=group.service_name(stem(job)))
+
+
 def role(job: CompressionJob) -> Manifest:
     """May read this one resource and patch its status, nothing else."""
     api = {"apiGroups": [names.GROUP], "resourceNames": [job.name]}
@@ -142,20 +152,33 @@ def worker_job(job: CompressionJob, attempt: Attempt, settings: Settings) -> Man
     """The Job that retries in place. Its template cannot change later, so all of it is decided here."""
     marks = {**labels(job), names.LABEL_STEP: str(Step.COMPRESS), names.LABEL_ATTEMPT: str(attempt.number)}
     plan = job.status.get("plan") if attempt.plan is None else attempt.plan
+    pods, name = group.pods_in(job.spec), job_name(job, attempt.number)
+    if pods > 1:
+        marks[names.LABEL_GROUP] = str(pods)
     template = worker_template(
-        job, settings, stem(job), service_account_name(job), memory_plan=attempt.memory_plan, image=attempt.image, plan=plan
+        job,
+        settings,
+        stem(job),
+        service_account_name(job),
+        job_name=name,
+        subdomain=group.service_name(stem(job)) if pods > 1 else "",
+        memory_plan=attempt.memory_plan,
+        image=attempt.image,
+        plan=plan,
     )
     spec: Manifest = {
-        "parallelism": 1,
-        "completions": 1,
+        "parallelism": pods,
+        "completions": pods,
         "backoffLimit": backoff_limit(job, attempt.failures_before),
         "podFailurePolicy": {"rules": pod_failure_rules()},
-        "podReplacementPolicy": "Failed",  # never two pods on one output; demanded with a podFailurePolicy anyway
+        "podReplacementPolicy": "Failed",  # never two pods of one index on one output; demanded with a podFailurePolicy anyway
         "template": marked(template, marks),
     }
+    if pods > 1:
+        spec |= group.indexed(pods)
     if attempt.deadline is not None:
         spec["activeDeadlineSeconds"] = attempt.deadline
-    manifest = child(job, "batch/v1", "Job", {"spec": spec}, name=job_name(job, attempt.number))
+    manifest = child(job, "batch/v1", "Job", {"spec": spec}, name=name)
     manifest["metadata"]["labels"] = marks
     if queue := job.spec.get("queueName"):
         spec["suspend"] = True  # until the queue admits it, which alone writes this field from now on

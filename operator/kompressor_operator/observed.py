@@ -108,9 +108,11 @@ class ChildJob:
     image: str = ""
     """Of the worker's container."""
     gpus: int = 0
-    """That the worker's container asks for."""
+    """That the worker's container asks for, in each pod."""
     queue: str = ""
     """Kueue's queue that admits it."""
+    pods: int = 1
+    """That work at once."""
     deleting: bool = False
     suspended: bool = False
     backoff_limit: int = 0
@@ -146,6 +148,7 @@ class ChildJob:
             image=sys.intern(str(_worker(spec).get("image", ""))),
             gpus=accelerators(_worker(spec)),
             queue=labels.get(names.QUEUE_LABEL, ""),
+            pods=spec.get("completions") or 1,
             deleting="deletionTimestamp" in meta,
             suspended=bool(spec.get("suspend")),
             backoff_limit=spec.get("backoffLimit", 6),

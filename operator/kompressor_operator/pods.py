@@ -14,9 +14,10 @@ from typing import Any
 
 from kompressor_api import names
 from kompressor_api.names import Step
-from kompressor_operator.object_meta import moment, step_of
+from kompressor_operator.object_meta import moment, number, step_of
 
 JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
+INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 CRASH_LOOP = "CrashLoopBackOff"
 _GATED = "ReadinessGatesNotReady"
 _USUAL = frozenset({"", "ContainerCreating", "PodInitializing"})
@@ -68,6 +69,8 @@ class ChildPod:
     job: str
     created: datetime
     step: Step = Step.COMPRESS
+    index: int = 0
+    """Which pod of its group it is."""
     phase: str = "Pending"
     node: str = ""
     deletion_due: datetime | None = None
@@ -107,6 +110,7 @@ class ChildPod:
             job=sys.intern(labels.get(JOB_NAME_LABEL, "")),
             created=moment(meta.get("creationTimestamp")),
             step=step_of(labels),
+            index=number((meta.get("annotations") or {}).get(INDEX_ANNOTATION), 0),
             phase=sys.intern(status.get("phase", "Pending")),
             node=sys.intern(spec.get("nodeName", "")),
             deletion_due=moment(meta["deletionTimestamp"]) if "deletionTimestamp" in meta else None,

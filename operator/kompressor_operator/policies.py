@@ -15,6 +15,7 @@ from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.decide import CONFIRM, Decision, JobPatch, Policy, View
 from kompressor_operator.endings import Ending, ending_of
 from kompressor_operator.facts import facts_of, facts_of_told, result_of
+from kompressor_operator.group import foremost
 from kompressor_operator.manifests import OUT_OF_MEMORY_CODES, Attempt, backoff_limit, job_name, spec_digest
 from kompressor_operator.object_meta import stamp
 from kompressor_operator.observed import ChildJob
@@ -84,13 +85,14 @@ def waiting(view: View) -> Decision | None:
     alive = [pod for pod in view.observed.pods if not pod.ended]
     if attempt is None or not alive:
         return _paused(view, job, attempt) if job and attempt else None
-    trouble = lost(alive[-1], view.now)
+    pod = foremost(alive, view.now)
+    trouble = lost(pod, view.now)
     if trouble and resuming(view):
         return Decision(verdict=_pending(view, trouble.message), again_after=LOST_AFTER.total_seconds())
     if trouble:
         verdict = Verdict(Phase.RETRYING, trouble.reason, trouble.message, facts=facts_of(view, job))
         return Decision(verdict=verdict, again_after=LOST_AFTER.total_seconds())
-    message = f"pod {alive[-1].name} of an earlier attempt is ending; the next one starts when it is gone"
+    message = f"pod {pod.name} of an earlier attempt is ending; the next one starts when it is gone"
     return Decision(verdict=_pending(view, message), again_after=LOST_AFTER.total_seconds())
 
 

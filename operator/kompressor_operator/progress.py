@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kompressor_api.names import FINAL_EXIT_CODES, Condition, Reason
+from kompressor_api.names import FINAL_EXIT_CODES, Condition, ExitCode, Reason
 from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.decide import Decision, Involved, JobPatch, View
 from kompressor_operator.endings import ending_of, ending_of_pod
+from kompressor_operator.group import LEADER, foremost
 from kompressor_operator.manifests import OUT_OF_MEMORY_CODES
 from kompressor_operator.object_meta import moment
 from kompressor_operator.observed import ChildJob
@@ -29,7 +30,7 @@ LOOK_AGAIN_SECONDS = 60.0
 def running(view: View, job: ChildJob, patches: tuple[JobPatch, ...], facts: Mapping[str, Any]) -> Decision:
     """What the status says while a Job goes on."""
     alive = [pod for pod in view.observed.pods_of(job) if not pod.ended or _decides(pod)]
-    told = _of_pod(view, job, alive[-1]) if alive else _of_none(view, job)
+    told = _of_group(view, job, alive) if alive and job.pods > 1 else _of_pod(view, job, alive[-1]) if alive else _of_none(view, job)
     if isinstance(told, Involved):
         return Decision(look=told)
     phase, reason, message, again = told
@@ -77,6 +78,21 @@ def _of_pod(view: View, job: ChildJob, pod: ChildPod) -> Told | Involved:
     after = f", after {job.failed} failed" if job.failed else ""
     message = f"pod {pod.name} on node {pod.node} compresses (attempt {job.attempt}{after}){retry_note(job.memory_plan)}"
     return Phase.COMPRESSING, Reason.COMPRESSING, message, None if over is None else NO_END_SECONDS - over
+
+
+def _of_group(view: View, job: ChildJob, alive: Sequence[ChildPod]) -> Told | Involved:
+    """Some pods of a group are there: the one that is worst off, or who is missing."""
+    told = _of_pod(view, job, foremost(alive, view.now))
+    if isinstance(told, Involved) or told[0] is not Phase.COMPRESSING:
+        return told
+    over = {pod.index for pod in view.observed.pods_of(job) if pod.phase == "Succeeded"}
+    if len(over | {pod.index for pod in alive}) < job.pods:
+        return _of_none(view, job)
+    leader = next((pod for pod in alive if pod.index == LEADER), alive[-1])
+    after = f", after {job.failed} failed" if job.failed else ""
+    here = f"{sum(not pod.ended for pod in alive)} of {job.pods} pods"
+    message = f"{here} work together, pod {leader.name} on node {leader.node} leads (attempt {job.attempt}{after})"
+    return *told[:2], message + retry_note(job.memory_plan), told[3]
 
 
 def _since_the_worker(view: View, pod: ChildPod) -> float | None:
@@ -143,12 +159,22 @@ def _decides(pod: ChildPod) -> bool:
     """An ended pod after which the Job ends: within a second it says so itself, and until then there is no news to tell."""
     ends, ended = {*FINAL_EXIT_CODES, *OUT_OF_MEMORY_CODES}, pod.terminated
     if pod.phase == "Succeeded" or ended is None:
-        return pod.phase == "Succeeded"
+        return pod.phase == "Succeeded" and pod.index == LEADER
     return ended.exit_code in ends and not (pod.disrupted or ended.never_ran)  # one that never ran was no news to begin with
 
 
 def _last_ended(view: View, job: ChildJob) -> ChildPod | None:
-    return next((pod for pod in reversed(view.observed.pods_of(job)) if pod.ended), None)
+    """Of a group rather the pod that failed than those that ended for it."""
+    ended = [pod for pod in reversed(view.observed.pods_of(job)) if pod.ended]
+    if job.pods > 1:
+        ended = [pod for pod in ended if pod.phase == "Failed"]
+        newest = {pod.index: pod for pod in reversed(ended)}.values()
+        return next((pod for pod in newest if not _followed(pod)), next(iter(ended), None))
+    return next(iter(ended), None)
+
+
+def _followed(pod: ChildPod) -> bool:
+    return pod.terminated is not None and pod.terminated.exit_code == ExitCode.PEER_LOST
 
 
 def _troubled(trouble: Trouble, age: float | None) -> Told:

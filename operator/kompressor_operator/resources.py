@@ -9,6 +9,7 @@ from kompressor_api.failures import ADVICE
 from kompressor_api.names import WORKER_CONTAINER, Reason
 from kompressor_api.pod import accelerators
 from kompressor_api.quantity import parse, readable, rounded_up
+from kompressor_api.worker import trains
 from kompressor_operator.observed import Manifest
 from kompressor_operator.pod_template import overlay_of
 from kompressor_operator.settings import Settings
@@ -19,7 +20,7 @@ HEADROOM = 1.2
 """Of the estimate, what is asked for: measured peaks were up to 3 % above it."""
 STEP_BYTES = 256 << 20
 FLOWING = ("calibration", "evaluation")
-"""With one of these sections activations flow through the model, which is what a GPU is for."""
+"""With one of these sections activations flow through the model, as they do where it is trained: which is what a GPU is for."""
 
 
 def worker_resources(spec: Manifest, settings: Settings, plan: Mapping[str, Any]) -> Manifest:
@@ -63,7 +64,7 @@ def _planned(spec: Manifest, settings: Settings, plan: Mapping[str, Any]) -> Man
     if estimate := int(plan.get("hostMemoryBytes") or 0):
         memory = rounded_up(HEADROOM * estimate, STEP_BYTES)
         asked = {"requests": {"memory": memory}, "limits": {"memory": memory}}
-    flows = any(spec.get(section) for section in FLOWING)
+    flows = any(spec.get(section) for section in FLOWING) or trains(spec.get("passes") or ())
     if settings.worker_gpu_resource and flows and not accelerators(spec.get("worker") or {}):
         asked["limits"][settings.worker_gpu_resource] = 1
     return asked

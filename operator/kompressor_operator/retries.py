@@ -12,12 +12,12 @@ from datetime import timedelta
 
 from kompressor_api.names import Condition, Reason
 from kompressor_operator.decide import View
-from kompressor_operator.endings import Ending, advised, ending_of
+from kompressor_operator.endings import Ending, advised, ending_of, free
 from kompressor_operator.manifests import OUT_OF_MEMORY_CODES, Attempt
 from kompressor_operator.object_meta import moment, stamp
 from kompressor_operator.observed import ChildJob
 
-__all__ = ["SMALLER_PLANS", "again", "counted", "next_attempt", "out_of_time", "pause"]
+__all__ = ["SMALLER_PLANS", "again", "counted", "failures", "next_attempt", "out_of_time", "pause"]
 
 SMALLER_PLANS = 2
 """How often a job that ran out of memory goes on with a smaller memory plan."""
@@ -63,8 +63,17 @@ def counted(view: View, job: ChildJob) -> int:
     """Failures up to and with this Job that count against retry.limit; the one that ran out of memory has its own bound, and a pod that
     was removed before its worker ran is none."""
     ending = ending_of(job, view.observed.pods_of(job)) if job.ended_reason == "PodFailurePolicy" else None
-    free = ending is not None and (ending.out_of_memory or ending.never_ran)
-    return max(0, job.failures_before + job.failed - free)
+    apart = ending is not None and (ending.out_of_memory or ending.never_ran)
+    return max(0, job.failures_before + failures(view, job) - apart)
+
+
+def failures(view: View, job: ChildJob) -> int:
+    """Pods of this Job that failed of their own. Of a group that fails, the Job controller counts all that it stops for it: these are
+    deleted, and those that failed stay."""
+    if job.pods == 1 or not (job.ended == "Failed" or job.failing):
+        return job.failed
+    own = sum(pod.phase == "Failed" and pod.deletion_due is None and not free(pod) for pod in view.observed.pods_of(job))
+    return min(job.failed, max(1, own))
 
 
 def _after(view: View, job: ChildJob) -> Attempt | None:

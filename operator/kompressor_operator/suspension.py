@@ -13,6 +13,7 @@ from kompressor_api.names import QUEUE_GROUP, Condition, Reason
 from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.decide import CONFIRM, Decision, JobPatch, View
 from kompressor_operator.facts import facts_of, facts_of_told
+from kompressor_operator.group import foremost
 from kompressor_operator.observed import ChildJob
 from kompressor_operator.pods import ChildPod
 from kompressor_operator.progress import retry_note
@@ -51,7 +52,10 @@ def queued(view: View, job: ChildJob) -> Verdict:
 def stops_by(view: View, pods: Sequence[ChildPod]) -> float | None:
     """Seconds after which a pod that is being stopped should be gone; None if none is, or it is overdue already."""
     alive = [pod for pod in pods if not pod.ended]
-    return due(alive[-1], view.now) if alive and not lost(alive[-1], view.now) else None
+    if not alive:
+        return None
+    pod = foremost(alive, view.now)
+    return None if lost(pod, view.now) else due(pod, view.now)
 
 
 def waits(view: View, job_name: str, memory_plan: int) -> str:
@@ -83,5 +87,6 @@ def _stopping(view: View, pods: Sequence[ChildPod]) -> str:
     alive = [pod for pod in pods if not pod.ended]
     if not alive:
         return ""
-    gone = lost(alive[-1], view.now)
-    return f"{gone.message}; " if gone else f"pod {alive[-1].name} commits its last block and stops; "
+    pod = foremost(alive, view.now)
+    gone = lost(pod, view.now)
+    return f"{gone.message}; " if gone else f"pod {pod.name} commits its last block and stops; "

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from kompressor_api import names
 from kompressor_api.names import Role
+from kompressor_operator import group
 from kompressor_operator.observed import CompressionJob, Manifest
 from kompressor_operator.pod_shape import container, pod_spec
 from kompressor_operator.pod_template import merge, overlay_of
@@ -31,6 +32,7 @@ PLACES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", names.ENV_CLAIM_DIRECTORY, 
 its spec says, and admission policies would look at something else."""
 OWN_ENV = frozenset(
     {names.ENV_POD_UID, names.ENV_POD_NAME, names.ENV_POD_NAMESPACE, names.ENV_MEMORY_PLAN, names.ENV_OUTPUT, names.ENV_JOB_UID, *PLACES}
+    | {names.ENV_PODS, names.ENV_LEADER, names.ENV_PORT, names.ENV_PROCESSES_PER_POD, names.ENV_POD_INDEX}
 )
 """Variables that are the operator's alone, as is the key of a location's Secret."""
 
@@ -52,6 +54,10 @@ class Program:
     writes: bool = True
     """To the claims that it has."""
     memory_plan: int = 0
+    group: Mapping[str, str] = field(default_factory=dict)
+    """What it is told of its group."""
+    subdomain: str = ""
+    """The Service that gives the group's pods their names."""
 
 
 def worker_template(
@@ -60,24 +66,28 @@ def worker_template(
     config_map: str,
     service_account: str,
     *,
+    job_name: str,
+    subdomain: str = "",
     memory_plan: int = 0,
     image: str = "",
     plan: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """The Job's template without the operator's labels; `image` is that of the attempt before, if there was one."""
-    worker = job.spec.get("worker") or {}
+    worker, resources = job.spec.get("worker") or {}, worker_resources(job.spec, settings, plan or {})
     program = Program(
         command=COMMAND,
         image=image or worker_image(job, settings),
-        resources=worker_resources(job.spec, settings, plan or {}),
+        resources=resources,
         token=True,
         shared_memory=True,
         memory_plan=memory_plan,
+        group=group.environment(job.spec, job_name, subdomain, resources),
+        subdomain=subdomain,
     )
     base = template(job, settings, program, config_map, service_account)
-    for field in ("nodeSelector", "tolerations"):
-        if worker.get(field):
-            base["spec"][field] = worker[field]
+    for name in ("nodeSelector", "tolerations"):
+        if worker.get(name):
+            base["spec"][name] = worker[name]
     made = own(merge(base, overlay_of(job.spec)), base)
     if image:
         container_of(made)["image"] = image
@@ -95,13 +105,16 @@ def template(job: CompressionJob, settings: Settings, program: Program, config_m
     """A pod that reads this job: the operator's own shape, which podTemplate is laid over."""
     volumes = _volumes(job, settings, program, config_map)
     spec = pod_spec(settings, service_account, _container(job, settings, program), volumes, token=program.token)
+    if program.subdomain:
+        spec["subdomain"] = program.subdomain
     return {"spec": spec | {"terminationGracePeriodSeconds": settings.worker_grace_seconds}}
 
 
 def own(made: Manifest, base: Manifest) -> Manifest:
     """What no podTemplate changes: what is run, with which job, credentials and identity, and where its last words go."""
     spec = {name: value for name, value in made["spec"].items() if name != "serviceAccount"}
-    spec |= {name: base["spec"][name] for name in ("restartPolicy", "serviceAccountName", "automountServiceAccountToken")}
+    fixed = ("restartPolicy", "serviceAccountName", "automountServiceAccountToken", "subdomain")
+    spec |= {name: base["spec"][name] for name in fixed if name in base["spec"]}
     volumes = [one for one in base["spec"]["volumes"] if one["name"] not in _THEIRS]
     spec["volumes"] = [*volumes, *_without(spec["volumes"], volumes)]
     kept = container_of(base)
@@ -141,12 +154,12 @@ def container_of(made: Manifest) -> Manifest:
 
 
 def _container(job: CompressionJob, settings: Settings, program: Program) -> Manifest:
-    env, mounts = _environment(job, settings, program.memory_plan), _mounts(job, program)
+    env, mounts = _environment(job, settings, program), _mounts(job, program)
     made = container(settings, program.image, program.command, env, mounts, _env_from(job))
     return made | ({"resources": program.resources} if program.resources else {})
 
 
-def _environment(job: CompressionJob, settings: Settings, memory_plan: int) -> list[Manifest]:
+def _environment(job: CompressionJob, settings: Settings, program: Program) -> list[Manifest]:
     caches = {
         "HOME": "",
         "XDG_CACHE_HOME": "/cache",
@@ -155,8 +168,9 @@ def _environment(job: CompressionJob, settings: Settings, memory_plan: int) -> l
         "TRITON_CACHE_DIR": "/triton",
     }
     values = {**settings.worker_env, **places(settings)} | {name: names.SCRATCH_DIRECTORY + below for name, below in caches.items()}
-    if memory_plan:
-        values[names.ENV_MEMORY_PLAN] = str(memory_plan)
+    values |= program.group
+    if program.memory_plan:
+        values[names.ENV_MEMORY_PLAN] = str(program.memory_plan)
     fields = {
         names.ENV_POD_UID: "metadata.uid",
         names.ENV_POD_NAME: "metadata.name",

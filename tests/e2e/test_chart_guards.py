@@ -167,6 +167,15 @@ def test_workers_reach_stores_and_nobody_reaches_them(render: Callable[..., list
     assert set(policies(networkPolicy__workers={"enabled": True, "namespaces": ["c"]}, watch__namespaces=["a"])) == {"c"}
     marks = labels(CompressionJob.parse(job() | {"metadata": {"name": "one", "namespace": "a", "uid": "u"}}))
     assert made["a"]["podSelector"]["matchLabels"].items() <= marks.items()
+    groups = {
+        one["metadata"]["namespace"]: one["spec"]
+        for one in of_kind(render(*sets(networkPolicy__workers={"enabled": True}, watch__namespaces=["a", "b"])), "NetworkPolicy")
+        if one["metadata"]["name"].endswith("-groups")
+    }
+    pods = {**made["a"]["podSelector"], "matchExpressions": [{"key": names.LABEL_GROUP, "operator": "Exists"}]}
+    assert set(groups) == {"a", "b"} and groups["a"]["podSelector"] == pods
+    assert groups["a"]["ingress"] == [{"from": [{"podSelector": pods}]}], "one another, and nobody else"
+    assert groups["a"]["egress"] == [{"to": [{"podSelector": pods}]}]
     assert made["a"]["ingress"] == [] and made["a"]["policyTypes"] == ["Ingress", "Egress"]
     ports = [port["port"] for rule in made["a"]["egress"] for port in rule["ports"]]
     assert ports == [53, 53, 443, 6443, 9000] and not any("to" in rule for rule in made["a"]["egress"])

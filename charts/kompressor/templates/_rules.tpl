@@ -27,6 +27,9 @@
 - apiGroups: [""]
   resources: [configmaps, serviceaccounts]
   verbs: [get, create]
+- apiGroups: [""]
+  resources: [services] # one a job whose pods train together: the names that they find one another by
+  verbs: [get, create]
 - apiGroups: [rbac.authorization.k8s.io]
   # one role a job, for its worker; neither escalate nor bind, so never more than the operator itself may do
   resources: [roles, rolebindings]
