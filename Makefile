@@ -55,6 +55,7 @@ bench: venv ## throughput, memory and quality beside cp, boto3 and llm-compresso
 	$(BIN)/python benchmarks/calibrated.py
 	$(BIN)/python benchmarks/pruning.py
 	$(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/expert_memory.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/apply_latency.py
 
