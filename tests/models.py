@@ -73,6 +73,23 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "llama": Recipe("LlamaConfig", {**SHAPE, "intermediate_size": 512}),
+    "llama_thin": Recipe(  # trained again and again: as little work a step as there can be
+        "LlamaConfig",
+        {
+            **SHAPE,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_hidden_layers": 2,
+            "intermediate_size": 192,
+            "initializer_range": 0.02,
+        },
+        vocabulary=320,
+        steps=250,
+        length=64,
+        learning_rate=4e-3,
+    ),
     "llama_learned": Recipe(  # what is learned outweighs what the weights began as, so a few directions of its stream are loud
         "LlamaConfig", {**SHAPE, "intermediate_size": 512, "initializer_range": 0.02}, steps=120
     ),

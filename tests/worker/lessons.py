@@ -1,0 +1,70 @@
+"""Trainings on small models, without a job around them: students by cutting a trained model down, and lessons over folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from independent import tensors_of
+from kompressor_api.v1alpha1 import OutputSpec, SourceLocation
+from kompressor_worker.distil.lesson import Group, Lesson, StoredModel, TrainingStep
+from kompressor_worker.passes.distil import DistilParams
+from kompressor_worker.schemes import Scheme
+from kompressor_worker.shards import plan_output
+from kompressor_worker.storage.locations import open_output, open_source
+from kompressor_worker.stream import Work
+from models import RECIPES, token_rows, trained_model
+
+__all__ = ["lesson", "narrower", "rows_of", "stored"]
+
+
+def rows_of(kind: str, rows: int, length: int, seed: int = 77) -> list[torch.Tensor]:
+    return list(token_rows(trained_model(kind), RECIPES[kind].language, seed, rows, length))
+
+
+def stored(folder: Path) -> StoredModel:
+    return StoredModel.read(open_source(SourceLocation(uri=f"file://{folder}"), {}, threading.Event()))
+
+
+def narrower(kind: str, folder: Path, share: float) -> Path:
+    """The trained model without this share of each feed-forward's neurons, those of the smallest weights."""
+    source = trained_model(kind)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    state, config = tensors_of(source), json.loads((source / "config.json").read_text())
+    keep = round(config["intermediate_size"] * (1 - share))
+    for layer in range(config["num_hidden_layers"]):
+        gate, up, down = (f"model.layers.{layer}.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+        loudness = state[up].float().norm(dim=1) * state[down].float().norm(dim=0)
+        kept = loudness.topk(keep).indices.sort().values
+        state |= {gate: state[gate][kept], up: state[up][kept], down: state[down][:, kept]}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": keep}))
+    return folder
+
+
+def lesson(
+    teacher: Path,
+    student: Path,
+    output: Path,
+    rows: Sequence[torch.Tensor],
+    params: dict[str, Any],
+    *,
+    schemes: dict[str, Scheme] | None = None,
+    group: Group | None = None,
+    stop: threading.Event | None = None,
+    tell: Callable[[TrainingStep], None] = lambda step: None,
+) -> Lesson:
+    """Of a student whose shape is the result's, and whose output is a folder."""
+    learner = stored(student)
+    place = open_output(OutputSpec(uri=f"file://{output}"), {}, threading.Event())
+    work = Work(learner.layout, [], schemes or {}, plan_output(learner.layout, schemes or {}))
+    asked = DistilParams.model_validate({"sequenceLength": len(rows[0]), **params})
+    inner = place.inner("training")
+    return Lesson(asked, stored(teacher), learner, work, rows, None, place, inner, group or Group(), stop or threading.Event(), tell)
