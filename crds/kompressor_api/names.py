@@ -106,6 +106,13 @@ class Role(StrEnum):
     """What passes are calibrated with."""
     EVALUATION = "evaluation"
     DRIFT = "drift"
+    TEACHER = "teacher"
+    """Of the pass distil, as are the next three: who is learned from, where that is not the source."""
+    STUDENT = "student"
+    TRAINING = "training"
+    """What is trained on, where that is not the calibration's."""
+    LOGITS = "logits"
+    """Where the teacher's logits are kept."""
 
     @property
     def env_prefix(self) -> str:

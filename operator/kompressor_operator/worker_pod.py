@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from kompressor_api import names
 from kompressor_api.names import Role
+from kompressor_api.training import training_locations
 from kompressor_operator import group
 from kompressor_operator.observed import CompressionJob, Manifest
 from kompressor_operator.pod_shape import container, pod_spec
@@ -232,7 +233,8 @@ def _mounts(job: CompressionJob, program: Program) -> list[Manifest]:
 def locations(job: CompressionJob) -> list[tuple[Role, Manifest]]:
     """Every place that the worker reads or writes, with what it is for."""
     found = [(Role.SOURCE, job.spec["model"]["source"]), (Role.OUTPUT, job.spec["output"])]
-    return found + [(role, job.spec[section]["dataset"]) for role, section in DATASETS.items() if job.spec.get(section)]
+    found += [(role, job.spec[section]["dataset"]) for role, section in DATASETS.items() if job.spec.get(section)]
+    return found + [(role, dict(place)) for role, place in training_locations(job.spec.get("passes") or ())]
 
 
 def claims(job: CompressionJob) -> dict[str, bool]:
@@ -241,7 +243,7 @@ def claims(job: CompressionJob) -> dict[str, bool]:
     for role, location in locations(job):
         if _scheme(location) == "pvc":
             claim = urlsplit(location["uri"]).netloc
-            found[claim] = found.get(claim, False) or role is Role.OUTPUT
+            found[claim] = found.get(claim, False) or role in (Role.OUTPUT, Role.LOGITS)
     return found
 
 

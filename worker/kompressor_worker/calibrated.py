@@ -124,6 +124,7 @@ class Engine:
 
     def _replayed(self, block: Block, unit: UnitLayout, part: Part, made: Mapping[str, Tensor]) -> None:
         schemes, steps = self._schemes_of(unit, part), steps_in(block, part)
+        made = {name: tensor.to(self.decoder.device) for name, tensor in made.items()}
         names = {t.name for stage in (*plain(unit), *part.of(unit)) for t in stage.tensors}
         exact = {name: tensor for name, tensor in made.items() if name in names}
         current = effective(exact, made, schemes, self.decoder.dtype, self.decoder.device)
@@ -266,10 +267,14 @@ class Engine:
         return hidden
 
     def _record(self, work: BlockWork, began: float) -> dict[str, Any]:
-        record: dict[str, Any] = {
-            "cost": {"seconds": round(time.monotonic() - began, 3), "peakBytes": peak_bytes(self.decoder.device.type)}
-        }
-        record |= work.record()
+        return {**self.cost(began), **work.record(), **self.met()}
+
+    def cost(self, began: float) -> dict[str, Any]:
+        return {"cost": {"seconds": round(time.monotonic() - began, 3), "peakBytes": peak_bytes(self.decoder.device.type)}}
+
+    def met(self) -> dict[str, Any]:
+        """What is to be said of the streams behind a block."""
+        record: dict[str, Any] = {}
         if self.streams.original is not None and self.streams.compressed is not None:
             record["outputError"] = output_error(self.streams.original, self.streams.compressed, self._turned)
         if self.streams.calibration is not None:

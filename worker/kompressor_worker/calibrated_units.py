@@ -60,6 +60,10 @@ class Calibrated:
     def place(self, unit: int) -> Place:
         return self._places[unit]
 
+    @property
+    def left(self) -> Sequence[str]:
+        return self.snapshots.left
+
     def first(self, journal: Journal) -> int:
         done = journal.state.unit
         return self.snapshots.restore(journal.state) if 0 < done < len(self.work.layout.units) else done
@@ -187,15 +191,13 @@ class Calibrated:
         places = {place.name: place for place in placed}
         for source in in_file_order(stage, placed):
             if source.name != matrix.weight:
-                value = decode(source, next(incoming).views)
+                value = self._beside(source.name, decode(source, next(incoming).views))
                 if writer is not None:
                     writer.write(places[source.name], as_bytes(value.contiguous(), places[source.name]))
                 continue
             hasher = xxhash.xxh3_128()
             for first, rows in self.rows(source, incoming):
-                changed = rows
-                for p, norm in zip(self.work.passes, norms, strict=True):
-                    changed = p.transform_rows(source.name, changed, norm)
+                changed = self._changed(source.name, first, rows, norms)
                 meet(first, rows, changed)
                 if writer is not None:
                     data = row_bytes(changed)
@@ -273,10 +275,7 @@ class Calibrated:
         if tied := self._tied_matrix(layout):
             hidden = LastHidden(self.engine, final_norm(norm.stored), final_norm(norm.changed), 0, step)
             for first, rows in self.rows(tied, incoming):
-                changed_rows = rows
-                for p in self.work.passes:
-                    changed_rows = p.transform_rows(tied.name, changed_rows, None)
-                hidden.add(first, rows, changed_rows)
+                hidden.add(first, rows, self._changed(tied.name, first, rows, [None for _ in self.work.passes]))
         return Carry({"evaluation": hidden.result()}) if hidden is not None and hidden.comparing else NOTHING
 
     def _final_norm(
@@ -291,9 +290,7 @@ class Calibrated:
         found = {t.name: decode(t, loaded.views) for t in stage.tensors}
         norm.stored |= found
         norm.changed |= found
-        for p in self.work.passes:
-            norm.met.append(final_norm(norm.changed))
-            p.transform(layout, norm.changed)
+        self._change_norm(layout, norm)
         for place in placed:
             refuse_nonfinite(place.name, kernels.nonfinite(norm.changed[place.name]))
             writer.write(place, as_bytes(norm.changed[place.name].contiguous(), place))
@@ -312,14 +309,38 @@ class Calibrated:
         """A head that is quantised because it was asked for by name: whole, and without statistics."""
         weights = {t.name: decode(t, loaded.views) for t in stage.tensors}
         original, scheme = weights[matrix.weight], self.work.schemes[matrix.name]
-        for p, norm in zip(self.work.passes, norms, strict=True):
-            weights[matrix.weight] = p.transform_rows(matrix.weight, weights[matrix.weight], norm)
-        worked = Stage(stage, weights, {matrix.name: scheme}, heard=lambda: step(0))
-        for p in self.work.passes:
-            p.apply(worked)
-        encoded: Encoded = worked.encoded[matrix.name]
+        encoded = self._encode_head(stage, matrix, weights, norms, step)
         writer.record_linear(matrix, scheme, encoded)
         meet(0, original, compressed_tensors.decode(matrix.name, encoded.tensors, scheme, original.dtype))
         made = {**weights, **encoded.tensors}
         for place in placed:
             writer.write(place, as_bytes(made[place.name].contiguous(), place))
+
+    # ---- what becomes of the source's values
+
+    def _changed(self, name: str, first: int, rows: Tensor, norms: Sequence[Tensor | None]) -> Tensor:
+        """Rows of the embeddings or the head as they are published; `norms`: before the head, by pass."""
+        for p, norm in zip(self.work.passes, norms, strict=True):
+            rows = p.transform_rows(name, rows, norm)
+        return rows
+
+    def _beside(self, name: str, value: Tensor) -> Tensor:
+        """A tensor that stands beside one of these matrices."""
+        return value
+
+    def _change_norm(self, layout: UnitLayout, norm: FinalNorm) -> None:
+        for p in self.work.passes:
+            norm.met.append(final_norm(norm.changed))
+            p.transform(layout, norm.changed)
+
+    def _encode_head(
+        self, stage: StageLayout, matrix: LinearLayout, weights: dict[str, Tensor], norms: Sequence[Tensor], step: Step
+    ) -> Encoded:
+        """`weights` become those that are published beside the codes."""
+        scheme = self.work.schemes[matrix.name]
+        for p, norm in zip(self.work.passes, norms, strict=True):
+            weights[matrix.weight] = p.transform_rows(matrix.weight, weights[matrix.weight], norm)
+        worked = Stage(stage, weights, {matrix.name: scheme}, heard=lambda: step(0))
+        for p in self.work.passes:
+            p.apply(worked)
+        return worked.encoded[matrix.name]

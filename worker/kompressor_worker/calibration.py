@@ -68,8 +68,15 @@ def check_dataset(data: Source, sample: Sample) -> DatasetFiles:
     return files
 
 
-def read_rows(data: Source, sample: Sample, tokenizer: ModelTokenizer, stop: threading.Event | None = None, chunk: int = CHUNK) -> Rows:
-    """`sample.samples` rows of at most `sample.sequence_length` ids.
+def read_rows(
+    data: Source,
+    sample: Sample,
+    tokenizer: ModelTokenizer,
+    stop: threading.Event | None = None,
+    chunk: int = CHUNK,
+    at_least: int | None = None,
+) -> Rows:
+    """`sample.samples` rows of at most `sample.sequence_length` ids; fewer, down to `at_least`, where there are no more.
 
     Without packing a row is the beginning of one document. With packing the documents drawn are joined, each ended by EOS, and cut into
     full rows without overlap; the tail is dropped. Raises UserError (too little data, a column that is missing or holds something else, ids
@@ -93,7 +100,7 @@ def read_rows(data: Source, sample: Sample, tokenizer: ModelTokenizer, stop: thr
         else:
             draw.add(document.number, ids)
     rows = [*(_packed(draw.in_order(), length) if sample.packing else draw.in_order())]
-    if len(rows) < sample.samples:
+    if len(rows) < (sample.samples if at_least is None else at_least):
         raise _too_few(data, sample, len(rows), records.count, len(skipped), skipped[0] if skipped else None)
     return _rows(rows[: sample.samples], records.count, len(skipped), encode.bos_rule)
 

@@ -23,6 +23,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REPORT = "kompressor.json"
 PAGE = "report.html"
+EVENTS = "tensorboard/"
+"""How the training of one of our results went."""
 QUANTISED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where older tools said that the weights are quantised, if config.json does not."""
 READERS = 16
@@ -148,7 +150,7 @@ def other_files(files: Mapping[str, ObjectInfo], weights: Iterable[str], warning
     carried: list[str] = []
     left: list[str] = []
     for name in sorted(files):
-        if name in ours or IGNORED.fullmatch(name):
+        if name in ours or name.startswith(EVENTS) or IGNORED.fullmatch(name):
             continue
         # params.json describes consolidated.safetensors: loaders that find it would look for the file.
         stale = consolidated and name == "params.json"

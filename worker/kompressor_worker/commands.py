@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from kompressor_api.names import ENV_MEMORY_PLAN, ExitCode, Reason, Role
+from kompressor_api.names import ENV_MEMORY_PLAN, TRAINING_PASS, ExitCode, Reason, Role
+from kompressor_api.training import PLACES, training_locations
 from kompressor_worker.errors import GateFailed, UserError
 from kompressor_worker.job import Job, load_job
 from kompressor_worker.storage.locations import open_output
@@ -71,7 +72,7 @@ def plan_command(args: argparse.Namespace) -> int:
     if args.in_cluster or args.json:
         return int(ExitCode.DONE)
 
-    from kompressor_worker.terminal import bitmask_rows, flow_rows, human, out, shape_rows, table
+    from kompressor_worker.terminal import bitmask_rows, flow_rows, human, out, shape_rows, table, training_rows
 
     rows = {
         "model": f"{plan['family'] or 'unknown family'}, {plan['units']} units",
@@ -83,6 +84,7 @@ def plan_command(args: argparse.Namespace) -> int:
         "peak memory": human(plan["peakMemoryBytes"]) + (f", {human(gpu)} on the GPU" if (gpu := plan.get("gpuMemoryBytes")) else ""),
         "time": "none" if plan["alreadyCompressed"] else f"about {plan['estimatedSeconds']:,} s: a few to start, then 300 MB/s of source",
         **flow_rows(plan),
+        **training_rows(plan),
         "output": "already holds this result" if plan["alreadyCompressed"] else "free",
     }
     out.print(table(f"plan of {job.name}", rows))
@@ -211,6 +213,8 @@ def refuse_file_uris(job: Job, in_cluster: bool) -> None:
     spec = job.spec
     uris = {"model.source.uri": spec.model.source.uri, "output.uri": spec.output.uri}
     uris |= {f"{sample.SECTION}.dataset.uri": sample.dataset.uri for sample in spec.datasets}
+    places = training_locations(spec.passes)
+    uris |= {f"passes[].{TRAINING_PASS}.{'.'.join(PLACES[role])}.uri": str(place["uri"]) for role, place in places}
     for field, uri in uris.items():
         if in_cluster and uri.startswith("file://"):
             raise UserError(f"spec.{field}: {uri} is a pod's own disk in a cluster; use s3:// or pvc://")

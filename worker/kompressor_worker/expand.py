@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,10 @@ class Checked:
     units: DataFree
     digests: Mapping[str, str]
     """By stored tensor, as kompressor.json has them."""
+
+    @property
+    def left(self) -> Sequence[str]:
+        return self.units.left
 
     def first(self, journal: Journal) -> int:
         return self.units.first(journal)

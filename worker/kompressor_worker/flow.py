@@ -27,11 +27,23 @@ from kompressor_worker.snapshots import Snapshots
 from kompressor_worker.storage import Output
 from kompressor_worker.stream import Work
 from kompressor_worker.survey import Survey
+from kompressor_worker.trained_units import Evaluated, Trained
 
 
 def calibrated(work: Work, output: Output, rows: Mapping[str, Rows], least_tokens: int = 0) -> Calibrated:
     """`rows` by section of the spec: calibration, drift, evaluation. `least_tokens`: experts with fewer are measured on all. Raises
     UserError for a decoder that cannot be run."""
+    engine = _engine(work, rows, least_tokens)
+    return Calibrated(work, engine, Snapshots(engine.streams, output, work.limits.snapshot_seconds, work))
+
+
+def evaluated(work: Work, output: Output, rows: Mapping[str, Rows], trained: Trained) -> Evaluated:
+    """The same where all tensors are there already."""
+    engine = _engine(work, {section: found for section, found in rows.items() if section == "evaluation"}, 0)
+    return Evaluated(work, engine, Snapshots(engine.streams, output, work.limits.snapshot_seconds, work), trained)
+
+
+def _engine(work: Work, rows: Mapping[str, Rows], least_tokens: int) -> Engine:
     device = compute_device()
     decoder = Decoder(work.layout, device)
     source = decoder if work.layout.config == work.layout.source_config else Decoder(as_it_was(work.layout), device)
@@ -50,8 +62,7 @@ def calibrated(work: Work, output: Output, rows: Mapping[str, Rows], least_token
         deployment=stream("deployment", "drift"),
         reference=stream("reference", "calibration", source) if any(p.corrects for p in work.passes) else None,
     )
-    engine = Engine(decoder, work.passes, work.schemes, streams, source, least_tokens)
-    return Calibrated(work, engine, Snapshots(streams, output, work.limits.snapshot_seconds, work))
+    return Engine(decoder, work.passes, work.schemes, streams, source, least_tokens)
 
 
 def surveyed(number: int, assigned: Assignment, journal: Journal, rows: Mapping[str, Rows], limits: Limits) -> Survey:

@@ -11,25 +11,28 @@ from typing import Any
 
 from kompressor_api.names import Reason
 from kompressor_api.pod import accelerators
+from kompressor_api.v1alpha1 import WorkerSpec
+from kompressor_worker.distillation import Distillation, open_models
 from kompressor_worker.estimate import FlowBytes, FlowOperations, flow_bytes, flow_operations
 from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_unusable_journal
 from kompressor_worker.kv_memory import kv_change, kv_status
 from kompressor_worker.layout import ModelLayout
+from kompressor_worker.passes.distil import TrainingData
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.publish import bitmask_result, refuse_without_room
-from kompressor_worker.reading import read_layout
 from kompressor_worker.report_sections import duration, size
 from kompressor_worker.run import Summary, judge_published
 from kompressor_worker.sample_warnings import size_warnings
-from kompressor_worker.samples import find_samples, flows
+from kompressor_worker.samples import FoundData, find_samples, flows
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import OutputPlan
-from kompressor_worker.storage.locations import open_output, open_source
+from kompressor_worker.storage.locations import open_output
 from kompressor_worker.structure import structure
 from kompressor_worker.target.ladder import Ladder, Rung, published_by, standing
 from kompressor_worker.target.planner import Fit
 from kompressor_worker.tokenizer import ModelTokenizer
+from kompressor_worker.training_estimate import TrainingEstimate, training_estimate
 from kompressor_worker.trying import fingerprints
 
 IDLE_BYTES = 560 << 20
@@ -81,6 +84,7 @@ class Plan:
     """Where the passes are chosen for a target: what there was to choose from. The rest is of the plan that is carried out."""
     outlook: Mapping[str, Any] = field(default_factory=dict)
     """By pass: what it says of what only a survey can decide."""
+    training: TrainingEstimate | None = None
 
     @property
     def rate(self) -> float:
@@ -92,9 +96,9 @@ class Plan:
         if self.published is not None:
             return 0
         products = self.operations.total / self.rate if self.operations else 0.0
-        return (
-            START_SECONDS + (FLOW_START_SECONDS if self.operations else 0) + round(self.layout.source_bytes / BYTES_PER_SECOND + products)
-        )
+        started = START_SECONDS + (FLOW_START_SECONDS if self.operations else 0)
+        streamed = round(self.layout.source_bytes / BYTES_PER_SECOND + products)
+        return started + (streamed if self.training is None else 2 * streamed + self.training.seconds)  # the student, and what comes of it
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -115,6 +119,7 @@ class Plan:
             "estimatedSeconds": self.seconds,
             **self._flow_as_json(),
             **self.outlook,
+            **({"training": self.training.as_json()} if self.training else {}),
             "alreadyCompressed": self.published is not None,
             **({"target": self.target.as_json()} if self.target else {}),
             "warnings": [*self.layout.warnings, *self.warnings],
@@ -132,6 +137,7 @@ class Plan:
             "units": len(self.layout.units),
             **dict(zip(("parametersBefore", "parametersAfter"), structure(self.layout).get("parameters", ()), strict=False)),
             **kv_status(self.kv),
+            **(self.training.status() if self.training else {}),
             "target": self.target.status() if self.target else None,
             "warnings": [*self.layout.warnings, *self.warnings],
         }
@@ -167,11 +173,11 @@ class Plan:
 def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None, stop: threading.Event | None = None) -> Plan:
     """Raises whatever `run` would raise before it reads a weight; Terminated once `stop` is set."""
     stop = stop or threading.Event()
-    source = open_source(job.spec.model.source, environ, stop)
+    models = open_models(job.spec, environ, stop)
     output = open_output(job.spec.output, environ, stop)
-    ladder = Ladder.of(job.spec, read_layout(source))
-    data = find_samples(ladder.samples(), ModelTokenizer(source), environ, stop)
-    prints = fingerprints(ladder, data)
+    ladder = Ladder.of(models.spec, models.layout)
+    data = find_samples(ladder.samples(), ModelTokenizer(models.source), environ, stop)
+    prints = fingerprints(ladder, data, models.distillation)
     found = published_by(output, prints)
     number, published = found or (standing(output, prints), None)
     if published is not None:
@@ -179,11 +185,31 @@ def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None
     else:
         refuse_unusable_journal(output, prints[number])
         refuse_without_room(output, ladder.rungs[number].assigned.plan)
-    plans = [_planned(rung, limits or Limits()) for rung in ladder.rungs]
+    plans = [_trained(_planned(rung, limits or Limits()), rung, models.distillation, data) for rung in ladder.rungs]
     memory = Memory(max(plan.memory.host for plan in plans), max(plan.memory.gpu or 0 for plan in plans) or None)
     return replace(
         plans[number], memory=memory, published=published, warnings=(*size_warnings(data), *plans[number].warnings), target=ladder.fit
     )
+
+
+def _trained(plan: Plan, rung: Rung, found: Distillation | None, data: Mapping[str, FoundData]) -> Plan:
+    """With its training, where there is one."""
+    if found is None:
+        return plan
+    worker, gpus = rung.spec.worker, plan.memory.gpu is not None
+    each = processes_per_pod(worker)
+    rate = GPU_RATE if gpus else CORE_RATE * max(1, cores() // each)
+    asked = data[TrainingData.SECTION]
+    estimate = training_estimate(found, plan.layout, asked.files.bytes, each * (worker.parallelism or 1), rate)
+    if gpus:
+        memory = Memory(plan.memory.host, max(plan.memory.gpu or 0, GPU_CONTEXT_BYTES + estimate.memory))
+    else:
+        memory = Memory(max(plan.memory.host, each * estimate.memory))
+    return replace(plan, memory=memory, training=estimate)
+
+
+def processes_per_pod(worker: WorkerSpec) -> int:
+    return worker.processes_per_pod or max(1, accelerators(worker.model_dump(by_alias=True, exclude_none=True)))
 
 
 def _planned(rung: Rung, limits: Limits) -> Plan:

@@ -38,8 +38,11 @@ QUANTIZATION = ("quantization_config", "compression_config")
 """Where config.json says how a checkpoint is quantised; the second is an older name that loaders still read."""
 
 
-def publish(work: Work, source: Source, output: Output, journal: Journal, report: Mapping[str, Any]) -> None:
-    """Completes the uploads, writes the small files, then config.json. Raises ClaimLost, StorageError, OutputOccupied."""
+def publish(
+    work: Work, source: Source, output: Output, journal: Journal, report: Mapping[str, Any], beside: Mapping[str, bytes] | None = None
+) -> None:
+    """Completes the uploads, writes the small files (`beside`: more of them, by name), then config.json. Raises ClaimLost, StorageError,
+    OutputOccupied."""
     if not journal.state.publishing:
         journal.commit(replace(journal.state, publishing=True, files=tuple(report["files"])))
     for upload in journal.state.uploads:
@@ -53,6 +56,8 @@ def publish(work: Work, source: Source, output: Output, journal: Journal, report
     config = dumps(published_config(work))
     if len(work.plan.shards) > 1:
         output.write(INDEX, dumps(work.plan.index()))
+    for name, data in (beside or {}).items():
+        output.write(name, data)
     output.write(PAGE, render(report))
     published = {k: v for k, v in report.items() if k != "units"}
     output.write(REPORT, dumps({**published, "digests": {**copied, CONFIG: digest(config)}}))

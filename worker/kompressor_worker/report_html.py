@@ -15,6 +15,7 @@ from kompressor_worker.report_schemes import schemes
 from kompressor_worker.report_sections import card, chips, number, size
 from kompressor_worker.report_shape import shape
 from kompressor_worker.report_target import target
+from kompressor_worker.report_training import training
 
 __all__ = ["Report", "UnitTime", "render"]
 
@@ -69,6 +70,8 @@ class Report(TypedDict, total=False):
     """kv_memory.section()."""
     autoScheme: Mapping[str, Any]
     """AutoScheme.described()."""
+    distillation: Mapping[str, Any]
+    """distilling.Distilling.section()."""
     evaluation: Mapping[str, Any]
     """evaluate.Evaluation.summary(); `bos`: whether rows begin with that token."""
     gates: Sequence[Mapping[str, Any]]
@@ -103,6 +106,7 @@ def render(report: Report | Mapping[str, Any]) -> bytes:
             sections.weight_error(report.get("linears", {})),
             sections.pruned(report.get("pruned", {})),
             sections.allocation(report.get("allocation", {}), report.get("pruned", {})),
+            training(report.get("distillation", {}), report.get("evaluation", {})),
             shape(report.get("structure", {})),
             attention(report.get("attention", {})),
             schemes(report.get("autoScheme", {}), report.get("evaluation", {})),

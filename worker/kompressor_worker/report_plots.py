@@ -121,6 +121,36 @@ def curve(points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, fl
     return _svg(height + 26, parts, top=12)
 
 
+def lines(series: Mapping[str, Sequence[tuple[float, float]]], say_x: Say, say_y: Say, *, marked: float | None = None) -> str:
+    """A line for each name through its points (x, y >= 0), drawn one over the other and named above; `marked`: the x of a point to stand
+    out."""
+    drawn = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+    drawn = {name: points for name, points in drawn.items() if len(points) > 1}
+    if not drawn:
+        return ""
+    height, every = 200, [point for points in drawn.values() for point in points]
+    left, right = min(x for x, _ in every), max(x for x, _ in every)
+    ticks = _ticks(max(y for _, y in every))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return LEFT + 8 + (WIDTH - LEFT - 16) * (x - left) / ((right - left) or 1), height * (1 - max(y, 0.0) / ticks[-1])
+
+    parts = [_axis(ticks, ticks[-1], height, say_y)]
+    for number, (name, points) in enumerate(drawn.items()):
+        tone = ("", "second", "third")[number % 3]
+        path = " ".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(place(*point) for point in points))
+        parts.append(f'<path class="curve {tone}" d="{path}"/>')
+        parts.append(
+            f'<text class="{tone}" x="{LEFT + 8 + 240 * number}" y="-4">{escape(name)}: last {escape(say_y(points[-1][1]))}</text>'
+        )
+        if marked is not None and (at := next((point for point in points if point[0] == marked), None)):
+            parts.append(_dot(*place(*at), 5, "second", f"{say_x(at[0])}: {say_y(at[1])}"))
+    for part, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        x, _ = place(left + part * (right - left), 0.0)
+        parts.append(f'<text x="{x:.1f}" y="{height + 17}" text-anchor="{anchor}">{escape(say_x(left + part * (right - left)))}</text>')
+    return _svg(height + 26, parts, top=20)
+
+
 def _dot(x: float, y: float, radius: float, tone: str, text: str) -> str:
     return f'<circle class="mark {tone}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}"><title>{escape(text)}</title></circle>'
 

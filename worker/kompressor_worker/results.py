@@ -12,6 +12,8 @@ from kompressor_worker import gates
 def measured_result(report: Mapping[str, Any]) -> dict[str, Any]:
     """From kompressor.json; nothing of what was not asked for."""
     found: dict[str, Any] = {}
+    if distillation := report.get("distillation"):
+        found |= trained(distillation)
     if evaluation := report.get("evaluation"):
         found |= evaluated(evaluation)
     if verdicts := report.get("gates"):
@@ -34,6 +36,16 @@ def evaluated(summary: Mapping[str, Any]) -> dict[str, Any]:
         "topOneAgreement": f"{100 * summary['topOneAgreement']:.4g}%",
         "evaluatedTokens": summary["tokens"],
     }
+
+
+def trained(distillation: Mapping[str, Any]) -> dict[str, Any]:
+    """From `Distilling.section`."""
+    found: dict[str, Any] = {"trainingSteps": distillation["steps"], "trainingTokens": distillation["tokens"]}
+    if before := distillation.get("before"):
+        found |= {"perplexityBeforeTraining": f"{before['perplexityAfter']:.5g}", "klBeforeTraining": f"{before['kl']:.4g}"}
+    if (share := distillation.get("recovered", {}).get("kl")) is not None:
+        found["klRecovered"] = f"{100 * share:.4g}%"
+    return found
 
 
 def targeted(target: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,24 +6,25 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker import gates
+from kompressor_worker.distillation import open_models
 from kompressor_worker.errors import ClaimLost
 from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_usurped
 from kompressor_worker.kv_memory import kv_status
+from kompressor_worker.passes.distil import TrainingData
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.progress import Progress
 from kompressor_worker.publish import PAGE, refuse_without_room
-from kompressor_worker.reading import read_layout
 from kompressor_worker.results import measured_result
 from kompressor_worker.sample_warnings import size_warnings
 from kompressor_worker.samples import find_samples
 from kompressor_worker.storage import JOURNAL
-from kompressor_worker.storage.locations import open_output, open_source
+from kompressor_worker.storage.locations import open_output
 from kompressor_worker.target.ladder import Ladder, published_by, standing
 from kompressor_worker.tokenizer import ModelTokenizer
 from kompressor_worker.trying import Trying, fingerprints
@@ -73,13 +74,14 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     """Compresses one model. Raises what kompressor_worker.errors names; publishes nothing unless it returns."""
     began = time.monotonic()
     warnings: list[str] = []
-    source = open_source(job.spec.model.source, environ, stop)
+    models = open_models(job.spec, environ, stop)
+    job, source = replace(job, spec=models.spec), models.source
     output = open_output(job.spec.output, environ, stop)
 
-    ladder = Ladder.of(job.spec, read_layout(source))
+    ladder = Ladder.of(job.spec, models.layout)
     tokenizer = ModelTokenizer(source)
     data = find_samples(ladder.samples(), tokenizer, environ, stop)
-    prints = fingerprints(ladder, data)
+    prints = fingerprints(ladder, data, models.distillation)
     if (found := published_by(output, prints)) is not None:
         number, report = found
         log.info("%s already holds this result", output.uri)
@@ -95,11 +97,11 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     for warning in [*ladder.rungs[number].assigned.layout.warnings, *warnings]:
         log.warning("%s", warning)
 
-    rows = {section: found.read(tokenizer, stop) for section, found in data.items()}
+    rows = {section: found.read(tokenizer, stop) for section, found in data.items() if section != TrainingData.SECTION}
     from kompressor_worker.kernels import build  # torch, only now that the job is known to make sense
 
     build.library()  # compiled before the clock of the progress starts
-    trying = Trying(job, ladder, source, output, data, rows, limits or Limits(), progress, stop)
+    trying = Trying(job, ladder, source, output, data, rows, limits or Limits(), progress, stop, models.distillation)
     journal, assigned = trying.open(number)
     resumed_from = journal.resumed_from
     try:

@@ -62,7 +62,7 @@ def wanted_samples(spec: CompressionJobSpec, passes: Sequence[Pass]) -> list[Sam
             samples.append(spec.drift)
     if spec.evaluation is not None:
         samples.append(spec.evaluation)
-    return samples
+    return [*samples, *(wanted for p in passes if (wanted := p.trained_on(spec.calibration)) is not None)]
 
 
 def refuse_short_rows(spec: CompressionJobSpec, passes: Sequence[Pass]) -> None:
@@ -86,7 +86,7 @@ def without_data(hungry: Pass) -> str:
 
 def unused_samples(spec: CompressionJobSpec, passes: Sequence[Pass]) -> tuple[str, ...]:
     """Warnings."""
-    if spec.calibration is not None and not any(p.measures for p in passes):
+    if spec.calibration is not None and not any(p.measures or p.reads_calibration for p in passes):
         return ("spec.calibration is given, but no pass measures activations: it is not read",)
     return ()
 

@@ -63,6 +63,10 @@ class Units(Protocol):
     def run(self, unit: int, incoming: Iterator[Loaded], writer: Writer, step: Step) -> Carry:
         """A unit from its reads to its writes."""
 
+    @property
+    def left(self) -> Sequence[str]:
+        """Working objects that are there for a restart alone."""
+
 
 def stream(work: Work, units: Units, source: Source, output: Output, journal: Journal, report: Report, stop: threading.Event) -> None:
     """Runs every unit that the journal does not count yet. Raises Terminated once `stop` is set and what was finished is committed."""
@@ -104,6 +108,10 @@ class DataFree:
         for layout, placed in zip(self.work.layout.units[unit].stages, self.work.plan.stages[unit], strict=True):
             if not layout.dropped:
                 yield from stage_loads(layout, placed, self.work)
+
+    @property
+    def left(self) -> Sequence[str]:
+        return ()
 
     def replay(self, unit: int, incoming: Iterator[Loaded], step: Step) -> None:
         raise AssertionError("nothing flows, so nothing is made again")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from kompressor_worker.progress import Snapshot
@@ -24,7 +24,7 @@ class Bar:
     def __init__(self) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TransferSpeedColumn(), TimeRemainingColumn(), console=err,
+            TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[left]}"), console=err,
         )  # fmt: skip
         self._task: TaskID | None = None
 
@@ -37,8 +37,10 @@ class Bar:
 
     def __call__(self, s: Snapshot) -> None:
         if self._task is None:
-            self._task = self._progress.add_task(s.unit, total=s.bytes_total)
-        self._progress.update(self._task, completed=s.bytes_done, description=s.unit)
+            self._task = self._progress.add_task(s.unit, total=1.0, speed="", left="")
+        eta = s.eta_seconds
+        left = "-:--:--" if eta is None else f"{eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}"
+        self._progress.update(self._task, completed=s.done, description=where(s), speed=speed(s), left=left)
 
 
 class Lines:
@@ -50,13 +52,26 @@ class Lines:
 
     def __call__(self, s: Snapshot) -> None:
         now = time.monotonic()
-        if now >= self._next or s.phase != "Compressing":
+        last = s.phase == "Publishing" or (s.step is not None and s.step.step == s.step.steps)
+        if now >= self._next or last:
             self._next = now + self._interval
             eta = f", {s.eta_seconds} s left" if s.eta_seconds else ""
-            logging.getLogger("kompressor").info(
-                "%3d %%  %s  (%d of %d units, %s/s%s)",
-                s.percent, s.unit, s.units_done, s.units_total, human(s.bytes_per_second), eta, extra={"unit": s.unit},
-            )  # fmt: skip
+            behind = "" if s.phase == "Training" else f"{s.units_done} of {s.units_total} units, "
+            logging.getLogger("kompressor").info("%3d %%  %s  (%s%s%s)", s.percent, where(s), behind, speed(s), eta, extra=told(s))
+
+
+def where(s: Snapshot) -> str:
+    """What is being done."""
+    return s.unit if s.step is None else f"{s.unit} step {s.step.step:,} of {s.step.steps:,}, loss {s.step.loss:.4g}"
+
+
+def speed(s: Snapshot) -> str:
+    return f"{human(s.bytes_per_second)}/s" if s.step is None else f"{s.step.tokens_per_second:,.0f} tokens/s"
+
+
+def told(s: Snapshot) -> dict[str, Any]:
+    """For logs that programs read."""
+    return {"unit": s.unit} | ({} if s.step is None else {"step": s.step.step, "steps": s.step.steps, "loss": s.step.loss})
 
 
 def human(size: float) -> str:
@@ -96,6 +111,19 @@ def flow_rows(plan: Mapping[str, Any]) -> dict[str, str]:
     return rows | {"  computing": f"{total / 1e12:,.3g} T multiply-adds at {rate}: {shares}"}
 
 
+def training_rows(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What a plan says of a training; nothing where there is none."""
+    if (found := plan.get("training")) is None:
+        return {}
+    about = "about " if found["stepsAreEstimated"] else ""
+    each = f" in each of {found['processes']} processes" if found["processes"] > 1 else ""
+    sizes = f"{found['studentParameters']:,} parameters learn from {found['teacherParameters']:,}"
+    return {
+        "training": f"{about}{found['steps']:,} steps, {found['tokens']:,} tokens; {sizes}",
+        "  takes": f"about {found['seconds']:,} s, {human(found['memoryBytes'])}{each}",
+    }
+
+
 def shape_rows(plan: Mapping[str, Any]) -> dict[str, str]:
     """What a plan says of sizes, of the KV cache and of a budget of bits; nothing of what stays or was not asked for."""
     rows: dict[str, str] = {}
@@ -119,8 +147,11 @@ def bitmask_rows(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def measured_rows(result: Mapping[str, Any]) -> dict[str, str]:
-    """What evaluation, gates and drift say in `status.result`, line by line; nothing of what was not asked for."""
+    """What training, evaluation, gates and drift say in `status.result`, line by line; nothing of what was not asked for."""
     rows: dict[str, str] = {}
+    if "trainingSteps" in result:
+        back = f", which took {result['klRecovered']} of the student's divergence away" if "klRecovered" in result else ""
+        rows["training"] = f"{result['trainingSteps']:,} steps on {result['trainingTokens']:,} tokens{back}"
     if "perplexityBefore" in result:
         rows["perplexity"] = (
             f"{result['perplexityBefore']} -> {result['perplexityAfter']}, on {result['evaluatedTokens']:,} held-out tokens"

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kompressor_api.datasets import MIN_TOKENS_PER_EXPERT
 from kompressor_api.v1alpha1 import CompressionJobSpec
@@ -15,6 +15,7 @@ from kompressor_worker import gates
 from kompressor_worker.assignment import Assignment
 from kompressor_worker.calibration import Rows
 from kompressor_worker.digests import digest
+from kompressor_worker.distillation import Distillation
 from kompressor_worker.job import Job
 from kompressor_worker.journal import RELEASE, Journal, open_journal
 from kompressor_worker.layout import ModelLayout
@@ -28,6 +29,10 @@ from kompressor_worker.samples import FoundData, flows, wanted_samples
 from kompressor_worker.shards import OutputPlan
 from kompressor_worker.storage import WORK, Output, Source
 from kompressor_worker.target.ladder import Ladder, Rung, missed, step, with_miss
+
+if TYPE_CHECKING:
+    from kompressor_worker.distilling import Distilling
+    from kompressor_worker.stream import Units, Work
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +50,10 @@ class Trying:
     limits: Limits
     progress: Progress
     stop: threading.Event
+    distillation: Distillation | None = None
 
     def fingerprint(self, number: int) -> dict[str, str]:
-        return fingerprints(self.ladder, self.data)[number]
+        return fingerprints(self.ladder, self.data, self.distillation)[number]
 
     def bound(self, number: int) -> dict[str, str]:
         """The fingerprint, and on what it must be gone on with."""
@@ -83,8 +89,8 @@ class Trying:
     def carry_out(self, number: int, journal: Journal, assigned: Assignment) -> dict[str, Any] | None:
         """One plan from where the journal stands to the published result: its report; None where it was missed and another one follows."""
         from kompressor_worker import survey
-        from kompressor_worker.flow import calibrated, surveyed
-        from kompressor_worker.stream import DataFree, Work, stream
+        from kompressor_worker.flow import surveyed
+        from kompressor_worker.stream import stream
 
         rung, rows = self.ladder.rungs[number], chosen(self.rows, self.ladder.rungs[number])
         if number < len(journal.state.tries):  # missed, and cut off before the step
@@ -92,31 +98,53 @@ class Trying:
             return None
         surveys = survey.rounds(assigned.passes)
         self.progress.trying(number + 1, rung.name)
-        self.progress.start(assigned.layout, journal.state.unit, surveys, journal.state.surveys)
+        trains, makes_student = self._trains(assigned)
+        self.progress.start(assigned.layout, journal.state.unit, surveys, journal.state.surveys, makes_student, trains)
         for each in range(journal.state.surveys, surveys):
             self.progress.surveying(each, assigned.source)
             surveyed(each, assigned, journal, rows, self.limits).run(self.source, self.progress.done, self.stop)
             assigned = assigned.renewed()
-        self.progress.streaming(assigned.layout, surveys)
-        work = Work(assigned.layout, assigned.passes, assigned.schemes, assigned.plan, self.limits)
-        flowing = calibrated(work, self.output, rows, least_tokens(rung.spec)) if flows(rung.spec, assigned.passes) else None
-        stream(work, flowing or DataFree(work), self.source, self.output, journal, self.progress.done, self.stop)
+        work, units, distilling = self._units(rung, assigned, journal, rows)
+        self.progress.streaming(assigned.layout)
+        stream(work, units, self.source, self.output, journal, self.progress.done, self.stop)
         self.progress.publishing()
         found = measured(assigned, rows, chosen(self.data, rung), journal)
         job = replace(self.job, spec=rung.spec)
         report = build_report(work, self.fingerprint(number), job.identity, journal, self.source.uri, found)
+        beside = distilling.add_to(report) if distilling is not None else {}
         if self.ladder.fit is not None:
             verdicts = gates.check(rung.spec.evaluation.gates if rung.spec.evaluation else (), report["evaluation"])
             miss = missed(rung, verdicts, report["evaluation"])
             if not miss["met"] and number + 1 < len(self.ladder.rungs):
                 log.warning("%s: %s; the next safer plan is tried: %s", rung.name, miss["says"], self.ladder.rungs[number + 1].name)
                 with_miss(journal, miss)
-                self._step(number, journal, flowing.snapshots.left if flowing else ())
+                self._step(number, journal, units.left)
                 return None
             report |= self.ladder.section(number, assigned, [*journal.state.tries, miss])
         judge(rung.spec, report, self.output, journal)
-        publish(work, self.source, self.output, journal, report)
+        publish(work, self.source, self.output, journal, report, beside)
         return report
+
+    def _trains(self, assigned: Assignment) -> tuple[bool, bool]:
+        """Whether there is a training, and a student to be made for it."""
+        trains = self.distillation is not None
+        return trains, trains and len(assigned.passes) > 1
+
+    def _units(self, rung: Rung, assigned: Assignment, journal: Journal, rows: Mapping[str, Rows]) -> tuple[Work, Units, Distilling | None]:
+        """How the result's units are worked on; where it is trained, all that comes before is done here."""
+        from kompressor_worker.flow import calibrated
+        from kompressor_worker.stream import DataFree, Work
+
+        work = Work(assigned.layout, assigned.passes, assigned.schemes, assigned.plan, self.limits)
+        least = least_tokens(rung.spec)
+        if self.distillation is None:
+            flowing = flows(rung.spec, assigned.passes)
+            return work, calibrated(work, self.output, rows, least) if flowing else DataFree(work), None
+        from kompressor_worker.distilling import Distilling
+
+        distilling = Distilling(self, self.distillation, journal, assigned, rows, least)
+        distilling.before_publishing()
+        return work, distilling.units(work), distilling
 
     def _step(self, number: int, journal: Journal, left: Sequence[str] = ()) -> None:
         before, after = self.ladder.rungs[number : number + 2]
@@ -146,8 +174,9 @@ def chosen(sections: Mapping[str, Any], rung: Rung) -> dict[str, Any]:
     return {section: found for section, found in sections.items() if section in wanted}
 
 
-def fingerprints(ladder: Ladder, data: Mapping[str, FoundData]) -> list[dict[str, str]]:
-    return [make_fingerprint(rung.spec, rung.assigned.source, chosen(data, rung)) for rung in ladder.rungs]
+def fingerprints(ladder: Ladder, data: Mapping[str, FoundData], distillation: Distillation | None = None) -> list[dict[str, str]]:
+    beside = distillation.fingerprint if distillation is not None else {}
+    return [make_fingerprint(rung.spec, rung.assigned.source, chosen(data, rung)) | beside for rung in ladder.rungs]
 
 
 def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout, data: Mapping[str, FoundData]) -> dict[str, str]:

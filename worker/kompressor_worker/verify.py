@@ -11,7 +11,6 @@ import xxhash
 
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import SourceLocation
-from kompressor_worker import kernels
 from kompressor_worker.checkpoint import Checkpoint, read_checkpoint
 from kompressor_worker.errors import BadNumerics, CorruptSource, UserError
 from kompressor_worker.formats import bitmask
@@ -23,7 +22,6 @@ from kompressor_worker.publish import CHUNK, CONFIG, REPORT
 from kompressor_worker.schemes import SCHEMES, Scheme
 from kompressor_worker.storage import Source
 from kompressor_worker.storage.locations import named, open_source
-from kompressor_worker.tensors import float_view
 
 SCALES = ("_scale", "_scale_inv", "_global_scale")
 E8M0_NAN = 255
@@ -148,5 +146,8 @@ def count_nonfinite(tensor: StoredTensor, view: memoryview) -> int:
     if tensor.dtype == "F8_E4M3":  # two codes are NaN, there is no infinity
         data = bytes(view)
         return data.count(0x7F) + data.count(0xFF)
+    from kompressor_worker import kernels  # torch, which whoever reads headers alone does without
+    from kompressor_worker.tensors import float_view
+
     values = float_view(view, tensor.dtype)
     return kernels.nonfinite(values) if values is not None else 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ValidationError
 
+from kompressor_api.datasets import CalibrationSpec, Sample
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.errors import UserError
 from kompressor_worker.schemes import Scheme
@@ -44,6 +45,7 @@ REGISTRY: dict[str, str] = {
     "pruneExperts": "kompressor_worker.passes.prune_experts:PruneExperts",
     "mergeExperts": "kompressor_worker.passes.merge_experts:MergeExperts",
     "hybridAttention": "kompressor_worker.passes.hybrid_attention:HybridAttention",
+    "distil": "kompressor_worker.passes.distil:Distil",
 }
 """Name in the spec to `module:class`, imported when asked for."""
 
@@ -84,6 +86,8 @@ class Pass:
     """Under which name the report has what it has decided (`described`); none: beside the shape, where that changes."""
     once: bool = False
     """Whether a job has at most one of it."""
+    trains: bool = False
+    """Whether its work comes behind the stream: the model that the passes before it have made is trained (`distilling`)."""
     products: float = 0.0
     """How many products of a weight [out, in] with its Hessian [in, in] encoding it takes: for estimates of time, and progress."""
 
@@ -93,6 +97,15 @@ class Pass:
     def measures(self) -> bool:
         """Whether it needs calibration data."""
         return bool(self.statistics or self.kv or self.reduces or self.surveys)
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether it reads the calibration's dataset without measuring anything on it."""
+        return False
+
+    def trained_on(self, calibration: CalibrationSpec | None) -> Sample | None:
+        """What a pass that trains reads. Raises UserError where there is nothing."""
+        return None
 
     def surveyor(self, source: ModelLayout) -> Surveyor:
         """Measures what the pass has to decide next; called once for each of its `surveys`."""
@@ -174,6 +187,11 @@ def build_passes(entries: Sequence[Mapping[str, Any]]) -> list[Pass]:
             raise UserError(f"passes[{i}].{name}: {explain(error, cls.Params)}") from error
         if cls.once and (first := next((j for j, p in enumerate(passes[:-1]) if isinstance(p, cls)), None)) is not None:
             raise UserError(f"passes[{i}].{name}: there is one at passes[{first}] already, and a job has one at most; join them")
+        if i and passes[-2].trains:
+            raise UserError(
+                f"passes[{i}].{name}: comes behind {next(iter(entries[i - 1]))}, whose training has to see what all others make of the "
+                "model; put it last"
+            )
     return passes
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from kompressor_api.datasets import MAX_SAMPLES, MAX_SEQUENCE_LENGTH, Dataset
+from kompressor_api.datasets import MAX_SAMPLES, MAX_SEQUENCE_LENGTH, CalibrationSpec, Dataset, Sample
 from kompressor_api.fields import Count, Flag, Model, Number
 from kompressor_api.locations import Location, SourceLocation
+from kompressor_api.names import Reason, Role
+from kompressor_worker.architectures import FAMILIES, text_config
+from kompressor_worker.errors import UserError
+from kompressor_worker.layout import ModelLayout
+from kompressor_worker.passes import Pass
 
 Share = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
 Size = Annotated[Count, Field(ge=1, le=1_048_576)]
@@ -137,3 +143,98 @@ class DistilParams(Model):
                 "teacher.offline keeps logits alone; hiddenStates and attentionOutputs need the teacher itself, so leave one out"
             )
         return self
+
+
+MOST_ROWS = MAX_SAMPLES * 1000
+
+
+class TrainingData(Sample):
+    """Rows that a student is trained on."""
+
+    ROLE = Role.TRAINING
+    SECTION = "training"
+
+    samples: Annotated[Count, Field(ge=1, le=MOST_ROWS)] = Field(default=MOST_ROWS, description="Rows at most.")
+
+
+class CalibrationData(TrainingData):
+    """The same out of the calibration's dataset."""
+
+    ROLE = Role.DATA
+
+
+class Distil(Pass):
+    """The pass `distil`: in the stream it does nothing, what it asks for comes behind it (`distillation`, `distilling`)."""
+
+    Params: ClassVar[type[Model]] = DistilParams
+    trains = True
+    once = True
+
+    def __init__(self, params: DistilParams) -> None:
+        self.params = params
+
+    @property
+    def reads_calibration(self) -> bool:
+        return self.params.dataset is None
+
+    def trained_on(self, calibration: CalibrationSpec | None) -> TrainingData:
+        params = self.params
+        asked: dict[str, Any] = {name: getattr(params, name) for name in ("sequence_length", "packing", "seed")}
+        asked["samples"] = params.rows or MOST_ROWS
+        if params.dataset is not None:
+            return TrainingData(dataset=params.dataset, **asked)
+        if calibration is None:
+            raise UserError("distil: nothing to train on; give distil.dataset, or spec.calibration.dataset, which it reads too")
+        return CalibrationData(dataset=calibration.dataset, **asked)
+
+    def prepare(self, layout: ModelLayout) -> ModelLayout:
+        """Nothing changes. Raises UserError: a model that cannot be run, layers that it has not."""
+        if FAMILIES.get(layout.family or "") is None or not FAMILIES[layout.family or ""].forward:
+            known = ", ".join(name for name, family in FAMILIES.items() if family.forward)
+            model_type = text_config(layout.config).get("model_type")
+            raise UserError(
+                f"distil: model_type {model_type!r} is not one whose function is known (known: {known}), so it cannot be trained; leave "
+                "distil out",
+                Reason.UNSUPPORTED_MODEL,
+            )
+        self.refuse_layers("student", 0, layout.config)
+        if self.params.teacher.source is None:
+            self.refuse_layers("teacher", 1, layout.source_config)
+        return layout
+
+    def refuse_layers(self, who: str, side: int, config: Mapping[str, Any]) -> None:
+        """Raises UserError where a pair of layers names one that `who` (the pairs' `side`) has not."""
+        layers = int(text_config(config).get("num_hidden_layers") or 0)
+        for name, asked in (("hiddenStates", self.params.hidden_states), ("attentionOutputs", self.params.attention_outputs)):
+            if asked is None:
+                continue
+            if asked.layers is not None and asked.layers > layers:
+                raise UserError(f"distil: {name}.layers {asked.layers}, and the {who} has {layers}; ask for {layers} at most")
+            for pair in asked.pairs or ():
+                if pair[side] >= layers:
+                    raise UserError(f"distil: {name}.pairs {pair}: the {who} has no layer {pair[side]}: they go up to {layers - 1}")
+
+
+def in_place_of_sizes(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The passes of a spec, with those that make a student of the sizes that distil asks for in front. Raises UserError for sizes of
+    another kind, as `DistilParams` does."""
+    asked = next((entry["distil"] for entry in entries if "distil" in entry), None)
+    student = (asked or {}).get("student") or {}
+    front = [{name: {size: student[key]}} for key, (name, size) in SIZES.items() if student.get(key) is not None]
+    if not front:
+        return [dict(entry) for entry in entries]
+    if there := next((name for entry in entries for name in entry if any(name in pruning for pruning in front)), None):
+        raise UserError(f"distil: student asks for a size that the pass {there} gives already; say it once")
+    rest = {key: value for key, value in student.items() if key not in SIZES}
+    left = {key: value for key, value in (asked or {}).items() if key != "student"}
+    told = {"distil": {**left, **({"student": rest} if rest else {})}}
+    return [*front, *(told if "distil" in entry else dict(entry) for entry in entries)]
+
+
+SIZES = {
+    "layers": ("pruneLayers", "layers"),
+    "hiddenSize": ("pruneHidden", "hiddenSize"),
+    "keyValueHeads": ("pruneHeads", "kvHeads"),
+    "intermediateSize": ("pruneWidth", "intermediateSize"),
+}
+"""Of `student`: the pass that leaves it, and what that calls it; in the order in which they come."""

@@ -20,7 +20,7 @@ from kompressor_api.names import (
     Reason,
     Role,
 )
-from kompressor_api.v1alpha1 import Location, OutputSpec, SourceLocation
+from kompressor_api.v1alpha1 import Location, SourceLocation
 from kompressor_worker.errors import AccessDenied, NotFound, UserError
 from kompressor_worker.storage import Output, Source, s3_environment
 from kompressor_worker.storage.patience import Patience
@@ -33,7 +33,13 @@ _FIELDS = {
     Role.DATA: "calibration.dataset",
     Role.EVALUATION: "evaluation.dataset",
     Role.DRIFT: "drift.dataset",
+    Role.TEACHER: "distil.teacher.source",
+    Role.STUDENT: "distil.student.source",
+    Role.TRAINING: "distil.dataset",
+    Role.LOGITS: "distil.teacher.offline.location",
 }
+_MODELS = (Role.SOURCE, Role.TEACHER, Role.STUDENT)
+_WRITTEN = (Role.OUTPUT, Role.LOGITS)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Place:
     @property
     def holds(self) -> str:
         """What is looked for there, for error messages."""
-        return "config.json" if self.role is Role.SOURCE else "the data"
+        return "config.json" if self.role in _MODELS else "the data"
 
     @property
     def credentials_source(self) -> str:
@@ -80,12 +86,14 @@ class Place:
         return "the pod's own identity (no credentialsSecret is set)"
 
 
-def open_source(location: SourceLocation, environ: Mapping[str, str], stop: threading.Event | None = None) -> Source:
+def open_source(
+    location: SourceLocation, environ: Mapping[str, str], stop: threading.Event | None = None, role: Role = Role.SOURCE
+) -> Source:
     """The checkpoint's store; nothing is read yet, but a hub's revision, which is pinned here.
 
     `stop` ends all waiting once set: calls then raise Terminated. Raises UserError, NotFound (no claim, no such revision), AccessDenied.
     """
-    place = locate(location, Role.SOURCE, environ)
+    place = locate(location, role, environ)
     patience = Patience.from_environ(environ, stop)
     if place.scheme == "s3":
         from kompressor_worker.storage.s3 import S3Source, S3Store
@@ -128,9 +136,9 @@ def open_data(sample: Sample, environ: Mapping[str, str], stop: threading.Event 
     return FileSource(place.uri, root, confine, holds=place.holds, missing=place.missing)
 
 
-def open_output(location: OutputSpec, environ: Mapping[str, str], stop: threading.Event | None = None) -> Output:
+def open_output(location: Location, environ: Mapping[str, str], stop: threading.Event | None = None, role: Role = Role.OUTPUT) -> Output:
     """The result's store; nothing is touched yet. Arguments and errors as for open_source."""
-    place = locate(location, Role.OUTPUT, environ)
+    place = locate(location, role, environ)
     patience = Patience.from_environ(environ, stop)
     if place.scheme == "s3":
         from kompressor_worker.storage.s3 import S3Store
@@ -205,9 +213,9 @@ def locate(location: Location, role: Role, environ: Mapping[str, str]) -> Place:
 
 
 def _missing(role: Role) -> Reason:
-    if role is Role.OUTPUT:
+    if role in _WRITTEN:
         return Reason.OUTPUT_NOT_FOUND
-    return Reason.SOURCE_NOT_FOUND if role is Role.SOURCE else Reason.DATA_NOT_FOUND
+    return Reason.SOURCE_NOT_FOUND if role in _MODELS else Reason.DATA_NOT_FOUND
 
 
 def _folder(place: Place, environ: Mapping[str, str]) -> tuple[Path, Path | None]:

@@ -1,0 +1,229 @@
+"""A job that trains, in three phases: the student that its passes make, the training, and the stream that publishes what came out.
+
+The student is a checkpoint of its own among the job's working objects, with a journal of its own, published there all at once. Training
+leaves an object a unit behind, and a last one that says so. Then the ordinary stream of the result writes these in place of what passes
+would make, so evaluation, gates, journal and publishing are those of every job. Whatever is there already is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kompressor_api.names import Reason
+from kompressor_worker.assignment import Assignment
+from kompressor_worker.calibration import Rows, read_rows
+from kompressor_worker.distil.lesson import DONE, TRAINED, Group, History, Lesson, StoredModel, TrainingStep, finished
+from kompressor_worker.distillation import Distillation
+from kompressor_worker.errors import UserError
+from kompressor_worker.event_files import event_file
+from kompressor_worker.flow import calibrated, evaluated
+from kompressor_worker.journal import Journal, open_journal
+from kompressor_worker.measured import measured
+from kompressor_worker.passes.distil import TrainingData
+from kompressor_worker.publish import CONFIG, REPORT, build_report, parse_report, publish
+from kompressor_worker.samples import FoundData, facts, flows
+from kompressor_worker.storage import JOURNAL, Output, Source
+from kompressor_worker.stream import DataFree, Units, Work, stream
+from kompressor_worker.tokenizer import ModelTokenizer
+from kompressor_worker.trained_units import Trained, Written
+
+if TYPE_CHECKING:
+    from kompressor_worker.trying import Trying
+
+log = logging.getLogger(__name__)
+
+STUDENT = "student"
+"""Name of the output among the working objects."""
+FACTS = f"{TRAINED}data.json"
+"""What the report says of the training data."""
+TRAINING_DATA = TrainingData.SECTION
+
+
+def without_training(assigned: Assignment) -> Assignment:
+    """The job as if it ended before the training."""
+    passes = [p for p in assigned.passes if not p.trains]
+    entries = [entry for entry, p in zip(assigned.spec.passes, assigned.passes, strict=True) if not p.trains]
+    return replace(assigned, spec=assigned.spec.model_copy(update={"passes": entries}), passes=passes)
+
+
+@dataclass
+class Distilling:
+    """One job's."""
+
+    job: Trying
+    found: Distillation
+    journal: Journal
+    """Of the job; what is claimed by it is this worker's."""
+    assigned: Assignment
+    rows: Mapping[str, Rows]
+    """Those that the student's passes and the evaluation want."""
+    least_tokens: int
+
+    def __post_init__(self) -> None:
+        self.output: Output = self.job.output
+        self.stands = bool(without_training(self.assigned).passes)
+        """Whether passes make the student; else it is a checkpoint that is there."""
+        self.report: dict[str, Any] = {}
+        """Of the student that they made."""
+        self.history = History()
+
+    def before_publishing(self) -> None:
+        """The first two phases. Raises whatever `stream` and `train` raise."""
+        if self.stands:
+            self.report = self._make_student()
+        found = finished(self.output)
+        self.history = self._train() if found is None else found
+
+    # ---- the student
+
+    def _make_student(self) -> dict[str, Any]:
+        """Its report."""
+        inner, before = self.output.inner(STUDENT), without_training(self.assigned)
+        if CONFIG in inner.existing():
+            if inner.read(JOURNAL) is not None:
+                inner.cleanup()
+            return parse_report(inner.read_published(REPORT))
+        self.journal.commit(self.journal.state)  # the fence: whoever has taken over is done with it, or at it
+        t = self.job
+        fingerprint, spec = self.journal.state.fingerprint, t.job.spec
+        own = open_journal(inner, fingerprint, t.job.owner, lambda surveys: before.plan, bool(spec.worker.allow_device_change), t.job.uid)
+        t.progress.making(before.layout, own.state.unit)
+        work = Work(before.layout, before.passes, before.schemes, before.plan, t.limits)
+        flowing = flows(before.spec, before.passes)
+        units: Units = calibrated(work, inner, self.rows, self.least_tokens) if flowing else DataFree(work)
+        stream(work, units, self.source, inner, own, t.progress.done, t.stop)
+        data = {section: found for section, found in t.data.items() if section in self.rows}
+        found = measured(before, self.rows, data, own)
+        identity = replace(t.job, spec=before.spec).identity
+        report = build_report(work, {"student": str(fingerprint["passes"])}, identity, own, self.source.uri, found)
+        publish(work, self.source, inner, own, report)
+        return report
+
+    @property
+    def source(self) -> Source:
+        """What the passes read."""
+        return self.job.source
+
+    def student(self) -> StoredModel:
+        return student_of(self.output, self.found, self.stands)
+
+    # ---- training
+
+    def _train(self) -> History:
+        train: Callable[[Lesson], History] = import_module("kompressor_worker.distil.train").train
+        t = self.job
+        log.info("training begins, or goes on")
+        rows = read_training(t.data[TRAINING_DATA], self.found, t.stop)
+        self.output.write(FACTS, json.dumps(facts({TRAINING_DATA: rows}, t.data)).encode())
+        t.progress.training(self.assigned.layout)
+
+        def tell(step: TrainingStep) -> None:
+            t.progress.trained(step)
+
+        lesson = Lesson(
+            self.found.params,
+            self.found.teacher,
+            self.student(),
+            self.work,
+            rows.tokens,
+            None,
+            self.output,
+            self.output,
+            Group(),
+            t.stop,
+            tell,
+        )
+        return train(lesson)
+
+    @property
+    def work(self) -> Work:
+        made = self.assigned
+        return Work(made.layout, made.passes, made.schemes, made.plan, self.job.limits)
+
+    # ---- publishing
+
+    def units(self, work: Work) -> Units:
+        """For the stream that publishes."""
+        trained = Trained(work, self.output, self.report.get("pruned", {}))
+        return evaluated(work, self.output, self.rows, trained) if "evaluation" in self.rows else Written(work, trained)
+
+    def add_to(self, report: dict[str, Any]) -> dict[str, bytes]:
+        """Puts what there is to say of the training into the result's report. Returns what goes beside the result, by name."""
+        report["distillation"] = self.section(report.get("evaluation"))
+        if (found := self.output.read(FACTS)) is not None:
+            report["data"] = {**report.get("data", {}), **json.loads(found[0])}
+        report["warnings"] = list(dict.fromkeys([*report["warnings"], *self.report.get("warnings", ())]))
+        events = event_file(self.history)
+        report["files"] = sorted([*report["files"], *events])
+        return events
+
+    def section(self, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The report's. `evaluation`: of the result."""
+        history, before = self.history, self.report.get("evaluation")
+        return {
+            "teacher": self.found.teacher.source.uri,
+            **({"student": self.found.student.source.uri} if self.found.student is not None else {}),
+            "steps": history.steps,
+            "tokens": history.tokens,
+            "seconds": round(history.seconds, 1),
+            "bestStep": history.best_step,
+            **({"stopped": history.stopped} if history.stopped else {}),
+            "processes": history.processes,
+            **({"before": before} if before else {}),
+            **({"recovered": recovered(before, evaluation)} if before and evaluation else {}),
+            "curve": thinned(history.curve),
+            "evaluations": history.evaluations,
+        }
+
+
+def student_of(output: Output, found: Distillation, stands: bool) -> StoredModel:
+    """What is trained, once it is there."""
+    if stands:
+        return StoredModel.read(output.inner(STUDENT).as_source())
+    return found.student or found.source
+
+
+def read_training(data: FoundData, found: Distillation, stop: Any) -> Rows:
+    """Raises UserError where there is less than one step takes."""
+    rows = read_rows(data.source, data.sample, ModelTokenizer(found.source.source), stop, at_least=1)
+    if len(rows.tokens) < found.params.batch:
+        raise UserError(
+            f"{data.source.uri}: {len(rows.tokens)} rows of {data.sample.sequence_length} tokens to train on, and one step takes "
+            f"distil.batch {found.params.batch}; give more data, a smaller batch, or a smaller sequenceLength",
+            Reason.BAD_DATA,
+        )
+    return rows
+
+
+POINTS = 400
+"""Of a curve in the report, at most; TensorBoard's files have all."""
+
+
+def thinned(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+    """At most POINTS of it: neighbours become their mean, each under its last step."""
+    bunch = -(-len(curve) // POINTS)
+    if bunch <= 1:
+        return curve
+    groups = [curve[start : start + bunch] for start in range(0, len(curve), bunch)]
+    return [{**{key: sum(p[key] for p in group) / len(group) for key in group[0]}, "step": group[-1]["step"]} for group in groups]
+
+
+def recovered(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """Shares of what the student had lost that training has brought back: 1 is all of it, less than 0 a further loss."""
+    from math import log as ln
+
+    found = {}
+    if before["kl"] > 0:
+        found["kl"] = 1 - after["kl"] / before["kl"]
+    lost = ln(before["perplexityAfter"] / before["perplexityBefore"])
+    if lost > 0:
+        found["perplexity"] = 1 - ln(after["perplexityAfter"] / after["perplexityBefore"]) / lost
+    return {name: float(f"{share:.4g}") for name, share in found.items()}
+
+
+__all__ = ["DONE", "Distilling", "read_training", "recovered", "student_of", "thinned", "without_training"]
