@@ -81,6 +81,12 @@ def call(rows: int = 300, columns: int = 384) -> None:
         on_cuda("add_gram", torch.zeros(2048, 2048), torch.zeros(64, 2048, dtype=dtype))
     on_cuda("add_gram", torch.zeros(384, 384), half)
     on_cuda("amax", half)
+    targets, logits = torch.zeros(rows, dtype=torch.int64), half.clone()
+    for kind, labels, cap, gradient in (("forward", 0.0, None, True), ("reverse", 0.5, None, False), ("jensenShannon", 0.5, 30.0, True)):
+        on_cuda("divergence", logits, half, targets, kind, 2.0, labels, cap, cap, gradient)
+    on_cuda("divergence", weight.clone(), None, targets, "forward", 1.0, 1.0, 30.0, None, True)
+    indices, logs = torch.zeros(rows, 9, dtype=torch.int32), torch.zeros(rows, 9)
+    on_cuda("top_k_divergence", logits, indices, logs, torch.zeros(rows), targets, "forward", 1.0, 0.5, 30.0, True)
     for name in ("W8A8", "W4A16_ASYM", "W3A16", "FP8", "FP8_BLOCK", "MXFP4", "NVFP4"):
         scheme = SCHEMES[name]
         codes, *_ = on_cuda("quantize", half, name, scheme.group_size or -1, one)
@@ -93,11 +99,21 @@ def call(rows: int = 300, columns: int = 384) -> None:
 
 KERNELS = {
     "round_block", "prune_block", "quantize_rows", "quantize_groups", "transform", "add_triangle", "find_ranges", "encode_some",
-    "pack_some", "price_some", "decode_some",
+    "pack_some", "price_some", "decode_some", "judge_rows", "sum_rest", "write_rest",
 }  # fmt: skip
 
 
-DIVIDING = {"round_block", "prune_block", "quantize_rows", "quantize_groups", "encode_some", "transform"}
+DIVIDING = {
+    "round_block",
+    "prune_block",
+    "quantize_rows",
+    "quantize_groups",
+    "encode_some",
+    "transform",
+    "judge_rows",
+    "sum_rest",
+    "write_rest",
+}
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -13,8 +15,10 @@ from kompressor_worker.kernels import (
     column_loop,
     eager,
     pruning,
+    token_divergence,
     triton_activations,
     triton_column_loop,
+    triton_divergence,
     triton_encode,
     triton_gram,
     triton_pruning,
@@ -150,6 +154,38 @@ def damaged() -> None:
             assert triton_quantize.quantize(weight[:, :300].contiguous(), scheme, -1, torch.ones(1))[3][2] == 4 - (shape[1] > 300)
 
 
+def divergences() -> None:
+    """Of all of a teacher's logits, of none, and of its most likely tokens; a vocabulary of more than one chunk, which it does not fill."""
+    for number, kind in enumerate(triton_divergence.KINDS):
+        for dtype, count, temperature, labels, cap in (
+            (torch.float32, 5001, 1.0, 0.0, None),
+            (torch.float32, 300, 2.5, 0.3, 6.0),
+            (torch.float16, 300, 0.7, 1.0, None),
+        ):
+            student, teacher = ((torch.randn(4, count) * 3).to(dtype) for _ in range(2))
+            targets = torch.tensor([7, -100, count - 1, number])
+            for theirs in (teacher, None):
+                whole = theirs, targets, kind, temperature, labels, cap, 5.0 if cap else None
+                close_to(triton_divergence.divergence, token_divergence.divergence, student, *whole)
+            log_p = teacher.float().log_softmax(1)
+            most, indices = log_p.topk(9, 1)
+            rest = log_p.scatter(1, indices, -torch.inf).logsumexp(1)
+            targets[3] = indices[3, 2]
+            some = indices.to(torch.int32), most.contiguous(), rest, targets, kind, temperature, labels, cap
+            close_to(triton_divergence.top_k_divergence, token_divergence.top_k_divergence, student, *some)
+
+
+def close_to(ours: Callable[..., torch.Tensor], theirs: Callable[..., torch.Tensor], student: torch.Tensor, *given: Any) -> None:
+    """The figures, and the gradient that stands where the logits were; these stay where no gradient is wanted."""
+    one, other, kept = student.clone(), student.clone(), student.clone()
+    wanted = theirs(other, *given, True)
+    assert torch.allclose(ours(one, *given, True), wanted, rtol=1e-4, atol=1e-4), given
+    precision = 1e-5 if student.dtype is torch.float32 else 1e-3
+    assert float((one.double() - other.double()).norm()) <= precision * float(other.double().norm()), given
+    if len(given) == 7:  # `top_k_divergence` may use the logits' place
+        assert torch.allclose(ours(kept, *given, False), wanted, rtol=1e-4, atol=1e-4) and torch.equal(kept, student)
+
+
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.manual_seed(0)
@@ -161,3 +197,4 @@ if __name__ == "__main__":
     weights()
     packing()
     damaged()
+    divergences()

@@ -5,7 +5,7 @@ Each operation stands up to three times: in plain torch, its specification (`eag
 `torch.ops.kompressor.*`. The one dispatch rule: on the CPU the compiled one where it could be built, on CUDA the one in Triton where there
 is one, else plain torch; `KOMPRESSOR_KERNELS=eager` forces that. All give the same tensors bit for bit, whatever the number of threads;
 the fp64 sums agree to rounding. GPTQ's codes agree but where the last bit of a sum decides between two: the compiled one has sums of its
-own, which depend on nothing.
+own, which depend on nothing. Divergences and their gradients, with exponentials in them, agree to rounding too.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ SOURCES = (
     "encode.cpp",
     "clip_search.cpp",
     "bitmask.cpp",
+    "divergence.cpp",
 )
 # No fast-math and no contraction to FMA: results are to equal the eager reference bit for bit.
 FLAGS = [

@@ -278,3 +278,36 @@ def unpack_bitmask(lib: ctypes.CDLL, values: Tensor, bitmask: Tensor, columns: i
         _pointer(weight),
     )  # fmt: skip
     return weight if done == len(values) else bitmask_eager.unpack_bitmask(values, bitmask, columns)  # raises, and says why
+
+
+BETWEEN = {"forward": 0, "reverse": 1, "jensenShannon": 2}
+
+
+def divergence(
+    lib: ctypes.CDLL, student: Tensor, teacher: Tensor | None, targets: Tensor, kind: str, temperature: float, labels: float,
+    cap: float | None, teacher_cap: float | None, gradient: bool,
+) -> Tensor:  # fmt: skip
+    (rows, vocabulary), made = student.shape, torch.empty((len(student), 3), dtype=torch.float64)
+    assert teacher is None or (teacher.shape, teacher.dtype) == (student.shape, student.dtype), (teacher.shape, teacher.dtype)
+    assert not rows or int(targets.max()) < vocabulary, (int(targets.max()), vocabulary)
+    lib.kompressor_divergence(
+        _pointer(student), None if teacher is None else _pointer(teacher), DTYPES[student.dtype], _pointer(targets), _i64(rows),
+        _i64(vocabulary), BETWEEN[kind], ctypes.c_float(temperature), ctypes.c_float(labels), ctypes.c_float(cap or 0.0),
+        ctypes.c_float(teacher_cap or 0.0), gradient, _threads(student), _pointer(made),
+    )  # fmt: skip
+    return made
+
+
+def top_k_divergence(
+    lib: ctypes.CDLL, student: Tensor, indices: Tensor, log_probabilities: Tensor, rest: Tensor, targets: Tensor, kind: str,
+    temperature: float, labels: float, cap: float | None, gradient: bool,
+) -> Tensor:  # fmt: skip
+    (rows, vocabulary), made = student.shape, torch.empty((len(student), 3), dtype=torch.float64)
+    assert (indices.dtype, log_probabilities.dtype, rest.dtype) == (torch.int32, torch.float32, torch.float32)
+    assert not rows or (int(targets.max()) < vocabulary and int(indices.min()) >= 0 and int(indices.max()) < vocabulary), vocabulary
+    lib.kompressor_top_k_divergence(
+        _pointer(student), DTYPES[student.dtype], _pointer(indices), _pointer(log_probabilities), _pointer(rest), _pointer(targets),
+        _i64(rows), _i64(vocabulary), _i64(indices.shape[1]), BETWEEN[kind], ctypes.c_float(temperature), ctypes.c_float(labels),
+        ctypes.c_float(cap or 0.0), gradient, _threads(student), _pointer(made),
+    )  # fmt: skip
+    return made

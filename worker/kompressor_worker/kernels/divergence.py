@@ -172,7 +172,7 @@ class _InChunks(torch.autograd.Function):
 def _chunks(hidden: Tensor, vocabulary: int, scratch_bytes: int | None) -> list[slice]:
     allowed = scratch_bytes or (CUDA_SCRATCH_BYTES if hidden.is_cuda else CPU_SCRATCH_BYTES)
     size = max(1, allowed // (2 * vocabulary * hidden.element_size()))
-    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+    return [slice(start, min(start + size, len(hidden))) for start in range(0, max(1, len(hidden)), size)]
 
 
 def _add_product(sums: Tensor, gradient: Tensor, hidden: Tensor) -> None:

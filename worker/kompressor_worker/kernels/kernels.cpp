@@ -10,3 +10,4 @@
 #include "encode.cpp"
 #include "clip_search.cpp"
 #include "bitmask.cpp"
+#include "divergence.cpp"

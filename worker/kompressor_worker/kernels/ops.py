@@ -136,11 +136,13 @@ _register(
     "divergence(Tensor(a!) student, Tensor? teacher, Tensor targets, str kind, float temperature, float labels, float? cap,"
     " float? teacher_cap, bool gradient) -> Tensor",
     token_divergence.divergence,
-    lambda _, *args: token_divergence.divergence(*args),
+    compiled.divergence,
+    "triton_divergence",
 )
 _register(
     "top_k_divergence(Tensor(a!) student, Tensor indices, Tensor log_probabilities, Tensor rest, Tensor targets, str kind,"
     " float temperature, float labels, float? cap, bool gradient) -> Tensor",
     token_divergence.top_k_divergence,
-    lambda _, *args: token_divergence.top_k_divergence(*args),
+    compiled.top_k_divergence,
+    "triton_divergence",
 )
