@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from safetensors.torch import save_file
 
 from independent import tensors_of
 from kompressor_api.v1alpha1 import OutputSpec, SourceLocation
-from kompressor_worker.distil.lesson import Group, Lesson, StoredModel, TrainingStep
+from kompressor_worker.distil.lesson import Group, Lesson, StoredModel, TrainingStep, trained_object
+from kompressor_worker.distil.trained import read_trained
+from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes.distil import DistilParams
-from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import plan_output
+from kompressor_worker.sparsity import Sparsity
 from kompressor_worker.storage.locations import open_output, open_source
 from kompressor_worker.stream import Work
 from models import RECIPES, token_rows, trained_model
 
-__all__ = ["lesson", "narrower", "rows_of", "stored"]
+__all__ = ["lesson", "narrower", "published", "rows_of", "stored"]
 
 
 def rows_of(kind: str, rows: int, length: int, seed: int = 77) -> list[torch.Tensor]:
@@ -56,15 +59,41 @@ def lesson(
     rows: Sequence[torch.Tensor],
     params: dict[str, Any],
     *,
-    schemes: dict[str, Scheme] | None = None,
+    pruned: Sparsity | None = None,
     group: Group | None = None,
     stop: threading.Event | None = None,
     tell: Callable[[TrainingStep], None] = lambda step: None,
 ) -> Lesson:
-    """Of a student whose shape is the result's, and whose output is a folder."""
+    """Of a student whose shape is the result's, in a folder; `pruned`: what has been set to zero in all its linears."""
     learner = stored(student)
+    schemes = {t.name.removesuffix(".weight"): t.scheme for s in learner.layout.stages() for t in s.tensors if t.scheme is not None}
+    layout = marked(learner.layout, pruned) if pruned is not None else learner.layout
     place = open_output(OutputSpec(uri=f"file://{output}"), {}, threading.Event())
-    work = Work(learner.layout, [], schemes or {}, plan_output(learner.layout, schemes or {}))
+    work = Work(layout, [], schemes, plan_output(layout, schemes))
     asked = DistilParams.model_validate({"sequenceLength": len(rows[0]), **params})
     inner = place.inner("training")
     return Lesson(asked, stored(teacher), learner, work, rows, None, place, inner, group or Group(), stop or threading.Event(), tell)
+
+
+def marked(layout: ModelLayout, pruned: Sparsity) -> ModelLayout:
+    """With all linears of blocks pruned."""
+    units = [
+        replace(
+            unit,
+            stages=tuple(
+                replace(s, linears=tuple(replace(x, pruned=pruned) if x.kind == "linear" else x for x in s.linears)) for s in unit.stages
+            ),
+        )
+        for unit in layout.units
+    ]
+    return replace(layout, units=tuple(units))
+
+
+def published(given: Lesson) -> dict[str, torch.Tensor]:
+    """What came out, by name."""
+    found: dict[str, torch.Tensor] = {}
+    for unit in range(len(given.work.layout.units)):
+        data = given.output.read(trained_object(unit))
+        assert data is not None
+        found |= read_trained(data[0])[0]
+    return found

@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 import torch
 from blockwise import kl, logits
-from lessons import lesson, narrower, rows_of
+from lessons import lesson, narrower, published, rows_of
 from sources import folder_source
 
 from independent import tensors_of
-from kompressor_worker.distil.lesson import TRAINED, Lesson, TrainingStep, finished, trained_object
+from kompressor_worker.distil.lesson import TRAINED, Lesson, TrainingStep, finished
 from kompressor_worker.distil.losses import Losses
 from kompressor_worker.distil.optimizer import learning_rate
 from kompressor_worker.distil.order import Order, shuffled
 from kompressor_worker.distil.together import refuse_parallelism
 from kompressor_worker.distil.train import train
-from kompressor_worker.distil.trained import read_trained
 from kompressor_worker.errors import BadNumerics, UserError
 from kompressor_worker.passes.distil import DistilParams
 from models import trained_model
@@ -48,16 +47,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def published(given: Lesson) -> dict[str, torch.Tensor]:
-    """What came out, by name."""
-    found: dict[str, torch.Tensor] = {}
-    for unit in range(len(given.work.layout.units)):
-        data = given.output.read(trained_object(unit))
-        assert data is not None
-        found |= read_trained(data[0])[0]
-    return found
 
 
 def held_out(rows: list[torch.Tensor]) -> torch.Tensor:

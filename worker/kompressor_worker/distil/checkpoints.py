@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -104,7 +105,7 @@ class Checkpoints:
     def load(self, state: Mapping[str, Tensor], saved: Saved) -> None:
         """Fills the tensors in place. Raises CorruptSource, and what storage raises."""
         with plainly():
-            dcp.load(dict(state), storage_reader=Reader(self._output, saved), no_dist=self._together.mesh is None)
+            load(dict(state), storage_reader=Reader(self._output, saved), no_dist=self._together.mesh is None)
 
     def _write(self, state: Mapping[str, Tensor], step: int) -> Saved:
         name = self._together.told(f"{TRAINING}{step:08d}-{secrets.token_hex(4)}/")
@@ -117,7 +118,7 @@ class Checkpoints:
         self._commit(replace(self.manifest, writing=(f"{name}index.json", *begun)))
         writer = Writer(self._output, name)
         with plainly():
-            dcp.save(dict(state), storage_writer=writer, no_dist=self._together.mesh is None)
+            save(dict(state), storage_writer=writer, no_dist=self._together.mesh is None)
         objects = json.loads(self._together.told(json.dumps(writer.objects)))
         return Saved(step, name, tuple(objects))
 

@@ -84,8 +84,9 @@ class Losses:
 
     def _judge(self, mine: Seen, theirs: Seen | None, targets: Tensor, divergence: Divergence, alike: bool) -> tuple[Tensor, Measured]:
         hidden, head = (None, None) if theirs is None else (theirs.hidden, theirs.head)
-        caps = {"softcap": self.student.decoder.final_softcap, "teacher_softcap": self.teacher.decoder.final_softcap}
-        loss = distillation_loss(mine.hidden, mine.head, hidden, head, targets, divergence, **caps)
+        mine_cap, their_cap = self.student.decoder.final_softcap, self.teacher.decoder.final_softcap
+        given = mine.hidden, mine.head, hidden, head, targets, divergence
+        loss = distillation_loss(*given, softcap=mine_cap, teacher_softcap=their_cap)
         total = loss.total
         if alike and theirs is not None:
             assert isinstance(self.student.alike, Projections)

@@ -58,7 +58,7 @@ class Rounded(torch.autograd.Function):
         return x.to(dtype).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -80,7 +80,7 @@ class RoundedLinear(torch.autograd.Function):
         return F.linear(x, weight.to(dtype).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         by_x = gradient @ weight.to(ctx.dtype).to(x.dtype) if ctx.needs_input_grad[0] else None
         by_weight = None

@@ -25,7 +25,7 @@ from kompressor_worker.distil.checkpoints import Checkpoints
 from kompressor_worker.distil.lesson import History, Lesson, StoredModel, TrainingStep, finished
 from kompressor_worker.distil.loading import build
 from kompressor_worker.distil.losses import Losses, Measured
-from kompressor_worker.distil.model import TrainedModel, computing_dtype
+from kompressor_worker.distil.model import TrainedBlock, TrainedModel, computing_dtype
 from kompressor_worker.distil.optimizer import Optimizer, learning_rate, local
 from kompressor_worker.distil.order import Order, micro_rows, micros
 from kompressor_worker.distil.together import Together, refuse_parallelism
@@ -147,7 +147,7 @@ class Training:
         group = self.together.group
         for micro in micros(self.order.rows(step), rows, micro_rows(params), group.rank, group.size, self.together.device):
             loss, found = self.losses(micro)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             measured += found
         total = Measured(*self.together.sums(measured.values()))
         loss_of_token = total.loss / max(1.0, total.tokens)
@@ -241,11 +241,12 @@ def built(lesson: Lesson, together: Together, alike: Alike) -> TrainedModel:
     shard = together.shard(computing_dtype(DTYPES[layout.dtype], together.device), trained=True)
     student = build(lesson.student, together.device, True, lesson.work.limits, shard)
     if alike:
-        widths = (int(each.layout.config["hidden_size"]) for each in (lesson.student, lesson.teacher))
-        student.alike = Projections(alike, *widths, params.seed, together.device)
+        mine, theirs = (int(text_config(each.layout.config)["hidden_size"]) for each in (lesson.student, lesson.teacher))
+        student.alike = Projections(alike, mine, theirs, params.seed, together.device)
     shard(student)
     again = params.activation_checkpointing
     for block in student.blocks:
+        assert isinstance(block, TrainedBlock)
         block.checkpointing = much_memory(lesson, together.device) if again is None else again
     return student
 
@@ -257,10 +258,11 @@ def layers_of(model: StoredModel) -> int:
 def much_memory(lesson: Lesson, device: torch.device) -> bool:
     """Whether what blocks keep for the backward of a micro batch is much: about what goes into and out of their linears."""
     chosen = int(text_config(lesson.student.layout.config).get("num_experts_per_tok") or 1)
+    experts = max(sum(1 for stage in unit.stages if stage.expert is not None) for unit in lesson.student.layout.units)
     floats = 0.0
     for stage in lesson.student.layout.stages():
-        experts = sum(1 for x in lesson.student.layout.units[1].stages if x.expert is not None) or 1
-        floats += sum(sum(x.shape) for x in stage.linears if x.kind == "linear") * (chosen / experts if stage.expert is not None else 1)
+        share = min(1.0, chosen / experts) if stage.expert is not None else 1.0
+        floats += share * sum(sum(x.shape) for x in stage.linears if x.kind == "linear")
     tokens = micro_rows(lesson.params) * lesson.params.sequence_length
     limit = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else CHECKPOINTING_BYTES
     return floats * tokens * computing_dtype(DTYPES[lesson.student.layout.dtype], device).itemsize > limit
