@@ -194,7 +194,14 @@ class LocalCluster(Cluster):
         if not (folder / "kubeconfig").exists():
             self._identify_node(name, folder)
         options: list[str | Path] = ["--kubeconfig", folder / "kubeconfig", "--name", name, "--root", folder]
-        options += ["--images", self.root / "images.json", "--address", (folder / "address").read_text()]
+        options += [
+            "--images",
+            self.root / "images.json",
+            "--names",
+            self.root / "run" / "names",
+            "--address",
+            (folder / "address").read_text(),
+        ]
         if not self.keep:
             options.append("--kill-on-exit")
         self.processes[name] = spawn(

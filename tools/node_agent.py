@@ -26,6 +26,7 @@ from agent.home import stop_everything
 from agent.images import ImageTable
 from agent.kubelet_api import LogServer
 from agent.lifecycle import Backoff
+from agent.names import Names
 from agent.node import Heartbeat, NodeSpec, machine_capacity
 from agent.pods import Pods
 from agent.processes import NodeFacts
@@ -63,9 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     capacity = machine_capacity() | options.capacity
     facts = NodeFacts(options.name, options.address, client.host, client.port, capacity, user_namespace, options.kill_on_exit)
     gpus = int(parse(capacity.get(_GPU, 0)))
+    names = Names(client, options.names or options.root / "names", options.name)
     context = Context(
         client, facts, ImageTable(options.images), options.root, Backoff(options.backoff, options.backoff_most),
-        Events(client, options.name), Stock(pod_addresses(options.name)),
+        Events(client, options.name), names, Stock(pod_addresses(options.name)),
         Stock([str(number) for number in range(gpus)]) if _GPU in capacity else None, memory_way, leash,
         threading.Event(),
     )  # fmt: skip
@@ -77,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     heartbeat.register()
     if server is not None:
         server.serve(pods)
+    names.start()
     threading.Thread(target=heartbeat.run, name="heartbeat", daemon=True).start()
     pods.follow()
     return 0
@@ -132,6 +135,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--address", default="127.0.0.1", help="the node's address, on loopback, where it serves logs")
     add("--images", type=Path, required=True, help="JSON table of the images that it can run; read again at every start")
     add("--root", type=Path, required=True, help="folder for pods, their logs and volumes; kept between restarts")
+    add("--names", type=Path, help="folder where this machine's nodes tell one another the host names of pods; under --root by default")
     add("--serving-cert", type=Path, help="certificate with which it serves logs; serving.crt beside the kubeconfig")
     add("--serving-key", type=Path, help="its key; serving.key beside the kubeconfig")
     add("--client-ca", type=Path, help="whose clients may ask for logs; the kubeconfig's authority")

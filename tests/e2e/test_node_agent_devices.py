@@ -12,6 +12,7 @@ import pytest
 from agent.client import ApiUnavailable
 from agent.context import Context, Stock
 from agent.lifecycle import Backoff
+from agent.names import Names
 from agent.pod import PodWorker
 
 Object = dict[str, Any]
@@ -36,7 +37,8 @@ class Node:
         client: Any = self
         images: Any = None
         self.context = Context(
-            client, facts, images, self.root, Backoff(), events, Stock(["127.0.0.2", "127.0.0.3"]), self.gpus, ("none", ""), -1,
+            client, facts, images, self.root, Backoff(), events, Names(client, self.root / "names", "node"),
+            Stock(["127.0.0.2", "127.0.0.3"]), self.gpus, ("none", ""), -1,
             threading.Event(),
         )  # fmt: skip
 

@@ -24,6 +24,7 @@ probes.py        readiness, liveness, startup
 pod.py           one thread a pod: observe, decide, act, report
 pods.py          list and watch; one worker a pod
 node.py          the Node, its Lease, its heartbeat
+names.py         pods of headless Services find one another: /etc/hosts in place of DNS
 events.py        events, repeated ones counted
 kubelet_api.py   /containerLogs for `kubectl logs`
 logs.py          reading a container's log back

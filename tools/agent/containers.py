@@ -10,6 +10,7 @@ from agent.contract import MemoryLimit, Mount
 from agent.environment import ConfigError, environment
 from agent.images import Image, ImageError
 from agent.lookups import lookup_in
+from agent.names import HOSTS
 from agent.processes import TERMINATION_LOG, CommandMissing, memory_limit, process_spec, service_environment
 from agent.records import Container
 from agent.runs import Run
@@ -51,6 +52,9 @@ def _launch(context: Context, pod: Object, container: Container, image: Image, p
     lookup = lookup_in(context.client, pod["metadata"]["namespace"])
     env = environment(pod, spec, service_environment(facts), facts.allocatable, lookup)
     mounts = container_mounts(spec, places, env)
+    hosts = context.root / "pods" / pod["metadata"]["uid"] / HOSTS
+    if hosts.exists():  # rewritten as other pods come and go
+        mounts.append(Mount(str(hosts), "/etc/hosts"))
     log_mount = Mount("", spec.get("terminationMessagePath") or TERMINATION_LOG)
     lent = gpus if context.gpus is not None else None
     # Everything that can be wrong with the spec is known before a folder or a cgroup is made for it.

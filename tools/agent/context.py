@@ -10,6 +10,7 @@ from agent.client import Client
 from agent.events import Events
 from agent.images import ImageTable
 from agent.lifecycle import Backoff
+from agent.names import Names
 from agent.processes import NodeFacts
 
 
@@ -53,6 +54,7 @@ class Context:
     root: Path
     backoff: Backoff
     events: Events
+    names: Names
     addresses: Stock
     gpus: Stock | None
     memory: tuple[str, str]

@@ -46,6 +46,8 @@ class PodWorker:
         facts = context.facts
         self._volumes = Volumes(self._view(), self._home.volumes, context.root / "claims", context.client, facts.allocatable)
         self._places = self._home.places
+        if self._home.ip and self._home.refusal is None and not self._acknowledged:
+            context.names.enter(self.uid, self._view, self._home.folder)
 
     # Called by other threads
 
@@ -235,6 +237,7 @@ class PodWorker:
         """Writes the status if it changed. What a pod held is free before its end is told, which may bring the next pod at once."""
         over = self._ending is not None and not any(container.running for container in self.containers)
         if over:
+            self._context.names.leave(self.uid)
             self._home.release()
         facts = self._context.facts
         seen = Observed(self.containers, facts.address, self._home.ip, self._home.started_at, self._volumes_ready, self._ending, over)
@@ -274,6 +277,7 @@ class PodWorker:
                 stopping.begin(container, _FORCED_GRACE_SECONDS, now, self._home.ip)
         if any(container.running for container in self.containers):
             return self._next_kill()
+        self._context.names.leave(self.uid)
         self._home.remove()
         with self._lock:
             self.finished = True
