@@ -92,7 +92,7 @@ class Rounding(torch.autograd.Function):
         return grid.dequantize(grid.quantize(weight, found, of.scheme), found, of.scheme).to(of.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (weight,), found, of = ctx.saved_tensors, ctx.found, ctx.of
         scheme: Scheme = of.scheme
         steps = per_weight(found.step, weight, scheme)
@@ -135,7 +135,7 @@ class RoundedInput(torch.autograd.Function):
         return rounded
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (inside,) = ctx.saved_tensors
         return gradient if inside is None else gradient * inside, None, None, None
 
