@@ -187,7 +187,14 @@ async def serve(settings: Settings, stop: asyncio.Event, clock: Callable[[], dat
             await queue.stop(settings.shutdown_seconds if leading() else 0)
 
         metrics.add(
-            Moment(lambda: queue.depth, store.tally, cluster.requests, leading, lambda: dog.longest(store.unproven, cluster.answered))
+            Moment(
+                lambda: queue.depth,
+                store.tally,
+                cluster.requests,
+                leading,
+                lambda: dog.longest(store.unproven, cluster.answered),
+                store.training,
+            )
         )
         cluster.may_write = leading
         health = Health(problem, standby=leader is not None, exposition=metrics.exposition)

@@ -21,7 +21,8 @@ from prometheus_client.registry import Collector
 from kompressor_api.names import Reason
 from kompressor_operator.conditions import Event, Phase, Verdict
 from kompressor_operator.object_meta import moment
-from kompressor_operator.observed import CompressionJob
+from kompressor_operator.observed import CompressionJob, Key
+from kompressor_operator.training import Training
 
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 JOB_BUCKETS = (10.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0, 43200.0, 86400.0)
@@ -44,6 +45,8 @@ class Moment:
     leading: Callable[[], bool]
     owed: Callable[[], float]
     """Seconds that a watch has owed something."""
+    training: Callable[[], Mapping[Key, Training]]
+    """Of the CompressionJobs that train now."""
 
 
 class Metrics:
@@ -142,6 +145,23 @@ class _AtAMoment(Collector):
         for (verb, kind, code), count in now.requests.items():
             requests.add_metric((verb, kind, str(code)), count)
         yield requests
+        yield from _training(now.training())
+
+
+def _training(jobs: Mapping[Key, Training]) -> Iterator[Metric]:
+    """By job, unlike all else: a loss is one job's, and no more of them train at once than there are GPUs for."""
+    labels = ["kcj_namespace", "kcj"]  # `namespace` and `job` are those of the scraped target
+    step = GaugeMetricFamily("kompressor_training_step", "Training steps done", labels=labels)
+    steps = GaugeMetricFamily("kompressor_training_steps", "Training steps in all", labels=labels)
+    loss = GaugeMetricFamily("kompressor_training_loss", "Training loss of the last step, in nats a token", labels=labels)
+    speed = GaugeMetricFamily("kompressor_training_tokens_per_second", "Tokens trained on, by all processes together", labels=labels)
+    for key, training in jobs.items():
+        step.add_metric(key, training.step)
+        steps.add_metric(key, training.steps)
+        speed.add_metric(key, training.tokens_per_second)
+        if training.loss is not None:
+            loss.add_metric(key, training.loss)
+    yield from (step, steps, loss, speed)
 
 
 def bounded(text: str, known: frozenset[str] = _REASONS) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from kompressor_api.names import Step
 from kompressor_operator.observed import ChildJob, CompressionJob, Key, Manifest, Observed
 from kompressor_operator.pods import ChildPod
+from kompressor_operator.training import Training, training_of
 
 
 class Record(Protocol):
@@ -45,6 +46,8 @@ class Packed:
     phase: str = ""
     reason: str = ""
     """Of Ready: what there is to count, without unpacking it."""
+    training: Training | None = None
+    """How its training goes, if it trains now."""
 
     @classmethod
     def pack(cls, body: Mapping[str, Any]) -> Packed:
@@ -53,9 +56,17 @@ class Packed:
         rest = {name: value for name, value in body.items() if name not in _LEFT_OUT}
         text = json.dumps({**rest, "metadata": kept, "spec": body.get("spec") or {}, "status": body.get("status") or {}})
         phase, reason = _said(body.get("status") or {})
+        training = training_of(body.get("status") or {})
         packed = zlib.compress(text.encode(), level=1)
         return cls(
-            sys.intern(meta["namespace"]), meta["name"], sys.intern(meta["uid"]), meta.get("resourceVersion", ""), packed, phase, reason
+            sys.intern(meta["namespace"]),
+            meta["name"],
+            sys.intern(meta["uid"]),
+            meta.get("resourceVersion", ""),
+            packed,
+            phase,
+            reason,
+            training,
         )
 
     def unpack(self) -> CompressionJob:
@@ -202,6 +213,10 @@ class Store:
     def tally(self) -> Counter[tuple[str, str]]:
         """(phase, reason) -> CompressionJobs."""
         return Counter((packed.phase, packed.reason) for packed in self.resources)
+
+    def training(self) -> dict[Key, Training]:
+        """Of the CompressionJobs that train now."""
+        return {(packed.namespace, packed.name): packed.training for packed in self.resources if packed.training}
 
     @property
     def unproven(self) -> frozenset[tuple[str, Key, int]]:

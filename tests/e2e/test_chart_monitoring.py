@@ -91,7 +91,7 @@ def test_nothing_of_prometheus_unless_asked_for(render: Render) -> None:  # noqa
 def served() -> dict[str, set[str]]:
     """Series that the operator serves, as its exposition says, with their labels, as docs/metrics.md says."""
     metrics = Metrics()
-    metrics.add(Moment(lambda: 0, lambda: {("Complete", "Completed"): 1}, {("GET", "Job", 200): 1}, lambda: True, lambda: 0.0))
+    metrics.add(Moment(lambda: 0, lambda: {("Complete", "Completed"): 1}, {("GET", "Job", 200): 1}, lambda: True, lambda: 0.0, dict))
     families = {family.name: family.type for family in text_string_to_metric_families(metrics.exposition("text/plain")[0].decode())}
     found: dict[str, set[str]] = {}
     for row in re.findall(r"^\| `(kompressor_\w+)` \| \w+ \| (.*?) \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE):

@@ -44,7 +44,7 @@ def read(metrics: Metrics) -> dict[str, dict[tuple[str, ...], float]]:
 
 def now(**fields: Any) -> Moment:
     nothing: dict[str, Any] = {"depth": lambda: 0, "jobs": dict, "requests": {}, "leading": lambda: True, "owed": lambda: 0.0}
-    return Moment(**(nothing | fields))
+    return Moment(**(nothing | {"training": dict} | fields))
 
 
 def complete(**facts: Any) -> Verdict:
@@ -160,6 +160,29 @@ def test_a_child_job_says_how_many_gpus_it_asks_for(limits: dict[str, str] | Non
     container = {"name": "worker", "image": "x"} | ({"resources": {"limits": limits}} if limits else {})
     body = child_body(spec={"template": {"spec": {"containers": [{"name": "sidecar"}, container]}}})
     assert ChildJob.parse(body).gpus == gpus
+
+
+def test_jobs_that_train_are_told_one_by_one_for_as_long_as_they_do() -> None:
+    metrics, store = Metrics(), Store()
+    metrics.add(now(training=store.training))
+    progress = {"step": 40, "stepsTotal": 100, "loss": "2.125", "tokensPerSecond": 900}
+    store.tell_resource(job_body(status={"phase": "Compressing", "progress": progress}))
+    store.tell_resource(_named("early", 2, progress={"unit": "model.layers.0"}))
+    store.tell_resource(_named("odd", 2, progress={"step": 1, "stepsTotal": "many", "loss": "nan", "tokensPerSecond": -1}))
+    found = read(metrics)
+    mine, odd = ("llama", "team"), ("odd", "team")
+    assert found["kompressor_training_step"] == {mine: 40, odd: 1}
+    assert found["kompressor_training_steps"] == {mine: 100, odd: 0}
+    assert found["kompressor_training_loss"] == {mine: 2.125}, "what is no number is not told"
+    assert found["kompressor_training_tokens_per_second"] == {mine: 900, odd: 0}
+    store.tell_resource(job_body(version=5, status={"phase": "Complete", "progress": progress}))
+    assert read(metrics)["kompressor_training_step"] == {odd: 1}
+
+
+def _named(name: str, version: int, progress: dict[str, Any]) -> dict[str, Any]:
+    body = job_body(uid=name, version=version, status={"phase": "Compressing", "progress": progress})
+    body["metadata"]["name"] = name
+    return body
 
 
 async def test_the_queue_tells_how_long_it_took_and_how_it_went() -> None:
