@@ -225,7 +225,7 @@ class TrainedModel(nn.Module):
                 blocks[layer] = hidden[at]
             if added is not None:
                 attentions[layer] = added[at]
-        norm, head = self.outside[self.names.norm], self.head()
+        norm, head = self.outside[self.names.norm], self.head(hidden.dtype)
         last = self.decoder.norm(hidden[at], rounded(norm, self.outside.dtypes[self.names.norm])).to(hidden.dtype)
         return then(Seen(last, head, blocks, attentions))
 
@@ -235,11 +235,12 @@ class TrainedModel(nn.Module):
         rows = rounded(rows, dtype)
         return self.decoder.embed(rows.to(dtype) if self.decoder.family.scaled_embeddings else rows)  # as the factor is rounded too
 
-    def head(self) -> Tensor:
+    def head(self, dtype: torch.dtype) -> Tensor:
+        """For products in this dtype; as it is where the loss rounds it to that itself, and needs no copy in fp32."""
         name = f"{self.names.head}.weight"
         if (fake := self.fakes.get(self.names.head)) is not None:
             return fake.weight(self.outside[name]).to(self.decoder.dtype)
-        return rounded(self.outside[name], self.outside.dtypes[name])
+        return self.outside[name] if self.outside.dtypes[name] == dtype else rounded(self.outside[name], self.outside.dtypes[name])
 
 
 @dataclass(frozen=True)
