@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kompressor_worker import grid, kernels
-from kompressor_worker.kernels import activations, bitmask, butterflies, column_loop, eager, gram
+from kompressor_worker.kernels import activations, bitmask, butterflies, column_loop, eager, gram, token_divergence
 from kompressor_worker.schemes import SCHEMES
 
 
@@ -216,6 +216,41 @@ def column_loops(rows: int, columns: int, device: torch.device) -> Iterator[Case
     )
 
 
+def divergences(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Logits of student and teacher read, the gradient written in place of the student's: two to four exponentials a logit."""
+    student, teacher = ((torch.randn(rows, vocabulary, device=device) * 2).to(dtype) for _ in range(2))
+    targets = torch.arange(rows, device=device) % vocabulary
+    log_p = teacher.float().log_softmax(1)
+    most, indices = log_p.topk(16, 1)
+    top = indices.to(torch.int32), most.contiguous(), log_p.scatter(1, indices, -torch.inf).logsumexp(1)
+    operations = {"forward": 80, "reverse": 80, "jensenShannon": 160}
+    for kind, each in operations.items():
+        given = teacher, targets, kind, 1.0, 0.0, None, None, True
+        yield Case(
+            f"divergence {kind}",
+            partial(anew, torch.ops.kompressor.divergence, student, given),
+            partial(anew, token_divergence.divergence, student, given),
+            2 * student.nbytes,
+            each * student.numel(),
+            written=student.nbytes,
+        )
+    few = *top, targets, "forward", 1.0, 0.0, None, True
+    yield Case(
+        "divergence of 16 bins",
+        partial(anew, torch.ops.kompressor.top_k_divergence, student, few),
+        partial(anew, token_divergence.top_k_divergence, student, few),
+        student.nbytes,
+        50 * student.numel(),
+        written=student.nbytes,
+    )
+
+
+def anew(work: Callable[..., torch.Tensor], student: torch.Tensor, given: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """On a copy, since the logits are used up: the figures, and the gradient."""
+    logits = student.clone()
+    return work(logits, *given), logits
+
+
 def cases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     weight = (torch.randn(shapes.rows, shapes.columns, device=device) * 0.02).to(dtype)
     yield from rounding(weight)
@@ -227,5 +262,6 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[
     yield from transforms(shapes, device)
     yield from hessians(shapes, device)
     yield from column_loops(shapes.square, shapes.square, device)
+    yield from divergences(max(1, shapes.tokens // 8), shapes.columns * 4, dtype, device)
     for case in column_loops(shapes.square, shapes.wide, device):
         yield replace(case, reference=None)  # minutes
