@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from untrained import STEPS, untrain
 
 import jobs
 from calibrated_jobs import evaluation_rows, samples, write_data
+from kompressor_worker.errors import CorruptSource, UserError
 from kompressor_worker.job import load_job
+from kompressor_worker.plan import make_plan
 from kompressor_worker.progress import Progress, Snapshot
 from kompressor_worker.run import Summary, run
 from models import perplexity
@@ -73,3 +76,98 @@ def test_what_is_published_loads_with_the_same_perplexity(
     assert perplexity(model, evaluation_rows(job)) == pytest.approx(report["evaluation"]["perplexityAfter"], rel=5e-3)
     written = json.loads((tmp_path / "out" / "kompressor.json").read_text())
     assert written["distillation"]["steps"] == STEPS and written["data"]["training"]["samples"] >= 8
+
+
+def test_a_student_that_is_a_checkpoint(trained_llama: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other widths and fewer layers than the job's model, which it is evaluated against."""
+    from transformers import AutoModelForCausalLM
+
+    untrain(monkeypatch)
+    small = smaller_llama(tmp_path / "small", trained_llama)
+    student = {"distil": {**DISTIL["distil"], "student": {"source": {"uri": small.as_uri()}}}}
+    job = job_of(tmp_path, trained_llama, data, [{"rtn": {"scheme": "W8A16"}}, student])
+    report = done(job).report
+    rows = evaluation_rows(job)
+    original, made = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in (trained_llama, tmp_path / "out"))
+    assert perplexity(original, rows) == pytest.approx(report["evaluation"]["perplexityBefore"], rel=5e-3)
+    assert perplexity(made, rows) == pytest.approx(report["evaluation"]["perplexityAfter"], rel=5e-3)
+    assert report["source"]["uri"] == trained_llama.as_uri() and report["structure"]["sizes"]["num_hidden_layers"] == [4, 2]
+    assert set(report["linears"]) and report["distillation"]["student"] == small.as_uri()
+
+
+def smaller_llama(folder: Path, like: Path) -> Path:
+    """Not trained, with the tokenizer of another."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=512, tie_word_embeddings=True)).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(like / name, folder / name)
+    return folder
+
+
+REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "a pass behind it": ([DISTIL, {"rtn": {"scheme": "W8A16"}}], r"passes\[1\].rtn: comes behind distil"),
+    "two of them": ([DISTIL, DISTIL], r"passes\[1\].distil: there is one at passes\[0\]"),
+    "a layer that is not there": (
+        [{"pruneLayers": {"layers": 3}}, {"distil": {"hiddenStates": {"pairs": [[3, 3]]}}}],
+        r"hiddenStates.pairs \[3, 3\]: the student has no layer 3",
+    ),
+    "more pairs than layers": ([{"distil": {"attentionOutputs": {"layers": 9}}}], "attentionOutputs.layers 9, and the student has 4"),
+    "a size given twice": (
+        [{"pruneLayers": {"layers": 3}}, {"distil": {"student": {"layers": 2}}}],
+        "student asks for a size that the pass pruneLayers gives already",
+    ),
+    "a parameter that is none": ([{"distil": {"stepz": 3}}], "'stepz' is not a parameter; did you mean steps"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_requests_that_cannot_work(what: str, trained_llama: Path, data: dict[str, str], tmp_path: Path) -> None:
+    passes, said = REFUSED[what]
+    with pytest.raises(UserError, match=said):
+        make_plan(load_job(job_of(tmp_path, trained_llama, data, passes), {}), {})
+
+
+def test_nothing_to_train_on(trained_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"distil: nothing to train on; give distil.dataset, or spec.calibration.dataset"):
+        make_plan(load_job(job_of(tmp_path, trained_llama, {}, [DISTIL]), {}), {})
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_others_that_speak_of_other_tokens(who: str, trained_llama: Path, data: dict[str, str], tmp_path: Path) -> None:
+    """Named by both URIs: another vocabulary; the same size, and another token in it."""
+    other = smaller_llama(tmp_path / "other", trained_llama)
+    told = {"distil": {**DISTIL["distil"], who: {"source": {"uri": other.as_uri()}}}}
+    job = load_job(job_of(tmp_path, trained_llama, data, [told]), {})
+    make_plan(job, {})
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = "Ġbaker", "Ġold"
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=f"distil.{who} {other.as_uri()} has another tokenizer than {trained_llama.as_uri()}: token"):
+        make_plan(job, {})
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 500}))
+    with pytest.raises((UserError, CorruptSource), match="vocab"):
+        make_plan(job, {})
+
+
+def test_a_smaller_shape_is_the_pruning_passes(trained_llama: Path, data: dict[str, str], tmp_path: Path) -> None:
+    student = {"layers": 3, "intermediateSize": 384, "hiddenSize": 192, "keyValueHeads": 2}
+    job = job_of(tmp_path, trained_llama, data, [{"distil": {**DISTIL["distil"], "student": student, "steps": 10}}])
+    plan = make_plan(load_job(job, {}), {}).as_json()
+    assert plan["sizes"] == {
+        "num_hidden_layers": [4, 3],
+        "hidden_size": [256, 192],
+        "intermediate_size": [512, 384],
+        "num_attention_heads": [8, 4],
+        "num_key_value_heads": [4, 2],
+    }
+    training = plan["training"]
+    assert training["steps"] == 10 and not training["stepsAreEstimated"] and training["tokens"] == 10 * 8 * 128
+    assert training["studentParameters"] == plan["parameters"][1] and training["teacherParameters"] == plan["parameters"][0]
+    assert training["memoryBytes"] > 16 * training["studentParameters"]

@@ -57,6 +57,11 @@ class Calibrated:
             self._places[number] = Place(len(self._places), len(self._places) - dropped)
             dropped += self.work.layout.units[number].dropped
 
+    @property
+    def comparing(self) -> bool:
+        """Whether there is an evaluation."""
+        return self.engine.streams.original is not None
+
     def place(self, unit: int) -> Place:
         return self._places[unit]
 
@@ -120,7 +125,7 @@ class Calibrated:
 
     def _tied_matrix(self, layout: UnitLayout) -> SourceTensor | None:
         """The embeddings, where they are the head and evaluation needs one."""
-        if self.engine.streams.original is None or any(m.kind == "head" for s in layout.stages for m in s.linears):
+        if not self.comparing or any(m.kind == "head" for s in layout.stages for m in s.linears):
             return None
         found = [(s, m) for u in self.work.layout.units for s in u.stages for m in s.linears if m.kind == "embedding"]
         return matrix_tensor(*found[0]) if found else None
@@ -266,14 +271,14 @@ class Calibrated:
                 self._final_norm(layout, stage, placed, norm, next(incoming), writer)
                 step(stage.source_bytes)
             else:
-                hidden = LastHidden(self.engine, final_norm(norm.stored), final_norm(norm.changed), stage.source_bytes, step)
+                hidden = self._last_hidden(norm, stage.source_bytes, step)
                 if matrix.name in self.work.schemes:
                     self._encoded_head(stage, matrix, placed, norm.met, next(incoming), writer, hidden.add, step)
                 else:
                     self._matrix(stage, matrix, placed, incoming, writer, norm.met, hidden.add)
                 hidden.pace.finish()
         if tied := self._tied_matrix(layout):
-            hidden = LastHidden(self.engine, final_norm(norm.stored), final_norm(norm.changed), 0, step)
+            hidden = self._last_hidden(norm, 0, step)
             for first, rows in self.rows(tied, incoming):
                 hidden.add(first, rows, self._changed(tied.name, first, rows, [None for _ in self.work.passes]))
         return Carry({"evaluation": hidden.result()}) if hidden is not None and hidden.comparing else NOTHING
@@ -315,6 +320,9 @@ class Calibrated:
         made = {**weights, **encoded.tensors}
         for place in placed:
             writer.write(place, as_bytes(made[place.name].contiguous(), place))
+
+    def _last_hidden(self, norm: FinalNorm, nbytes: int, step: Step) -> LastHidden:
+        return LastHidden(self.engine, final_norm(norm.stored), final_norm(norm.changed), nbytes, step)
 
     # ---- what becomes of the source's values
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kompressor_worker import logs
-from kompressor_worker.commands import clean_command, expand_command, plan_command, run_command, verify_command
+from kompressor_worker.commands import clean_command, expand_command, plan_command, run_command, train_command, verify_command
 from kompressor_worker.errors import GateFailed, KompressorError, OutOfMemory, Terminated
 from kompressor_worker.fit_command import FIT, add_arguments, fit_command
 
@@ -175,6 +175,10 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("manifest", type=Path, help="a CompressionJob, YAML or JSON")
     run.add_argument("--in-cluster", action="store_true", help="report to the CompressionJob resource and the pod's termination log")
     plan.add_argument("--in-cluster", action="store_true", help="report to the pod's termination log")
+    train = commands.add_parser("train")  # not for people: `run` starts it
+    train.add_argument("manifest", type=Path)
+    train.add_argument("--in-cluster", action="store_true")
+    train.set_defaults(command=train_command, json=False, verbose=False)
     fit = command("fit", fit_command, "say which plans fit a GPU", FIT)
     place(fit, "the model: s3://bucket/prefix, hf://owner/name, pvc://claim/path, file:///path, or a path")
     add_arguments(fit)

@@ -11,13 +11,17 @@ import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kompressor_api.names import ENV_MEMORY_PLAN, TRAINING_PASS, ExitCode, Reason, Role
 from kompressor_api.training import PLACES, training_locations
-from kompressor_worker.errors import GateFailed, UserError
+from kompressor_api.worker import trains
+from kompressor_worker.errors import GateFailed, KompressorError, UserError
 from kompressor_worker.job import Job, load_job
 from kompressor_worker.storage.locations import open_output
+
+if TYPE_CHECKING:
+    from kompressor_worker.training_process import Together
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +36,25 @@ def run_command(args: argparse.Namespace) -> int:
     job = load_job(args.manifest, os.environ)
     refuse_file_uris(job, args.in_cluster)
     with ExitStack() as stack:
+        together: Together | None = None
+        if trains(job.spec.passes):
+            from kompressor_worker.distil.group import Gathering
+            from kompressor_worker.training_process import Together, command, follow, group_of
+
+            if not (group := group_of(job, os.environ)).leads:
+                follow(group, command(args.manifest, args.in_cluster), job, os.environ, stop)
+                return int(ExitCode.DONE)
+            if group.size > 1:
+                together = Together(stack.enter_context(Gathering(group)), command(args.manifest, args.in_cluster))
         listeners: list[Listener] = [stack.enter_context(Bar()) if is_interactive() else Lines()]
         resource = Resource(job.namespace, job.name) if args.in_cluster else None
         if resource:
             listeners.append(resource)
         result: dict[str, Any] | None = None
         try:
-            summary = run(job, os.environ, Progress(listeners), stop, memory_plan())
+            summary = run(job, os.environ, Progress(listeners), stop, memory_plan(), together)
+            if together is not None:
+                together.gathering.over()
             result = summary.result(job.spec.output.uri)
         except GateFailed as error:
             result = error.result
@@ -52,6 +68,20 @@ def run_command(args: argparse.Namespace) -> int:
         report({"reason": reason, "message": message, "exitCode": 0, "summary": result})
         return int(ExitCode.DONE)
     show_result(result, summary.already, args.json)
+    return int(ExitCode.DONE)
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """What the processes do that train together; `run` starts them."""
+    from kompressor_worker.distil.launching import Member
+    from kompressor_worker.training_process import train_in_group
+
+    try:
+        with Member() as member:
+            train_in_group(load_job(args.manifest, os.environ), os.environ, member, memory_plan())
+    except KompressorError as error:  # whoever started it has been told
+        log.debug("%s", error)
+        return int(error.exit_code)
     return int(ExitCode.DONE)
 
 

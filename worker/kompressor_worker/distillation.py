@@ -11,6 +11,8 @@ from typing import Any
 from kompressor_api.names import Reason, Role
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.architectures import refuse_unknown_forward, text_config
+from kompressor_worker.assignment import Assignment
+from kompressor_worker.calibration import check_dataset
 from kompressor_worker.digests import digest
 from kompressor_worker.distil.lesson import StoredModel
 from kompressor_worker.errors import UserError
@@ -19,14 +21,17 @@ from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.passes.distil import Distil, DistilParams, in_place_of_sizes
 from kompressor_worker.reading import read_layout
+from kompressor_worker.samples import FoundData
 from kompressor_worker.storage import Source
-from kompressor_worker.storage.locations import open_source
+from kompressor_worker.storage.locations import open_data, open_source
 
-__all__ = ["Distillation", "Models", "open_models", "training_of"]
+__all__ = ["Distillation", "Models", "open_models", "training_data_of", "training_of"]
 
 VOCABULARY = "tokenizer.json"
 OTHERS = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.json", "vocab.txt", "tiktoken.model", "qwen.tiktoken")
 """What makes a tokenizer where there is no tokenizer.json; compared byte by byte."""
+SCALING = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Of config.json: what becomes of logits."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,9 @@ class Distillation:
     def fingerprint(self) -> dict[str, str]:
         """What the result depends on beside the job's own source, passes and data."""
         found = {"teacher": self.teacher.layout.source_digest} if self.teacher is not self.source else {}
-        return found | ({"student": self.student.layout.source_digest} if self.student is not None else {})
+        if self.student is not None:
+            found |= {"source": self.source.layout.source_digest, "student": self.student.layout.source_digest}
+        return found
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,15 @@ def training_of(passes: Sequence[Pass]) -> Distil | None:
     return next((p for p in passes if isinstance(p, Distil)), None)
 
 
+def training_data_of(assigned: Assignment, environ: Mapping[str, str], stop: threading.Event | None = None) -> FoundData:
+    """Raises UserError, and what storage raises."""
+    distil = training_of(assigned.passes)
+    assert distil is not None, "a job that trains"
+    sample = distil.trained_on(assigned.spec.calibration)
+    source = open_data(sample, environ, stop)
+    return FoundData(sample, source, check_dataset(source, sample))
+
+
 def refuse_unlike(who: str, model: StoredModel, other: StoredModel) -> None:
     """Raises UserError where the two do not speak of the same tokens, or `model` cannot be run."""
     refuse_unknown_forward(model.layout.family, model.layout.config)
@@ -111,6 +127,13 @@ def refuse_unlike(who: str, model: StoredModel, other: StoredModel) -> None:
             "compared token by token; choose a checkpoint with the same vocabulary",
             Reason.UNSUPPORTED_MODEL,
         )
+    for key in SCALING:
+        if (one := text_config(model.layout.config).get(key)) != (two := text_config(other.layout.config).get(key)):
+            raise UserError(
+                f"{who} {model.source.uri}: {key} is {one}, of {other.source.uri} {two}: their logits are not of one scale; choose a "
+                "checkpoint of the same kind",
+                Reason.UNSUPPORTED_MODEL,
+            )
     if (difference := difference_of(model.source, other.source)) is not None:
         raise UserError(
             f"{who} {model.source.uri} has another tokenizer than {other.source.uri}: {difference}; choose a checkpoint with the same one",

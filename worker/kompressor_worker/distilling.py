@@ -8,37 +8,36 @@ would make, so evaluation, gates, journal and publishing are those of every job.
 from __future__ import annotations
 
 import json
-import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kompressor_api.names import Reason
 from kompressor_worker.assignment import Assignment
 from kompressor_worker.calibration import Rows, read_rows
 from kompressor_worker.distil.lesson import DONE, TRAINED, Group, History, Lesson, StoredModel, TrainingStep, finished
 from kompressor_worker.distillation import Distillation
-from kompressor_worker.errors import UserError
 from kompressor_worker.event_files import event_file
-from kompressor_worker.flow import calibrated, evaluated
+from kompressor_worker.flow import calibrated, evaluated, evaluated_apart
 from kompressor_worker.journal import Journal, open_journal
 from kompressor_worker.measured import measured
 from kompressor_worker.passes.distil import TrainingData
+from kompressor_worker.pipeline import Limits
 from kompressor_worker.publish import CONFIG, REPORT, build_report, parse_report, publish
 from kompressor_worker.samples import FoundData, facts, flows
 from kompressor_worker.storage import JOURNAL, Output, Source
 from kompressor_worker.stream import DataFree, Units, Work, stream
+from kompressor_worker.structure import between
 from kompressor_worker.tokenizer import ModelTokenizer
 from kompressor_worker.trained_units import Trained, Written
 
 if TYPE_CHECKING:
     from kompressor_worker.trying import Trying
 
-log = logging.getLogger(__name__)
-
 STUDENT = "student"
 """Name of the output among the working objects."""
+CHECKPOINTS = "checkpoints"
+"""Another one."""
 FACTS = f"{TRAINED}data.json"
 """What the report says of the training data."""
 TRAINING_DATA = TrainingData.SECTION
@@ -93,7 +92,7 @@ class Distilling:
         fingerprint, spec = self.journal.state.fingerprint, t.job.spec
         own = open_journal(inner, fingerprint, t.job.owner, lambda surveys: before.plan, bool(spec.worker.allow_device_change), t.job.uid)
         t.progress.making(before.layout, own.state.unit)
-        work = Work(before.layout, before.passes, before.schemes, before.plan, t.limits)
+        work = work_of(before, t.limits)
         flowing = flows(before.spec, before.passes)
         units: Units = calibrated(work, inner, self.rows, self.least_tokens) if flowing else DataFree(work)
         stream(work, units, self.source, inner, own, t.progress.done, t.stop)
@@ -109,48 +108,33 @@ class Distilling:
         """What the passes read."""
         return self.job.source
 
-    def student(self) -> StoredModel:
-        return student_of(self.output, self.found, self.stands)
-
     # ---- training
 
     def _train(self) -> History:
-        train: Callable[[Lesson], History] = import_module("kompressor_worker.distil.train").train
         t = self.job
-        log.info("training begins, or goes on")
         rows = read_training(t.data[TRAINING_DATA], self.found, t.stop)
         self.output.write(FACTS, json.dumps(facts({TRAINING_DATA: rows}, t.data)).encode())
         t.progress.training(self.assigned.layout)
+        if t.together is not None:
+            del rows  # each process has its own
+            t.together.train(t.progress.trained, t.stop)
+            found = finished(self.output)
+            assert found is not None, f"training is over and {DONE} is missing"
+            return found
+        from kompressor_worker.distil.train import train
 
-        def tell(step: TrainingStep) -> None:
-            t.progress.trained(step)
-
-        lesson = Lesson(
-            self.found.params,
-            self.found.teacher,
-            self.student(),
-            self.work,
-            rows.tokens,
-            None,
-            self.output,
-            self.output,
-            Group(),
-            t.stop,
-            tell,
-        )
-        return train(lesson)
-
-    @property
-    def work(self) -> Work:
-        made = self.assigned
-        return Work(made.layout, made.passes, made.schemes, made.plan, self.job.limits)
+        return train(lesson_of(self.found, self.assigned, self.output, rows, t.limits, Group(), t.stop, t.progress.trained))
 
     # ---- publishing
 
     def units(self, work: Work) -> Units:
         """For the stream that publishes."""
         trained = Trained(work, self.output, self.report.get("pruned", {}))
-        return evaluated(work, self.output, self.rows, trained) if "evaluation" in self.rows else Written(work, trained)
+        if (rows := self.rows.get("evaluation")) is None:
+            return Written(work, trained)
+        if self.found.student is not None:
+            return evaluated_apart(work, self.output, rows, trained, self.found.source, self.job.stop)
+        return evaluated(work, self.output, self.rows, trained)
 
     def add_to(self, report: dict[str, Any]) -> dict[str, bytes]:
         """Puts what there is to say of the training into the result's report. Returns what goes beside the result, by name."""
@@ -158,13 +142,17 @@ class Distilling:
         if (found := self.output.read(FACTS)) is not None:
             report["data"] = {**report.get("data", {}), **json.loads(found[0])}
         report["warnings"] = list(dict.fromkeys([*report["warnings"], *self.report.get("warnings", ())]))
+        if self.found.student is not None:  # which the stream has read in place of the job's model
+            source = self.found.source
+            model = {"uri": source.source.uri, "digest": source.layout.source_digest, "tensorBytes": source.layout.source_bytes}
+            report["source"], report["structure"] = model, between(source.layout, self.assigned.layout)
         events = event_file(self.history)
         report["files"] = sorted([*report["files"], *events])
         return events
 
     def section(self, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
         """The report's. `evaluation`: of the result."""
-        history, before = self.history, self.report.get("evaluation")
+        history, before = self.history, None if self.found.student is not None else self.report.get("evaluation")
         return {
             "teacher": self.found.teacher.source.uri,
             **({"student": self.found.student.source.uri} if self.found.student is not None else {}),
@@ -181,6 +169,27 @@ class Distilling:
         }
 
 
+def work_of(assigned: Assignment, limits: Limits) -> Work:
+    return Work(assigned.layout, assigned.passes, assigned.schemes, assigned.plan, limits)
+
+
+def lesson_of(
+    found: Distillation,
+    assigned: Assignment,
+    output: Output,
+    rows: Rows,
+    limits: Limits,
+    group: Group,
+    stop: threading.Event,
+    tell: Callable[[TrainingStep], None],
+) -> Lesson:
+    """For one of the processes, once the student is there. Checkpoints have an output of their own, which the process that leads the
+    others claims for itself."""
+    student = student_of(output, found, bool(without_training(assigned).passes))
+    work, checkpoints = work_of(assigned, limits), output.inner(CHECKPOINTS)
+    return Lesson(found.params, found.teacher, student, work, rows.tokens, None, output, checkpoints, group, stop, tell)
+
+
 def student_of(output: Output, found: Distillation, stands: bool) -> StoredModel:
     """What is trained, once it is there."""
     if stands:
@@ -188,16 +197,9 @@ def student_of(output: Output, found: Distillation, stands: bool) -> StoredModel
     return found.student or found.source
 
 
-def read_training(data: FoundData, found: Distillation, stop: Any) -> Rows:
-    """Raises UserError where there is less than one step takes."""
-    rows = read_rows(data.source, data.sample, ModelTokenizer(found.source.source), stop, at_least=1)
-    if len(rows.tokens) < found.params.batch:
-        raise UserError(
-            f"{data.source.uri}: {len(rows.tokens)} rows of {data.sample.sequence_length} tokens to train on, and one step takes "
-            f"distil.batch {found.params.batch}; give more data, a smaller batch, or a smaller sequenceLength",
-            Reason.BAD_DATA,
-        )
-    return rows
+def read_training(data: FoundData, found: Distillation, stop: threading.Event) -> Rows:
+    """Raises UserError where there is nothing."""
+    return read_rows(data.source, data.sample, ModelTokenizer(found.source.source), stop, at_least=1)
 
 
 POINTS = 400
@@ -224,6 +226,3 @@ def recovered(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
     if lost > 0:
         found["perplexity"] = 1 - ln(after["perplexityAfter"] / after["perplexityBefore"]) / lost
     return {name: float(f"{share:.4g}") for name, share in found.items()}
-
-
-__all__ = ["DONE", "Distilling", "read_training", "recovered", "student_of", "thinned", "without_training"]

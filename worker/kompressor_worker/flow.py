@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,6 +19,8 @@ from kompressor_worker.calibrated import Engine
 from kompressor_worker.calibrated_units import Calibrated
 from kompressor_worker.calibration import Rows
 from kompressor_worker.decoder import Decoder
+from kompressor_worker.distil.lesson import StoredModel
+from kompressor_worker.evaluated_apart import Apart, Original
 from kompressor_worker.journal import Journal
 from kompressor_worker.kernels import build
 from kompressor_worker.layout import ModelLayout
@@ -41,6 +44,14 @@ def evaluated(work: Work, output: Output, rows: Mapping[str, Rows], trained: Tra
     """The same where all tensors are there already."""
     engine = _engine(work, {section: found for section, found in rows.items() if section == "evaluation"}, 0)
     return Evaluated(work, engine, Snapshots(engine.streams, output, work.limits.snapshot_seconds, work), trained)
+
+
+def evaluated_apart(work: Work, output: Output, rows: Rows, trained: Trained, original: StoredModel, stop: threading.Event) -> Apart:
+    """The same beside an original of other layers than the result's."""
+    seen = Original.of(original, rows, output, work.limits, compute_device(), stop)
+    engine = _engine(work, {"evaluation": rows}, 0)
+    engine.streams.original = None
+    return Apart(work, engine, Snapshots(engine.streams, output, work.limits.snapshot_seconds, work), trained, seen)
 
 
 def _engine(work: Work, rows: Mapping[str, Rows], least_tokens: int) -> Engine:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker import gates
@@ -28,6 +28,9 @@ from kompressor_worker.storage.locations import open_output
 from kompressor_worker.target.ladder import Ladder, published_by, standing
 from kompressor_worker.tokenizer import ModelTokenizer
 from kompressor_worker.trying import Trying, fingerprints
+
+if TYPE_CHECKING:
+    from kompressor_worker.training_process import Together
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +73,16 @@ class Summary:
         return result
 
 
-def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threading.Event, limits: Limits | None = None) -> Summary:
-    """Compresses one model. Raises what kompressor_worker.errors names; publishes nothing unless it returns."""
+def run(
+    job: Job,
+    environ: Mapping[str, str],
+    progress: Progress,
+    stop: threading.Event,
+    limits: Limits | None = None,
+    together: Together | None = None,
+) -> Summary:
+    """Compresses one model. Raises what kompressor_worker.errors names; publishes nothing unless it returns. `together`: how it is trained
+    where that takes more than this process."""
     began = time.monotonic()
     warnings: list[str] = []
     models = open_models(job.spec, environ, stop)
@@ -101,7 +112,7 @@ def run(job: Job, environ: Mapping[str, str], progress: Progress, stop: threadin
     from kompressor_worker.kernels import build  # torch, only now that the job is known to make sense
 
     build.library()  # compiled before the clock of the progress starts
-    trying = Trying(job, ladder, source, output, data, rows, limits or Limits(), progress, stop, models.distillation)
+    trying = Trying(job, ladder, source, output, data, rows, limits or Limits(), progress, stop, models.distillation, together)
     journal, assigned = trying.open(number)
     resumed_from = journal.resumed_from
     try:

@@ -49,6 +49,17 @@ def structure(layout: ModelLayout) -> dict[str, Any]:
     }
 
 
+def between(source: ModelLayout, result: ModelLayout) -> dict[str, Any]:
+    """The same of two models of which one was not made of the other."""
+    before, after = text_config(source.config), text_config(result.config)
+    kept = [unit for unit in result.units if not unit.dropped]
+    return {
+        "sizes": {name: [before.get(name), after.get(name)] for name in SIZES if before.get(name) != after.get(name)},
+        "parameters": [sum(prod(t.shape) for t in tensors(source.units)), sum(prod(t.result_shape) for t in tensors(kept))],
+        "multiplyAddsPerToken": [round(operations(source.units, before)), round(operations(kept, after))],
+    }
+
+
 def section(layout: ModelLayout, passes: Mapping[str, Pass], blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The report's: `structure`'s answer, what passes have to say of their choice, and by block what went and what that cost."""
     found = structure(layout)

@@ -33,6 +33,7 @@ from kompressor_worker.target.ladder import Ladder, Rung, missed, step, with_mis
 if TYPE_CHECKING:
     from kompressor_worker.distilling import Distilling
     from kompressor_worker.stream import Units, Work
+    from kompressor_worker.training_process import Together
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Trying:
     progress: Progress
     stop: threading.Event
     distillation: Distillation | None = None
+    together: Together | None = None
+    """How it is trained where that takes more than this process."""
 
     def fingerprint(self, number: int) -> dict[str, str]:
         return fingerprints(self.ladder, self.data, self.distillation)[number]
