@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,12 +38,16 @@ def test_pieces_add_up(total: int, expected: float, works: list[float]) -> None:
     assert sum(told) == total and min(told) >= 0
 
 
-def test_units_that_are_made_again_take_nothing_back() -> None:
+def four_units() -> ModelLayout:
     units = tuple(
         UnitLayout(name, (StageLayout(name, (SourceTensor(name, "U8", (8,), (StoredTensor(name, "U8", (8,), "f", 0, 8),)),)),))
         for name in "abcd"
     )
-    layout = ModelLayout({}, "BF16", None, units, (), "")
+    return ModelLayout({}, "BF16", None, units, (), "")
+
+
+def test_units_that_are_made_again_take_nothing_back() -> None:
+    layout = four_units()
     seen: list[Snapshot] = []
     ticks = iter(range(100))
     progress = Progress([seen.append], clock=lambda: float(next(ticks)))
@@ -51,6 +56,21 @@ def test_units_that_are_made_again_take_nothing_back() -> None:
         progress.done(unit, done)
     assert [(s.units_done, s.percent) for s in seen] == [(2, 50), (2, 50), (2, 50), (2, 50), (2, 62)]
     assert all(s.bytes_per_second >= 0 and (s.eta_seconds or 0) >= 0 for s in seen)
+
+
+@pytest.mark.parametrize("first", [0, 3, 4])
+def test_a_training_lies_before_the_stream_that_publishes(first: int) -> None:
+    """Also for a worker that finds all units committed, and only publishes."""
+    layout, seen = four_units(), list[Snapshot]()
+    progress = Progress([seen.append])
+    progress.start(layout, first, student=True, trains=True)
+    progress.training(layout)
+    progress.streaming(layout)
+    for unit in range(first, 4):
+        progress.done(unit, 8 * (unit + 1))
+    progress.publishing()
+    percents = [s.percent for s in seen]
+    assert percents == sorted(percents) and percents[-1] == 100 and seen[0].phase == "Training"
 
 
 def job(folder: Path, hidden: int, layers: int, rows: int, length: int) -> Path:

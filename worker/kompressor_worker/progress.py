@@ -167,7 +167,8 @@ class Progress:
         if self._trains:
             self._trained, self._began = 1.0, self._clock()
             self._skipped = max(self._skipped, self._behind)
-            self.done(self._first, sum(u.source_bytes for u in layout.units[: self._first]))
+            if self._first < len(layout.units):  # else only publishing is left
+                self.done(self._first, sum(u.source_bytes for u in layout.units[: self._first]))
 
     def _share(self, done: int) -> float | None:
         """Of all work, once so many bytes are done."""
