@@ -6,7 +6,7 @@ The original's rows go through it first, by themselves. Its last hidden states a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +88,7 @@ def loads_of(units: Calibrated, number: int, unit: UnitLayout) -> list[Load]:
     return []
 
 
-def tied(model: StoredModel, matrices: dict[str, str], limits: Limits) -> dict[str, Tensor]:
+def tied(model: StoredModel, matrices: Mapping[str, str], limits: Limits) -> dict[str, Tensor]:
     """The embeddings, where they are the head."""
     found = [t for stage in model.layout.stages() for t in stage.tensors if matrices.get(t.name) == "embedding"]
     loads = [Load(tuple((s, 0, s.nbytes) for s in t.stored)) for t in found]
