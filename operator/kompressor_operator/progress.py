@@ -86,7 +86,8 @@ def _of_group(view: View, job: ChildJob, alive: Sequence[ChildPod]) -> Told | In
     if isinstance(told, Involved) or told[0] is not Phase.COMPRESSING:
         return told
     over = {pod.index for pod in view.observed.pods_of(job) if pod.phase == "Succeeded"}
-    if len(over | {pod.index for pod in alive}) < job.pods:
+    decided = any(pod.ended for pod in alive)  # the Job ends, and those that are stopped for it are not missed
+    if not decided and len(over | {pod.index for pod in alive}) < job.pods:
         return _of_none(view, job)
     leader = next((pod for pod in alive if pod.index == LEADER), alive[-1])
     after = f", after {job.failed} failed" if job.failed else ""

@@ -130,6 +130,12 @@ def test_those_that_have_nothing_left_to_train_are_not_missed() -> None:
     assert verdict.reason == Reason.COMPRESSING and verdict.message.startswith("1 of 2 pods work together")
 
 
+@pytest.mark.parametrize("other", [{"deletion_due": NOW}, {"exit": 75}])
+def test_those_that_are_stopped_once_the_leader_is_through_are_no_news(other: dict[str, Any]) -> None:
+    verdict = verdict_of(judge(trained(status=RUNNING), going(), *both(leader={"exit": 0}, other=other)))
+    assert verdict.reason == Reason.COMPRESSING
+
+
 @pytest.mark.parametrize(
     ("other", "reason", "says"),
     [

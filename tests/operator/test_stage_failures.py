@@ -24,7 +24,7 @@ def test_every_class_of_failures_is_told_and_real_want_of_memory_cured(stage: St
     """All at once. What is killed, but not for memory, has to wait for ten seconds and has a test of its own."""
     cases: dict[str, tuple[Failure, str]] = {}
     for failure in FAILURES:
-        for code in set(failure.codes) - {KILLED, ExitCode.TERMINATED}:
+        for code in set(failure.codes) - {KILLED, ExitCode.TERMINATED, ExitCode.PEER_LOST}:
             cases[f"code-{code}"] = failure, stage.play(f"exit {code}", name=f"code-{code}", retry={"limit": 0})
     memory = {"limits": {"memory": "100Mi"}}
     eats = stage.play(f"[ $KOMPRESSOR_MEMORY_PLAN ] || exec python -c '{EATS}'", SUCCEED, name="eats", worker={"resources": memory})
