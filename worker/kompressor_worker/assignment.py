@@ -17,6 +17,7 @@ from kompressor_worker.resizing import loadable
 from kompressor_worker.sample_warnings import shape_warnings
 from kompressor_worker.samples import flows, refuse_short_rows, unused_samples
 from kompressor_worker.schemes import Scheme
+from kompressor_worker.segments import refuse_order
 from kompressor_worker.shards import OutputPlan, plan_output
 
 
@@ -46,6 +47,7 @@ class Assignment:
     @classmethod
     def _made(cls, spec: CompressionJobSpec, source: ModelLayout, passes: Sequence[Pass]) -> Assignment:
         layout, assigned = source, dict[str, Scheme]()
+        refuse_order(passes)
         for p in passes:
             layout = p.prepare(layout)
             assigned |= p.assign(layout, assigned)

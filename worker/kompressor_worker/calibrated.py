@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kompressor_worker.activations import Activations
 from kompressor_worker.batch import Batch
-from kompressor_worker.block import Stage
+from kompressor_worker.block import Encoded, Stage
 from kompressor_worker.block_work import (
     BlockWork,
     Finished,
@@ -41,9 +41,12 @@ from kompressor_worker.memory import give_back_freed_memory, peak_bytes
 from kompressor_worker.pace import Pace, unheard
 from kompressor_worker.parts import Part, held, parts_of, plain, together
 from kompressor_worker.passes import Pass
+from kompressor_worker.recovering import Recovery, Rows
 from kompressor_worker.reshaping import Reshaper
 from kompressor_worker.schemes import Scheme
+from kompressor_worker.segments import Segment, segments_of
 from kompressor_worker.sites import join, sites_of
+from kompressor_worker.statistics import Statistic
 
 GIVEN_BACK = 32 << 20
 """Bytes of source after which freed memory goes back to the system: experts are often small, and it takes a while."""
@@ -59,6 +62,7 @@ def effective(
 
 Load = Callable[[StageLayout], dict[str, Tensor]]
 """The tensors of a stage by full name, on the device; called once for each, in order, and they are the caller's to change."""
+Beyond = tuple[Place, UnitLayout]
 Write = Callable[[int, Finished], None]
 """Takes a stage (its number in the block) that is done."""
 
@@ -80,14 +84,22 @@ class Engine:
         self.decoder, self.passes, self.schemes, self.streams = decoder, passes, schemes, streams
         self.source, self.least_tokens = source or decoder, least_tokens
         self._measuring = Measuring(streams, decoder, least_tokens, lambda work: self._pace(work))
-        self._wanted = frozenset(s for p in passes for s in p.statistics) | self._measuring.drift
+        self._segments = segments_of(passes)
+        self.tunes = len(self._segments) > 1
         self._kv = any(p.kv for p in passes)
-        self._whole = any(p.whole_block for p in passes)
         self._pace = Pace(0, 0, unheard)
 
-    def block(self, at: Place, unit: UnitLayout, load: Load, write: Write, tell: Callable[[int], None] = unheard) -> dict[str, Any]:
+    def block(
+        self,
+        at: Place,
+        unit: UnitLayout,
+        load: Load,
+        write: Write,
+        tell: Callable[[int], None] = unheard,
+        beyond: Sequence[Beyond] = (),
+    ) -> dict[str, Any]:
         """Takes a block from `load` to `write`; what there is to say of it. `tell` hears of the unit's source bytes, batch by batch, and
-        may raise. Raises BadNumerics."""
+        may raise. `beyond`: where it is tuned, the blocks behind it that the result lacks; they are loaded after it. Raises BadNumerics."""
         began = time.monotonic()
         block = Block(self.decoder, at.result, unit, self.together(unit))
         self._pace = self._paced(block, unit, tell, replayed=False)
@@ -97,8 +109,9 @@ class Engine:
         parts, passed = parts_of(unit, self.passes, self.schemes), 0
         for part in parts:
             stored = self._loaded(unit, part, load, norms)
+            aims = self._aims(original, stored, beyond, load)
             self._original(original, part, stored, reference=reshaper is None)
-            self._part(work, unit, part, stored, reshaper, write)
+            self._part(work, unit, part, stored, reshaper, aims, write)
             passed += sum(unit.stages[number].source_bytes for number in part.stages)
             del stored  # before the next part is read
             if passed >= GIVEN_BACK or part is parts[-1]:
@@ -176,9 +189,17 @@ class Engine:
         return Reshaper(self.source, self.decoder, self.passes, *streams, self._pace, self.least_tokens, at.source, unit)
 
     def _part(
-        self, work: BlockWork, unit: UnitLayout, part: Part, stored: dict[str, Tensor], reshaper: Reshaper | None, write: Write
+        self,
+        work: BlockWork,
+        unit: UnitLayout,
+        part: Part,
+        stored: dict[str, Tensor],
+        reshaper: Reshaper | None,
+        aims: Sequence[Tensor] | None,
+        write: Write,
     ) -> None:
-        """From the weights as they were, which are used up, to those that are published, and the streams of the result through them."""
+        """From the weights as they were, which are used up, to those that are published, and the streams of the result through them.
+        `aims`: as of `_aims`."""
         weights = stored if reshaper is None else dict(stored)
         for p in self.passes:
             self._pace(0)
@@ -188,8 +209,7 @@ class Engine:
             work.reduced |= reshaper.notes
         done = PartWork(weights, self._schemes_of(unit, part), dict(weights))
         steps = steps_in(work.block, part)
-        for bunch in [steps] if self._whole else [(step,) for step in steps]:
-            self._compress(work, done, bunch)
+        self._through(work, done, steps, aims)
         if self.streams.compressed is not None:
             tensors = done.published()
             rounding = kv_rounding(work.block.prefix[:-1], tensors)
@@ -207,16 +227,80 @@ class Engine:
             expected += sum(p.products for p in self.passes) * sum(size_of(step.layout) * columns_of(step.layout) for step in block.steps)
             if any(p.reduces for p in self.passes) and self.streams.calibration is not None:
                 expected += size_of_unit(unit.as_stored()) * sum(t.numel() for t in self.streams.calibration.tokens)
-            if self._whole and self.streams.calibration is not None:
+            if any(p.tuned_rows for p in self.passes) and self.streams.calibration is not None:
+                mean = tokens[0] / max(1, self.streams.calibration.rows)
+                expected += 3 * size_of_unit(unit) * mean * sum(p.tuned_rows for p in self.passes)
+            if any(p.whole_block for p in self.passes) and self.streams.calibration is not None:
                 expected += sum(size_of(step.layout) for step in block.steps[:-1]) * sum(t.numel() for t in self.streams.calibration.tokens)
         return Pace(unit.source_bytes, expected, tell)
 
-    def _compress(self, work: BlockWork, part: PartWork, steps: Sequence[Step]) -> None:
-        """These steps through all passes, and the activations through what comes out."""
-        stages = [self._stage(work, part, step) for step in steps]
+    def _through(self, work: BlockWork, part: PartWork, steps: Sequence[Step], aims: Sequence[Tensor] | None) -> None:
+        """All passes. What is tuned flows from the part's input again, once it has been."""
+        pruned = {x.weight for step in steps for x in step.layout.linears if x.pruned is not None}
+        before = {name: weight for name, weight in part.weights.items() if name in pruned} if self.tunes else {}
+        streams = [(stream, [dict(batch.state) for batch in stream.batches]) for stream in self.streams.through_compressed()]
+        for number, segment in enumerate(self._segments):
+            if number:
+                for stream, states in streams:
+                    for batch, state in zip(stream.batches, states, strict=True):
+                        batch.state = dict(state)
+            for bunch in [steps] if any(p.whole_block for p in segment.passes) else [(step,) for step in steps]:
+                self._compress(work, part, bunch, segment)
+            if segment.recover is not None:
+                self._recover(work, part, segment, streams[0][1], aims, before)
+
+    def _recover(
+        self,
+        work: BlockWork,
+        part: PartWork,
+        segment: Segment,
+        states: Sequence[Mapping[str, Tensor]],
+        aims: Sequence[Tensor] | None,
+        before: Mapping[str, Tensor],
+    ) -> None:
+        """`states`: of the calibration rows, at the block's input."""
+        calibration, reference = self.streams.calibration, self.streams.reference
+        assert calibration is not None and reference is not None and segment.recover is not None
+        inputs = [state["hidden"] for state in states]
+        rows = Rows(calibration.batches, inputs, aims or [batch.state["hidden"] for batch in reference.batches], self._turned)
+        number = self._segments.index(segment)
+        recovery = Recovery(
+            segment.recover.params, work.block, part, rows, self.decoder, self._pace, work.block.layer * len(self._segments) + number
+        )
+        work.note(work.block.prefix[:-1], {"recover": [recovery.run(before)]})
+        for name, encoded in part.encoded.items():
+            self._take(part, name, encoded)
+        part.take_up()
+
+    def _aims(self, block: Block, stored: Mapping[str, Tensor], beyond: Sequence[Beyond], load: Load) -> list[Tensor] | None:
+        """The reference's rows behind those blocks that the result lacks, which this one stands in for; None: there are none of them."""
+        if not beyond or self.streams.reference is None:
+            return None
+        rows = [Batch(batch.lengths, dict(batch.state), batch.excluded) for batch in self.streams.reference.batches]
+        self._refer(block, block.steps, rows, stored)
+        for place, unit in beyond:
+            gone, norms = Block(self.source, place.source, unit.as_stored()), dict[str, Tensor]()
+            for part in parts_of(unit):
+                self._refer(gone, steps_in(gone, part), rows, self._loaded(unit, part, load, norms))
+        return [batch.state["hidden"] for batch in rows]
+
+    def _refer(self, block: Block, steps: Sequence[Step], rows: Sequence[Batch], weights: Mapping[str, Tensor]) -> None:
+        assert self.streams.reference is not None
+        for step in steps:
+            project = self._runtime(weights)
+            for batch in rows:
+                block.advance(step, batch, weights, project)
+                self.streams.reference.spill.settle(batch)
+                self._pace(0)
+
+    def _compress(self, work: BlockWork, part: PartWork, steps: Sequence[Step], segment: Segment) -> None:
+        """These steps through the passes of a segment, and the activations through what comes out; behind a block's end in the last one."""
+        last = segment is self._segments[-1]
+        wanted = frozenset(s for p in segment.passes for s in p.statistics) | (self._measuring.drift if last else frozenset())
+        stages = [self._stage(work, part, step, wanted) for step in steps]
         join([site for stage in stages for site in stage.sites])
         self._measuring.measure(work, part, steps, stages)
-        for p in self.passes:
+        for p in segment.passes:
             for stage in stages if not p.kv else ():
                 self._measuring.refresh(work, part, steps, stages, p.statistics)
                 p.apply(stage)
@@ -227,23 +311,26 @@ class Engine:
             if stage.notes:
                 work.note(stage.layout.name, stage.notes)
             for name, encoded in stage.encoded.items():
-                decoded = decode(name, encoded.tensors, part.schemes[name], self.decoder.dtype).to(self.decoder.device)
-                part.current[f"{name}.weight"] = decoded
+                self._take(part, name, encoded)
         part.take_up()
-        for stream in self.streams.through_compressed():
-            observer = work.observer if stream is self.streams.calibration and self._kv else None
+        for stream in self.streams.through_compressed() if last or steps[-1] is not work.block.steps[-1] else ():
+            observer = work.observer if last and stream is self.streams.calibration and self._kv else None
             self._flow(work.block, steps, stream, self._runtime(part.current), observer.of if observer else None)
-        if any(step.name == "router" for step in steps) and self._wanted:
+        if any(step.name == "router" for step in steps) and wanted:
             self._measuring.count(work)
-        for name in () if self._whole else [name for stage in stages for name in stage.encoded]:
+        keeps = self.tunes or any(p.whole_block for p in segment.passes)
+        for name in () if keeps else [name for stage in stages for name in stage.encoded]:
             del part.weights[f"{name}.weight"]  # no other step looks at it
         for p in self.passes:
-            for stage in stages if p.kv else ():  # now that keys and values have been seen as the published weights make them
+            for stage in stages if p.kv and last else ():  # now that keys and values have been seen as the published weights make them
                 p.apply(stage)
 
-    def _stage(self, work: BlockWork, part: PartWork, step: Step) -> Stage:
+    def _take(self, part: PartWork, name: str, encoded: Encoded) -> None:
+        part.current[f"{name}.weight"] = decode(name, encoded.tensors, part.schemes[name], self.decoder.dtype).to(self.decoder.device)
+
+    def _stage(self, work: BlockWork, part: PartWork, step: Step, wanted: frozenset[Statistic]) -> Stage:
         schemes = {x.name: part.schemes[x.name] for x in step.layout.linears if x.name in part.schemes}
-        wanted = self._measuring.drift if step.name == "router" else self._wanted  # passes look at its input only in whole blocks
+        wanted = self._measuring.drift if step.name == "router" else wanted  # passes look at its input only in whole blocks
         sites = sites_of(work.block, step, wanted) if self.streams.calibration is not None else ()
         kv = work.observer.seen if step.name == "o" and self._kv else {}
         return Stage(step.layout, part.weights, schemes, sites=sites, kv=kv, heard=lambda: self._pace(0))

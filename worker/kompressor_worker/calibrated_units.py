@@ -98,6 +98,18 @@ class Calibrated:
                 )
         if kind == "head" and (tied := self._tied_matrix(layout)):
             yield from self.row_loads(tied)
+        for _, gone in self._beyond(unit):
+            yield from (whole(stage) for stage in gone.stages if self._read(stage))
+
+    def _beyond(self, unit: int) -> list[tuple[Place, UnitLayout]]:
+        """The blocks behind this one that the result lacks, where blocks are tuned, so that it says what they have said."""
+        units, found = self.work.layout.units, list[tuple[Place, UnitLayout]]()
+        if self.engine.tunes and self.engine.streams.reference is not None and kind_of(units[unit]) == "block":
+            for number in range(unit + 1, len(units)):
+                if not units[number].dropped:
+                    break
+                found.append((self._places[number], units[number]))
+        return found
 
     def row_loads(self, source: SourceTensor) -> Iterator[Load]:
         """Whole rows, as many as fit into a slice; a tensor that must be decoded comes in one."""
@@ -142,6 +154,9 @@ class Calibrated:
                     self._pass_by(unit, incoming, step)
                     return
                 self.engine.replay(self._places[unit], layout, self.reader(incoming), self.snapshots.reader(unit, layout), step)
+                for _, gone in self._beyond(unit):
+                    for _ in filter(self._read, gone.stages):
+                        next(incoming)
             case _:
                 for _ in self._plain.loads(unit):
                     next(incoming)
@@ -256,7 +271,7 @@ class Calibrated:
             if pieces is not None:
                 pieces.add(number, {place.name: made[place.name] for place in placed[number]})
 
-        record = self.engine.block(self._places[unit], layout, self.reader(incoming), write, step)
+        record = self.engine.block(self._places[unit], layout, self.reader(incoming), write, step, self._beyond(unit))
         return self.snapshots.carry(unit, {"block": record}, pieces)
 
     # ---- the head

@@ -33,6 +33,11 @@ COPIES = 2
 """Matrices of a Hessian's size beside it: the one that is factorised in its place, and the factor as the column loop reads it."""
 REDUCING_COPIES = 5
 """Matrices of a Hessian's size while columns are taken away: it, dampened, inverted, and what is left of that before and after a round."""
+TUNED_TOKENS = 2048
+"""As recovering.MICRO_TOKENS."""
+TUNED_BYTES = 26
+"""A weight that is tuned, beside those that are there anyway: in fp32 itself, its gradient and what the steps before have left, the best so
+far, and as the forward has rounded it."""
 SCORED_BYTES = 104
 """A position of the evaluation: sums of its logits, and token ids."""
 
@@ -126,10 +131,11 @@ class FlowOperations:
     passes: float
     head: float
     surveys: float = 0.0
+    tuning: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.forward + self.statistics + self.passes + self.head + self.surveys
+        return self.forward + self.statistics + self.passes + self.head + self.surveys + self.tuning
 
 
 def is_block(unit: UnitLayout) -> bool:
@@ -204,6 +210,9 @@ def flow_bytes(
             trials = 4 * TRIAL_COPIES * max(s.weights for sites in steps for s in sites)
             widened = sum(wide[:-1]) + trials if whole else max(wide)
             step = max(step, widened + max(batch_bytes(sites, tokens.length) for sites in steps))
+            if any(p.tuned_rows for p in passes):
+                block += TUNED_BYTES * sum(s.weights for sites in steps for s in sites)
+                step = max(step, sum(tuned_bytes(sites, tokens.length) for sites in steps))
             if hessians:
                 factors = 4 * COPIES * max(s.columns for sites in steps for s in sites) ** 2
                 statistics = max(statistics, (sum(sums) if whole else max(sums)) + factors)
@@ -232,13 +241,19 @@ def batch_bytes(sites: Sequence[Site], length: int) -> int:
     return round(4 * tokens * sum(s.share * (s.columns + 2 * sum(x.shape[0] for x in s.linears)) for s in sites))
 
 
+def tuned_bytes(sites: Sequence[Site], length: int) -> int:
+    """Of a step whose inputs and outputs are kept for a backward, and as much again for its gradients."""
+    tokens = max(TUNED_TOKENS, length)
+    return round(8 * tokens * sum(s.share * (s.columns + 2 * sum(x.shape[0] for x in s.linears)) for s in sites))
+
+
 def flow_operations(spec: CompressionJobSpec, layout: ModelLayout, passes: Sequence[Pass], schemes: Mapping[str, Scheme]) -> FlowOperations:
     tokens = Tokens.of(spec, passes)
     whole = any(p.measures for p in passes) and any(p.whole_block for p in passes)
     hessians = any("hessian" in p.statistics for p in passes)
     products = sum(p.products for p in passes)
     blocks = [unit for unit in layout.units if is_block(unit)]
-    forward = sums = encoding = 0.0
+    forward = sums = encoding = tuning = 0.0
     rows = sum(p.survey_rows(len(blocks)) for p in passes)
     repeats = max((p.surveys for p in passes), default=0) + sum(p.survey_repeats for p in passes)
     surveyed = repeats * tokens.calibration + rows * tokens.length
@@ -261,12 +276,13 @@ def flow_operations(spec: CompressionJobSpec, layout: ModelLayout, passes: Seque
             if number == 1:
                 forward += flowing * tokens.length * sites[0].columns
             for s in sites:
+                tuning += 3 * sum(p.tuned_rows for p in passes) * tokens.length * s.weights * s.share
                 sums += s.share * tokens.calibration * s.columns**2 / 2 if hessians else 0
                 taken = sum(prod(x.shape) for x in s.linears if x.name in schemes or x.pruned)
                 encoding += (products * taken * s.columns + s.columns**3) if products and taken else 0
     config = text_config(layout.config)
     head = 2.0 * tokens.evaluation * int(config["hidden_size"]) * int(config["vocab_size"])
-    return FlowOperations(forward, sums, encoding, head, surveys)
+    return FlowOperations(forward, sums, encoding, head, surveys, tuning)
 
 
 def surveyed_states(passes: Sequence[Pass]) -> int:

@@ -28,7 +28,7 @@ class Part:
 
 def held(passes: Iterable[Pass]) -> str | None:
     """The name of a pass that needs whole blocks; None: there is none."""
-    return next((name_of(p) for p in passes if p.folds or p.whole_block), None)
+    return next((name_of(p) for p in passes if p.folds or p.whole_block or p.recovers), None)
 
 
 def together(unit: UnitLayout, schemes: Mapping[str, Scheme]) -> Scheme | None:
@@ -87,7 +87,9 @@ def mixture_warnings(layout: ModelLayout, passes: Collection[Pass], schemes: Map
     all_of_them = f"all {sum(stage.expert is not None for stage in largest.stages)} experts of a block are in memory at once"
     stored = f"{size(largest.source_bytes)} as stored"
     found = []
-    if (name := held(passes)) is not None:
+    if (name := next((name_of(p) for p in passes if p.recovers), None)) is not None:
+        found.append(f"{name}: a block is tuned as a whole, so {all_of_them} ({stored}); leave it out where memory is short")
+    elif (name := held(passes)) is not None:
         found.append(f"{name}: scales are folded across a block, so {all_of_them} ({stored}); leave it out where memory is short")
     elif (scheme := next(filter(None, (together(unit, schemes) for unit in mixtures)), None)) is not None:
         found.append(

@@ -79,7 +79,7 @@ def without_data(hungry: Pass) -> str:
     """What can be done in place of a pass where there is no data."""
     if hungry.prunes:
         return "prune by magnitude, which works without data"
-    if hungry.kv or hungry.reduces or hungry.surveys:
+    if hungry.kv or hungry.reduces or hungry.surveys or hungry.recovers:
         return "leave it out"
     return "use a pass and scheme that work without data, such as rtn with W4A16"
 

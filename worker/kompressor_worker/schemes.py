@@ -68,6 +68,8 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("W4A16", "pack-quantized", 4, "int", "group", group_size=128),
         Scheme("W4A16_ASYM", "pack-quantized", 4, "int", "group", symmetric=False, group_size=128),
         Scheme("W3A16", "pack-quantized", 3, "int", "group", group_size=128),
+        Scheme("W2A16", "pack-quantized", 2, "int", "group", group_size=128),
+        Scheme("W2A16_ASYM", "pack-quantized", 2, "int", "group", symmetric=False, group_size=128),
         Scheme("FP8", "float-quantized", 8, "float", "tensor", inputs="fp8_tensor"),
         Scheme("FP8_DYNAMIC", "float-quantized", 8, "float", "channel", inputs="fp8_token"),
         Scheme("FP8_BLOCK", "float-quantized", 8, "float", "block", block=(128, 128), inputs="fp8_group"),

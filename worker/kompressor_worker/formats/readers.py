@@ -11,6 +11,7 @@ from kompressor_worker.schemes import Scheme
 EXPERTS = {
     "W8A8": "refuses them (its converter finds no int-quantized expert weights)",
     "W4A16_ASYM": "refuses them (its converter drops zero points)",
+    "W2A16_ASYM": "refuses them (its converter drops zero points)",
     "FP8_BLOCK": "refuses them (its converter knows per-channel scales only)",
     "NVFP4A16": "loads them without their global scales, silently wrong",
     "NVFP4": "loads them without their global scales, silently wrong",
@@ -19,13 +20,24 @@ EXPERTS = {
 OWN_MULTIPLICATION = ("falcon", "gpt_bigcode")
 """Families whose modules in transformers take `weight` itself, which is not there until a packed one has been expanded."""
 
+VLLM_BITS = (4, 8)
+"""vLLM's WNA16_SUPPORTED_BITS."""
+EXPAND = "make a plain checkpoint of it with kompressor expand"
 EXPANDING = "only when it expands it at once: from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))"
 
 
 def reader_warnings(layout: ModelLayout, schemes: Mapping[str, Scheme]) -> list[str]:
     """One line for each thing that a reader stumbles over. `schemes`: for linears by name."""
     found = sorted({scheme.name for name, scheme in schemes.items() if ".experts." in name and scheme.name in EXPERTS})
-    lines = [f"experts in {name}: transformers {EXPERTS[name]}; serve this result with vLLM" for name in found]
+    narrow = sorted({s.name for s in schemes.values() if s.format == "pack-quantized" and s.bits not in VLLM_BITS})
+    lines = [
+        f"experts in {name}: transformers {EXPERTS[name]}; " + (EXPAND if name in narrow else "serve this result with vLLM")
+        for name in found
+    ]
+    if narrow:
+        lines.append(
+            f"{', '.join(narrow)}: vLLM reads packed integers of 4 and 8 bits only; load this result with transformers, or {EXPAND}"
+        )
     formats = {scheme.format for scheme in schemes.values()}
     exact = any(".experts." in linear.name and linear.name not in schemes for linear in layout.linears())
     if exact and (schemes or layout.kv_cache) and formats != {"float-quantized"}:

@@ -46,6 +46,7 @@ REGISTRY: dict[str, str] = {
     "mergeExperts": "kompressor_worker.passes.merge_experts:MergeExperts",
     "hybridAttention": "kompressor_worker.passes.hybrid_attention:HybridAttention",
     "distil": "kompressor_worker.passes.distil:Distil",
+    "recover": "kompressor_worker.passes.recover:Recover",
 }
 """Name in the spec to `module:class`, imported when asked for."""
 
@@ -82,6 +83,10 @@ class Pass:
     """Whether a survey measures the Hessians of all inputs in a block, but for those of routed experts."""
     corrects: bool = False
     """Whether it wants calibration rows to go through the original too, beside those that go through what comes out (`Reduction.cross`)."""
+    recovers: bool = False
+    """Whether it tunes whole blocks as the passes before have left them (segments.py)."""
+    tuned_rows: int = 0
+    """How many rows it takes forward and backward through each block, in all: for estimates."""
     section: str = ""
     """Under which name the report has what it has decided (`described`); none: beside the shape, where that changes."""
     once: bool = False
@@ -96,7 +101,7 @@ class Pass:
     @property
     def measures(self) -> bool:
         """Whether it needs calibration data."""
-        return bool(self.statistics or self.kv or self.reduces or self.surveys)
+        return bool(self.statistics or self.kv or self.reduces or self.surveys or self.recovers)
 
     @property
     def reads_calibration(self) -> bool:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kompressor_worker.layout import LinearLayout, ModelLayout
     from kompressor_worker.statistics import Statistic
 
-SchemeName = Literal["W4A16", "W4A16_ASYM", "W3A16", "W8A16"]
+SchemeName = Literal["W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W2A16_ASYM", "W8A16"]
 FEW = 8
 """Sites that are reported one by one."""
 CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))
@@ -39,7 +39,7 @@ CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))
 class AwqParams(LinearParams):
     """AWQ: scales channels by their activations before rounding, folded so that the function stays the same."""
 
-    scheme: SchemeName = Field(description="W4A16, W4A16_ASYM, W3A16 or W8A16: packed integers, weights only.")
+    scheme: SchemeName = Field(description="W4A16, W4A16_ASYM, W3A16, W2A16, W2A16_ASYM or W8A16: packed integers, weights only.")
     clip: Flag = Field(default=True, description="Whether each group's range is shrunk where that lowers the error of the output.")
     grid: Count = Field(default=20, ge=1, le=200, description="Powers of the activations' magnitude that are tried, from 0 up to 1.")
 

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from kompressor_worker.passes.hessian import Factor
     from kompressor_worker.statistics import Statistic
 
-SchemeName = Literal["W4A16", "W4A16_ASYM", "W3A16", "W8A16", "W8A8", "W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8_DYNAMIC"]
+SchemeName = Literal[
+    "W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W2A16_ASYM", "W8A16", "W8A8", "W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8_DYNAMIC",
+]  # fmt: skip
 
 
 class GptqParams(LinearParams, InputParams):
@@ -39,9 +41,9 @@ class GptqParams(LinearParams, InputParams):
 
     scheme: SchemeName = Field(
         description=(
-            "W4A16, W4A16_ASYM, W3A16 and W8A16 (packed integers, weights only), W8A8 (INT8, activations per token at run time), "
-            "W8A8_STATIC and W8A8_STATIC_ASYM (INT8, one calibrated activation scale, with a zero point) or FP8_DYNAMIC (per channel, "
-            "activations per token)."
+            "W4A16, W4A16_ASYM, W3A16, W2A16, W2A16_ASYM and W8A16 (packed integers, weights only), W8A8 (INT8, activations per token at "
+            "run time), W8A8_STATIC and W8A8_STATIC_ASYM (INT8, one calibrated activation scale, with a zero point) or FP8_DYNAMIC (per "
+            "channel, activations per token). Behind 2 bits belongs a recover."
         )
     )
     act_order: Literal["static", "none"] = Field(

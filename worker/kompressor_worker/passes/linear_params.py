@@ -54,7 +54,7 @@ class LinearParams(TargetParams):
         le=65536,
         description=(
             "Columns that share a scale, -1 for one scale a channel; packed integer schemes only. Must divide the columns of every "
-            "targeted weight. Default: the scheme's own, 128 at 3 and 4 bits, -1 at 8."
+            "targeted weight. Default: the scheme's own, 128 at 2, 3 and 4 bits, -1 at 8."
         ),
     )
 

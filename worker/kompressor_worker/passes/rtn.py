@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kompressor_worker.layout import LinearLayout, ModelLayout
 
 SchemeName = Literal[
-    "W8A8", "W8A8_STATIC", "W8A8_STATIC_ASYM", "W8A16", "W4A16", "W4A16_ASYM", "W3A16",
+    "W8A8", "W8A8_STATIC", "W8A8_STATIC_ASYM", "W8A16", "W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W2A16_ASYM",
     "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP4", "NVFP4A16", "NVFP4",
 ]  # fmt: skip
 
@@ -41,9 +41,10 @@ class RtnParams(LinearParams, InputParams):
     scheme: SchemeName = Field(
         description=(
             "W8A8 (INT8, activations per token at run time), W8A8_STATIC and W8A8_STATIC_ASYM (INT8, one calibrated activation scale, with "
-            "a zero point), W8A16, W4A16, W4A16_ASYM and W3A16 (packed integers, weights only), FP8 (one scale a weight, one calibrated "
-            "activation scale), FP8_DYNAMIC (per channel, activations per token), FP8_BLOCK (128x128), MXFP4 (groups of 32, weights only), "
-            "NVFP4A16 (groups of 16, weights only) or NVFP4 (groups of 16, weights and activations)."
+            "a zero point), W8A16, W4A16, W4A16_ASYM, W3A16, W2A16 and W2A16_ASYM (packed integers, weights only; behind 2 bits belongs a "
+            "recover), FP8 (one scale a weight, one calibrated activation scale), FP8_DYNAMIC (per channel, activations per token), "
+            "FP8_BLOCK (128x128), MXFP4 (groups of 32, weights only), NVFP4A16 (groups of 16, weights only) or NVFP4 (groups of 16, "
+            "weights and activations)."
         )
     )
     observer: Literal["minmax", "mse"] = Field(

@@ -1,0 +1,101 @@
+"""Recovery block by block: how much of what a compression loses comes back, with the tokens and seconds that it takes.
+
+    python benchmarks/recovery.py                                     # all cases on the suite's Llama, 512 rows of 128 tokens, 200 steps
+    python benchmarks/recovery.py --cases 2:4 W2A16 --rows 256 --steps 100
+    python benchmarks/recovery.py --model llama_learned
+
+Each case is two real jobs on a trained model of the suite, one with `recover` behind its passes; both are judged by their own evaluation on
+held-out rows. Shares are of the mean KL to the original, and of the rise in perplexity, that the job without it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
+
+import jobs  # noqa: E402
+from calibrated_jobs import LENGTH, samples, write_data  # noqa: E402
+from models import RECIPES, trained_model  # noqa: E402
+
+JUDGED = 64
+"""Held-out rows."""
+Passes = list[dict[str, Any]]
+
+
+def cases(layers: int) -> dict[str, Passes]:
+    packed = {"groupSize": 64}
+    return {
+        "width 25 %": [{"pruneWidth": {"ratio": 0.25, "multiple": 32}}],
+        "width 50 %": [{"pruneWidth": {"ratio": 0.5, "multiple": 32}}],
+        "layers": [{"pruneLayers": {"layers": layers - max(1, layers // 3)}}],
+        "2:4": [{"sparseGPT": {"pattern": "2:4"}}],
+        "W3A16": [{"gptq": {"scheme": "W3A16", **packed}}],
+        "W2A16": [{"gptq": {"scheme": "W2A16", **packed}}],
+        "W2A16 by rtn": [{"rtn": {"scheme": "W2A16", **packed}}],
+        "W2A16_ASYM": [{"gptq": {"scheme": "W2A16_ASYM", **packed}}],
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kl: float
+    rise: float
+    """Of the perplexity, as a share of the original's."""
+    seconds: float
+
+
+def compress(folder: Path, model: str, rows: int, passes: Passes) -> Outcome:
+    from kompressor_worker.job import load_job
+    from kompressor_worker.progress import Progress
+    from kompressor_worker.run import run
+
+    data = write_data(folder, model, max(rows, JUDGED))
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        body = jobs.manifest(trained_model(model).as_uri(), (Path(work) / "out").as_uri(), passes)
+        body["spec"] |= samples({section: path.as_uri() for section, path in data.items()}, JUDGED)
+        body["spec"]["calibration"]["samples"] = rows
+        began = time.monotonic()
+        run(load_job(jobs.write(Path(work) / "job.json", body), {}), {}, Progress(), threading.Event())
+        said = json.loads((Path(work) / "out" / "kompressor.json").read_text())["evaluation"]
+        return Outcome(said["kl"], said["perplexityIncrease"], time.monotonic() - began)
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    head = ["case", "KL", "with recover", "back", "perplexity", "with recover", "back", "rows x tokens", "seconds"]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama", choices=sorted(RECIPES))
+    parser.add_argument("--cases", nargs="*", help="default: all")
+    parser.add_argument("--rows", type=int, default=512, help="calibration rows")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-rows", type=int, default=8)
+    asked = parser.parse_args()
+    found = cases(int(json.loads((trained_model(asked.model) / "config.json").read_text())["num_hidden_layers"]))
+    recover = {"recover": {"steps": asked.steps, "batchRows": asked.batch_rows}}
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in asked.cases or found:
+            plain, tuned = (compress(Path(folder), asked.model, asked.rows, passes) for passes in (found[name], [*found[name], recover]))
+            figures = [f"{plain.kl:.4f}", f"{tuned.kl:.4f}", f"{1 - tuned.kl / plain.kl:.0%}"]
+            figures += [f"{plain.rise:+.2%}", f"{tuned.rise:+.2%}", f"{1 - tuned.rise / plain.rise:.0%}"]
+            lines.append([name, *figures, f"{asked.steps * asked.batch_rows:,} x {LENGTH}", f"{tuned.seconds - plain.seconds:.0f}"])
+            print(table(lines[-1:]).splitlines()[-1], flush=True)
+    print(f"\n{table(lines)}")
+
+
+if __name__ == "__main__":
+    main()
