@@ -20,6 +20,7 @@ from nursery import Nursery
 from test_calibrated_resume import blocks, data  # noqa: F401
 from test_resume import TRIES, files_of, resumes
 from test_structured_families import SHAPE, compress, model_of, require_function
+from test_structured_resume import cut_off
 
 import jobs
 from independent import tensors_of
@@ -114,6 +115,23 @@ def test_killed_it_goes_on_to_the_same_bytes(nursery: Nursery, blocks: Path, tmp
         if resumed:
             return
     pytest.fail("no worker was killed in time")
+
+
+def test_blocks_that_are_gone_are_read_ahead_and_passed_over_on_a_restart(nursery: Nursery, blocks: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Many rows: commits leave blocks, so a restart takes the rows through them again, and reads what is behind them once more."""
+    passes: Passes = [{"pruneLayers": {"layers": 12, "correction": "none"}}, {"recover": {"steps": 2, "batchRows": 4}}]
+    whole = job(tmp_path, blocks, "whole", passes, rows=200)
+    code, said = nursery.run(whole)
+    assert code == 0, said
+    wanted = files_of(tmp_path / "whole")
+    cut = job(tmp_path, blocks, "cut", passes, rows=200)
+    for at in (6, 15):
+        cut_off(nursery, cut, lambda state, at=at: state.unit >= at)
+    code, said = nursery.run(cut)
+    assert code == 0 and "going on at unit" in said, said
+    made = files_of(tmp_path / "cut")
+    assert made.keys() == wanted.keys()
+    assert [name for name in wanted if name != "report.html" and made[name] != wanted[name]] == []
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -16,6 +16,7 @@ from kompressor_worker.decoder_block import Block
 from kompressor_worker.evaluate import BlockError
 from kompressor_worker.forward import KvObserver
 from kompressor_worker.layout import StageLayout, UnitLayout
+from kompressor_worker.passes import Pass
 from kompressor_worker.schemes import Scheme
 
 
@@ -145,6 +146,22 @@ def size_of(layout: StageLayout) -> int:
 
 def columns_of(layout: StageLayout) -> int:
     return max(x.shape[1] for x in layout.linears)
+
+
+def expected_work(streams: Streams, passes: Sequence[Pass], block: Block, unit: UnitLayout) -> float:
+    """Of a block and what flows through it, in multiply-adds: a forward through a step is one a weight and token, a product with a Hessian
+    one a weight and column. `passes`: none where the block is done already."""
+    tokens = sum(t.numel() for stream in streams.all() for t in stream.tokens)
+    expected: float = sum(size_of(step.layout) for step in block.steps) * tokens
+    expected += sum(p.products for p in passes) * sum(size_of(step.layout) * columns_of(step.layout) for step in block.steps)
+    if streams.calibration is not None:
+        tokens = sum(t.numel() for t in streams.calibration.tokens)
+        expected += 3 * size_of_unit(unit) * tokens / max(1, streams.calibration.rows) * sum(p.tuned_rows for p in passes)
+        if any(p.reduces for p in passes):
+            expected += size_of_unit(unit.as_stored()) * tokens
+        if any(p.whole_block for p in passes):
+            expected += sum(size_of(step.layout) for step in block.steps[:-1]) * tokens
+    return expected
 
 
 def batch_tokens(batch: Batch) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from kompressor_worker.block_work import (
     Streams,
     batch_tokens,
     columns_of,
+    expected_work,
     output_error,
     size_of,
     size_of_unit,
@@ -219,26 +221,14 @@ class Engine:
                 write(number, done.of(unit.stages[number]))
 
     def _paced(self, block: Block, unit: UnitLayout, tell: Callable[[int], None], replayed: bool) -> Pace:
-        """Work is counted in multiply-adds: a forward through a step is one a weight and token, a product with a Hessian one a weight and
-        column."""
-        tokens = [sum(t.numel() for t in stream.tokens) for stream in self.streams.all()]
-        expected: float = sum(size_of(step.layout) for step in block.steps) * sum(tokens)
-        if not replayed:
-            expected += sum(p.products for p in self.passes) * sum(size_of(step.layout) * columns_of(step.layout) for step in block.steps)
-            if any(p.reduces for p in self.passes) and self.streams.calibration is not None:
-                expected += size_of_unit(unit.as_stored()) * sum(t.numel() for t in self.streams.calibration.tokens)
-            if any(p.tuned_rows for p in self.passes) and self.streams.calibration is not None:
-                mean = tokens[0] / max(1, self.streams.calibration.rows)
-                expected += 3 * size_of_unit(unit) * mean * sum(p.tuned_rows for p in self.passes)
-            if any(p.whole_block for p in self.passes) and self.streams.calibration is not None:
-                expected += sum(size_of(step.layout) for step in block.steps[:-1]) * sum(t.numel() for t in self.streams.calibration.tokens)
-        return Pace(unit.source_bytes, expected, tell)
+        return Pace(unit.source_bytes, expected_work(self.streams, () if replayed else self.passes, block, unit), tell)
 
     def _through(self, work: BlockWork, part: PartWork, steps: Sequence[Step], aims: Sequence[Tensor] | None) -> None:
         """All passes. What is tuned flows from the part's input again, once it has been."""
         pruned = {x.weight for step in steps for x in step.layout.linears if x.pruned is not None}
         before = {name: weight for name, weight in part.weights.items() if name in pruned} if self.tunes else {}
-        streams = [(stream, [dict(batch.state) for batch in stream.batches]) for stream in self.streams.through_compressed()]
+        through = self.streams.through_compressed() if self.tunes else []  # else what has flowed on is not held
+        streams = [(stream, [dict(batch.state) for batch in stream.batches]) for stream in through]
         for number, segment in enumerate(self._segments):
             if number:
                 for stream, states in streams:
@@ -277,21 +267,13 @@ class Engine:
         if not beyond or self.streams.reference is None:
             return None
         rows = [Batch(batch.lengths, dict(batch.state), batch.excluded) for batch in self.streams.reference.batches]
-        self._refer(block, block.steps, rows, stored)
+        ahead = replace(self.streams.reference, batches=rows)
+        self._flow(block, block.steps, ahead, self._runtime(stored))
         for place, unit in beyond:
             gone, norms = Block(self.source, place.source, unit.as_stored()), dict[str, Tensor]()
             for part in parts_of(unit):
-                self._refer(gone, steps_in(gone, part), rows, self._loaded(unit, part, load, norms))
+                self._flow(gone, steps_in(gone, part), ahead, self._runtime(self._loaded(unit, part, load, norms)))
         return [batch.state["hidden"] for batch in rows]
-
-    def _refer(self, block: Block, steps: Sequence[Step], rows: Sequence[Batch], weights: Mapping[str, Tensor]) -> None:
-        assert self.streams.reference is not None
-        for step in steps:
-            project = self._runtime(weights)
-            for batch in rows:
-                block.advance(step, batch, weights, project)
-                self.streams.reference.spill.settle(batch)
-                self._pace(0)
 
     def _compress(self, work: BlockWork, part: PartWork, steps: Sequence[Step], segment: Segment) -> None:
         """These steps through the passes of a segment, and the activations through what comes out; behind a block's end in the last one."""
