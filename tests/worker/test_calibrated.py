@@ -84,6 +84,7 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "gptq W4A16": ("llama", [{"gptq": W4}]),
     "gptq W3A16": ("llama", [{"gptq": {"scheme": "W3A16", "groupSize": 64}}]),
     "awq W4A16": ("llama", [{"awq": W4}]),
+    "gptq W2A16, recover": ("llama", [{"gptq": {**W4, "scheme": "W2A16"}}, {"recover": {"steps": 20}}]),
     "rotate, gptq W4A16": ("llama", [{"rotate": {}}, {"gptq": W4}]),
     "smoothQuant, gptq W8A8": ("llama", [{"smoothQuant": {}}, {"gptq": {"scheme": "W8A8"}}]),
     "rtn W8A8": ("llama", [{"rtn": {"scheme": "W8A8"}}]),
