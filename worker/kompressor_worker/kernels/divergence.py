@@ -177,7 +177,7 @@ class _InChunks(torch.autograd.Function):
 
 def _chunks(hidden: Tensor, vocabulary: int, scratch_bytes: int | None) -> list[slice]:
     allowed = scratch_bytes or (CUDA_SCRATCH_BYTES if hidden.is_cuda else CPU_SCRATCH_BYTES)
-    size = max(1, allowed // (2 * vocabulary * hidden.element_size()))
+    size = max(1, allowed // (2 * vocabulary * (4 if hidden.is_cuda else hidden.element_size())))
     return [slice(start, min(start + size, len(hidden))) for start in range(0, max(1, len(hidden)), size)]
 
 
@@ -190,14 +190,15 @@ def logits_of(hidden: Tensor, head: Tensor, exact: bool) -> Tensor:
     if not exact:
         return hidden @ head.T
     logits, wide = torch.empty(len(hidden), len(head)), hidden.float()
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # what the operands are already: only the sums, and so the logits, are wider
+    products: Any = torch.backends.mkldnn  # its types leave out matmul
+    before = products.matmul.fp32_precision
+    products.matmul.fp32_precision = "bf16"  # what the operands are already: only the sums, and so the logits, are wider
     try:
         for start in range(0, len(head), HEAD_ROWS):
             part = head[start : start + HEAD_ROWS].float()
             logits[:, start : start + HEAD_ROWS] = wide @ part.T
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        products.matmul.fp32_precision = before
     return logits
 
 
