@@ -18,6 +18,7 @@ TARGETS: dict[str, list[str]] = {
     "worker": ["--constraint", "locks/dev.lock", "--extra", "worker", "pyproject.toml"],
     "vllm": ["--override", "locks/vllm-overrides.txt", "locks/vllm.in"],
     "peer": ["locks/peer.in"],
+    "trl": ["locks/trl.in"],
 }
 
 

@@ -70,7 +70,7 @@ def make_environment(venv: Path, lock: Path, project: bool) -> Path:
 
 
 def other_python(name: str) -> Path:
-    """The python of an environment in the cache for a tool whose pins exclude ours: `vllm`, or `peer` (llm-compressor)."""
+    """The python of an environment in the cache for a tool whose pins exclude ours: `vllm`, `peer` (llm-compressor) or `trl`."""
     lock = ROOT / "locks" / f"{name}.lock"
     home = cache_directory() / f"{name}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
     return make_environment(home, lock, project=False)
