@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import distil
 import gptq_blocks
 import kernels as benchmark
 import peer
@@ -117,3 +118,11 @@ def test_pruning_beside_a_stand_in(trained_llama: Path, tmp_path: Path, monkeypa
     short = pruning.run(bench, Path("python"), ["sparseGPT50"], "float32", 1)
     with pytest.raises(SystemExit, match=r"sparseGPT50-peer: 40[.]0% of the weights are zero, not half"):
         pruning.judge(short, bench, held)
+
+
+def test_trainings_are_compared_within_their_round() -> None:
+    def runs(*rates: float, peak: float) -> list[dict[str, float]]:
+        return [{"tokensPerSecond": rate, "tokensPerCpuSecond": rate, "peak": peak} for rate in rates]
+
+    found = {"ours": runs(20, 10, 99, peak=3.0), "peer": runs(10, 4, 11, peak=4.0), "kl": {"ours": 0.5, "peer": 1.0}}
+    assert distil.ratios(found) == {"tokensPerSecond": 2.5, "tokensPerCpuSecond": 2.5, "peak": 0.75, "kl": 0.5}
