@@ -25,10 +25,13 @@ from kompressor_worker.storage.locations import open_output, open_source
 from kompressor_worker.stream import Work
 from models import RECIPES, token_rows, trained_model
 
-__all__ = ["lesson", "narrower", "published", "rows_of", "stored"]
+__all__ = ["lesson", "narrower", "noisy", "published", "rows_of", "stored"]
 
 
 def rows_of(kind: str, rows: int, length: int, seed: int = 77) -> list[torch.Tensor]:
+    """Of the language of a trained model; "random": of ids below 128."""
+    if kind == "random":
+        return list(torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed)))
     return list(token_rows(trained_model(kind), RECIPES[kind].language, seed, rows, length))
 
 
@@ -49,6 +52,18 @@ def narrower(kind: str, folder: Path, share: float) -> Path:
         state |= {gate: state[gate][kept], up: state[up][kept], down: state[down][:, kept]}
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": keep}))
+    return folder
+
+
+def noisy(source: Path, folder: Path, share: float = 0.3) -> Path:
+    """A checkpoint with matrices that are off by so much."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    drawn = torch.Generator().manual_seed(0)
+    state = tensors_of(source)
+    for name, tensor in state.items():
+        if tensor.dim() > 1:
+            state[name] = (tensor.float() * (1 + share * torch.randn(tensor.shape, generator=drawn))).to(tensor.dtype)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

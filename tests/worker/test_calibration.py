@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from kompressor_api.datasets import CalibrationSpec
 from kompressor_api.names import Reason
 from kompressor_api.v1alpha1 import SourceLocation
-from kompressor_worker.calibration import content_of, rank
+from kompressor_worker.calibration import content_of, rank, read_rows
 from kompressor_worker.errors import Terminated, UserError
 from kompressor_worker.records import Document
-from kompressor_worker.storage.locations import open_source
+from kompressor_worker.storage.locations import open_data, open_source
+from kompressor_worker.streamed_rows import stream_rows
 from kompressor_worker.tokenizer import CUT, ModelTokenizer
 
 
@@ -194,3 +196,22 @@ def test_a_uniform_draw() -> None:
 def test_empty_is_nothing_for_every_kind() -> None:
     for options, value in (({}, " "), ({"messages": "a"}, []), ({"tokens": "a"}, None)):
         assert content_of(Document(0, "a: line 1", value), calibration("s3://a/b", dataset=options).dataset) is None
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_all_rows_from_disk(tmp_path: Path, tokenizer: ModelTokenizer, packing: bool) -> None:
+    """As many as there are, in the documents' own order, with nothing but the current one in memory."""
+    documents = [f"the {n} stories of {n % 7} foxes " * (1 + n % 3) for n in range(40)] + [""]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    dataset = {"uri": f"file://{tmp_path}/data.jsonl"}
+    sample = CalibrationSpec.model_validate({"dataset": dataset, "samples": 1, "sequenceLength": 32, "packing": packing})
+    streamed = stream_rows(open_data(sample, {}), sample, tokenizer)
+    everything = sample.model_copy(update={"samples": len(streamed.tokens)})
+    drawn = read_rows(open_data(everything, {}), everything, tokenizer)
+    assert len(streamed.tokens) == len(drawn.tokens) and (streamed.documents, streamed.bos) == (drawn.documents, drawn.bos)
+    assert sum(map(len, streamed.tokens)) == sum(map(len, drawn.tokens))
+    if not packing:
+        assert sorted(row.tolist() for row in streamed.tokens) == sorted(row.tolist() for row in drawn.tokens)
+        assert streamed.tokens[1].tolist() == tokenizer.text("", documents[1], 32)[:32]
+    with pytest.raises(IndexError):
+        streamed.tokens[len(streamed.tokens)]

@@ -16,6 +16,7 @@ from lessons import lesson, narrower, published, rows_of
 from sources import folder_source
 
 from independent import tensors_of
+from kompressor_api.v1alpha1 import OutputSpec
 from kompressor_worker.distil.lesson import TRAINED, Lesson, TrainingStep, finished
 from kompressor_worker.distil.losses import Losses
 from kompressor_worker.distil.optimizer import learning_rate
@@ -24,6 +25,7 @@ from kompressor_worker.distil.together import refuse_parallelism
 from kompressor_worker.distil.train import train
 from kompressor_worker.errors import BadNumerics, UserError
 from kompressor_worker.passes.distil import DistilParams
+from kompressor_worker.storage.locations import open_output
 from models import trained_model
 
 KIND = "llama_thin"
@@ -50,7 +52,8 @@ def one_thread() -> Iterator[None]:
 
 
 def held_out(rows: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(rows[: PARAMS["validationRows"]])
+    numbers = Order.of(DistilParams.model_validate(PARAMS), len(rows), False).held_out()
+    return torch.stack([rows[number] for number in numbers])
 
 
 def test_a_narrower_student_comes_back(narrow: Path, rows: list[torch.Tensor], tmp_path: Path) -> None:
@@ -92,6 +95,22 @@ def test_teaching_is_more_than_text(narrow: Path, rows: list[torch.Tensor], tmp_
 def test_other_losses_teach_too(narrow: Path, rows: list[torch.Tensor], tmp_path: Path, asked: dict[str, Any]) -> None:
     history = train(lesson(trained_model(KIND), narrow, tmp_path / "out", rows, PARAMS | asked | {"steps": 20}))
     assert history.evaluations[-1]["kl"] < 0.6 * history.evaluations[0]["kl"], history.evaluations
+
+
+def test_a_teacher_that_has_said_it_before(narrow: Path, rows: list[torch.Tensor], tmp_path: Path) -> None:
+    """Its most likely tokens, written once; with nearly all of them the student learns as from the teacher itself."""
+    params = PARAMS | {"steps": 12, "teacher": {"offline": {"topK": 256}}}
+    place = open_output(OutputSpec(uri=f"file://{tmp_path}/logits"), {})
+    ends = []
+    for name, asked in (("online", params | {"teacher": {}}), ("offline", params), ("another", params | {"learningRate": 5e-4})):
+        given = replace(lesson(trained_model(KIND), narrow, tmp_path / name, rows, asked), logits=lambda name: place.inner(name))
+        ends.append(train(given))
+        if name == "offline":
+            (recording,) = (tmp_path / ".logits.kompressor/work").iterdir()
+            before = {path.name: path.stat().st_mtime_ns for path in recording.rglob("*")}
+    kl = [[each["kl"] for each in history.evaluations] for history in ends]
+    assert kl[1][0] <= kl[0][0] and kl[1] == pytest.approx(kl[0], rel=0.03), kl
+    assert kl[2][-1] < kl[2][0] and before == {path.name: path.stat().st_mtime_ns for path in recording.rglob("*")}
 
 
 def test_micro_batches_and_checkpointing_change_nothing(narrow: Path, rows: list[torch.Tensor], tmp_path: Path) -> None:
@@ -141,9 +160,9 @@ def test_the_order_of_rows() -> None:
         assert all(sorted(order) == list(range(count)) for order in epochs)
         assert count < 64 or epochs[0] != epochs[1]
     order = Order.of(DistilParams(batch=6, validation_rows=4, epochs=1.5), 40, False)
-    assert (order.first, order.count, order.steps) == (4, 36, 9)
+    assert (len(order.held_out()), order.count, order.steps) == (4, 36, 9)
     drawn = Counter(row for step in range(order.steps) for row in order.rows(step))
-    assert set(drawn) == set(range(4, 40)) and sum(drawn.values()) == 54 and max(drawn.values()) == 2
+    assert {*drawn, *order.held_out()} == set(range(40)) and len(drawn) == 36 and sum(drawn.values()) == 54 and max(drawn.values()) == 2
 
 
 def test_schedules() -> None:

@@ -15,6 +15,7 @@ from calibrated_jobs import samples, write_data
 from independent import tensors_of
 from jobs import manifest, write
 from kompressor_worker.cli import run_cli
+from kompressor_worker.distil.order import Order
 from kompressor_worker.distil.train import train
 from kompressor_worker.formats.compressed_tensors import decode
 from kompressor_worker.sparsity import Sparsity
@@ -53,7 +54,8 @@ def test_three_bits_as_published(rows: list[torch.Tensor], tmp_path: Path) -> No
     schemes = given.work.schemes
     state = {name: t for name, t in tensors.items() if name.rpartition(".")[0] not in schemes}
     state |= {f"{name}.weight": decode(name, tensors, scheme, torch.bfloat16) for name, scheme in schemes.items()}
-    source, held = trained_model(KIND), torch.stack(rows[:32])
+    order = Order.of(given.params, len(rows), False)
+    source, held = trained_model(KIND), torch.stack([rows[number] for number in order.held_out()])
     reference = logits(source, tensors_of(source), held)
     assert kl(reference[:, :-1], logits(source, state, held)[:, :-1]) == pytest.approx(min(found), rel=0.01)
     scale = "model.layers.0.mlp.up_proj.weight_scale"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lessons import narrower, stored
+from families import tiny_model
+from lessons import narrower, noisy, stored
 from trainees import Run, Trainees
 
 from kompressor_api.v1alpha1 import OutputSpec
@@ -38,9 +39,9 @@ class Place:
     def __init__(self, trainees: Trainees, student: Path, folder: Path) -> None:
         self.trainees, self.student, self.folder = trainees, student, folder
 
-    def begin(self, size: int = 1, **asked: Any) -> Run:
-        teacher = trained_model(KIND)
-        return self.trainees.train(teacher, self.student, self.folder / "out", ROWS, PARAMS | asked, self.folder / "logs", size)
+    def begin(self, size: int = 1, source: Path | None = None, rows: Sequence[Any] = ROWS, **asked: Any) -> Run:
+        teacher, out = source or trained_model(KIND), self.folder / "out"
+        return self.trainees.train(teacher, self.student, out, rows, PARAMS | asked, self.folder / "logs", size)
 
     def result(self) -> list[bytes]:
         output = open_output(OutputSpec(uri=f"file://{self.folder / 'out'}"), {})
@@ -90,3 +91,16 @@ def test_four_processes_and_one_go_the_same_way(
     assert max(abs(seen[step] - loss) for step, loss in undisturbed[0].items()) < 1e-3
     (history,) = run.said("history")
     assert history["processes"] == [4, 3] and len(place.result()) == len(undisturbed[1])
+
+
+def test_experts_without_a_token(trainees: Trainees, tmp_path: Path) -> None:
+    """Rows of three tokens reach other experts in one process than in the other; the teacher's logits are written by both, and read."""
+    teacher = tiny_model("qwen2_moe")
+    asked = {"batch": 2, "steps": 6, "sequenceLength": 3, "evaluateEvery": 3, "teacher": {"offline": {"topK": 127}}}
+    curves = []
+    for size in (1, 2):
+        place = Place(trainees, noisy(teacher, tmp_path / f"student-{size}"), tmp_path / str(size))
+        run = place.begin(size, teacher, ("random", 48, 3), **asked)
+        assert run.wait() == [0] * size, "\n".join(log.read_text() for log in run.logs)
+        curves.append(list(run.losses().values()))
+    assert len(curves[0]) == 6 and curves[1] == pytest.approx(curves[0], abs=1e-3)

@@ -29,7 +29,7 @@ from kompressor_worker.tokenizer import ModelTokenizer, messages_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Rows", "check_dataset", "content_of", "rank", "read_rows"]
+__all__ = ["SHORTEST", "Encoder", "Rows", "check_dataset", "content_of", "packed", "rank", "read_rows", "too_few"]
 
 SHORTEST = 2
 """Tokens: of one alone nothing can be predicted."""
@@ -39,7 +39,7 @@ FIRST_CHUNK = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    tokens: tuple[Tensor, ...]
+    tokens: Sequence[Tensor]
     """int64 [length] each, as many as were asked for; with packing all of the full length."""
     digest: str
     """SHA-256 over every row's length and ids, each as 8 bytes, little-endian."""
@@ -63,7 +63,7 @@ def check_dataset(data: Source, sample: Sample) -> DatasetFiles:
     files = find_files(data, sample.dataset)
     first = next(Records(data, sample.dataset, files, FIRST_CHUNK).read(lambda number: number == 0), None)
     if first is None:
-        raise _too_few(data, sample, 0, 0, 0, None)
+        raise too_few(data, sample, 0, 0, 0, None)
     content_of(first, sample.dataset)
     return files
 
@@ -85,7 +85,7 @@ def read_rows(
     length = sample.sequence_length
     records = Records(data, sample.dataset, find_files(data, sample.dataset), chunk)
     draw = _Draw(sample.seed, sample.samples * length if sample.packing else sample.samples, by_tokens=sample.packing)
-    encode = _Encoder(sample, tokenizer, draw.enough if sample.packing else length)
+    encode = Encoder(sample, tokenizer, draw.enough if sample.packing else length)
     skipped: list[str] = []
 
     def wanted(number: int) -> bool:
@@ -99,9 +99,9 @@ def read_rows(
             skipped.append(document.place)
         else:
             draw.add(document.number, ids)
-    rows = [*(_packed(draw.in_order(), length) if sample.packing else draw.in_order())]
+    rows = [*(packed(draw.in_order(), length) if sample.packing else draw.in_order())]
     if len(rows) < (sample.samples if at_least is None else at_least):
-        raise _too_few(data, sample, len(rows), records.count, len(skipped), skipped[0] if skipped else None)
+        raise too_few(data, sample, len(rows), records.count, len(skipped), skipped[0] if skipped else None)
     return _rows(rows[: sample.samples], records.count, len(skipped), encode.bos_rule)
 
 
@@ -140,7 +140,7 @@ class _Draw:
         return len(ids) if self._by_tokens else 1
 
 
-class _Encoder:
+class Encoder:
     """Documents to ids, cut at `limit`."""
 
     def __init__(self, sample: Sample, tokenizer: ModelTokenizer, limit: int) -> None:
@@ -222,7 +222,8 @@ def content_of(document: Document, dataset: Dataset) -> Any:
 _EXPECTED = {"text": "text", "tokens": "a list of token ids"}
 
 
-def _packed(documents: Iterator[array[int]], length: int) -> Iterator[array[int]]:
+def packed(documents: Iterator[array[int]], length: int) -> Iterator[array[int]]:
+    """Documents joined and cut into full rows; what is left over in the end is dropped."""
     stream = (token for ids in documents for token in ids)
     while len(row := array("q", islice(stream, length))) == length:
         yield row
@@ -241,7 +242,7 @@ def _rows(rows: Sequence[array[int]], documents: int, skipped: int, bos: str) ->
     return Rows(tuple(tokens), f"sha256:{digest.hexdigest()}", documents, skipped, bos)
 
 
-def _too_few(data: Source, sample: Sample, rows: int, documents: int, skipped: int, first: str | None) -> UserError:
+def too_few(data: Source, sample: Sample, rows: int, documents: int, skipped: int, first: str | None) -> UserError:
     """Too little data, and what can be done about it."""
     unusable = (
         f", {skipped} of them empty or of fewer than {SHORTEST} tokens in {sample.dataset.column!r} (first: {first})" if skipped else ""

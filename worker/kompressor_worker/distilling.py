@@ -27,6 +27,7 @@ from kompressor_worker.publish import CONFIG, REPORT, build_report, parse_report
 from kompressor_worker.samples import FoundData, facts, flows
 from kompressor_worker.storage import JOURNAL, Output, Source
 from kompressor_worker.stream import DataFree, Units, Work, stream
+from kompressor_worker.streamed_rows import stream_rows
 from kompressor_worker.structure import between
 from kompressor_worker.tokenizer import ModelTokenizer
 from kompressor_worker.trained_units import Trained, Written
@@ -199,7 +200,10 @@ def student_of(output: Output, found: Distillation, stands: bool) -> StoredModel
 
 def read_training(data: FoundData, found: Distillation, stop: threading.Event) -> Rows:
     """Raises UserError where there is nothing."""
-    return read_rows(data.source, data.sample, ModelTokenizer(found.source.source), stop, at_least=1)
+    tokenizer = ModelTokenizer(found.source.source)
+    if found.params.rows is None:  # all there are, which may be more than memory holds
+        return stream_rows(data.source, data.sample, tokenizer, stop)
+    return read_rows(data.source, data.sample, tokenizer, stop, at_least=1)
 
 
 POINTS = 400

@@ -120,6 +120,8 @@ class Lesson:
     stop: threading.Event
     tell: Callable[[TrainingStep], None] = lambda step: None
     """Called in the leader alone."""
+    logits: Callable[[str], Output] | None = None
+    """Where the recording of a teacher's logits with this name lies (`params.teacher.offline`); None: below the job's output."""
 
 
 @dataclass

@@ -43,12 +43,18 @@ def shuffled(place: int, count: int, seed: int, epoch: int) -> int:
             return place
 
 
+HELD_OUT = (1 << 64) - 1
+"""In place of an epoch: the order in which rows are held out, so that they are of all parts of a dataset."""
+
+
 @dataclass(frozen=True)
 class Order:
-    """Rows `first` onwards are trained on; those before are held out."""
+    """Of all rows, some are held out; the others are trained on."""
 
-    first: int
+    apart: int
+    """How many are held out."""
     count: int
+    """How many are trained on."""
     batch: int
     steps: int
     seed: int
@@ -56,21 +62,29 @@ class Order:
     @classmethod
     def of(cls, params: DistilParams, rows: int, held_out_apart: bool) -> Order:
         """Of so many rows. `held_out_apart`: evaluations have rows of their own. Raises UserError: fewer than a step takes."""
-        first = 0 if held_out_apart else min(params.validation_rows, rows // MOST_HELD_OUT)
-        count = rows - first
+        apart = 0 if held_out_apart else min(params.validation_rows, rows // MOST_HELD_OUT)
+        count = rows - apart
         if count < params.batch:
-            held = f" ({first} of {rows} are held out for evaluation)" if first else ""
+            held = f" ({apart} of {rows} are held out for evaluation)" if apart else ""
             raise UserError(
                 f"distil: the dataset has {count} rows of {params.sequence_length} tokens to train on{held}, and a step takes batch "
                 f"{params.batch}; give more data, or set a smaller batch or sequenceLength",
                 Reason.BAD_DATA,
             )
-        return cls(first, count, params.batch, params.steps or max(1, int(count * params.epochs) // params.batch), params.seed)
+        return cls(apart, count, params.batch, params.steps or max(1, int(count * params.epochs) // params.batch), params.seed)
 
     def rows(self, step: int) -> list[int]:
         """Numbers of the rows of a step, counted from 0."""
         places = range(step * self.batch, (step + 1) * self.batch)
-        return [self.first + shuffled(place % self.count, self.count, self.seed, place // self.count) for place in places]
+        drawn = (shuffled(place % self.count, self.count, self.seed, place // self.count) for place in places)
+        return [self._row(self.apart + place) for place in drawn]
+
+    def held_out(self) -> list[int]:
+        """Numbers of those that are never trained on."""
+        return [self._row(place) for place in range(self.apart)]
+
+    def _row(self, place: int) -> int:
+        return shuffled(place, self.apart + self.count, self.seed, HELD_OUT) if self.apart else place
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from kompressor_worker.distil.losses import Losses, Measured
 from kompressor_worker.distil.model import TrainedBlock, TrainedModel, computing_dtype
 from kompressor_worker.distil.optimizer import Optimizer, learning_rate, local
 from kompressor_worker.distil.order import Order, micro_rows, micros
+from kompressor_worker.distil.teaching import teacher_of, written
 from kompressor_worker.distil.together import Together, refuse_parallelism
 from kompressor_worker.distil.trained import write_trained
 from kompressor_worker.errors import LossNotFinite, Terminated
@@ -96,8 +96,10 @@ class Training:
         params = lesson.params
         checkpoints = Checkpoints(lesson.checkpoints, together, fingerprint(lesson, order))
         alike = Alike.of(params, layers_of(lesson.student), layers_of(lesson.teacher))
+        offline = params.teacher.offline is not None
+        teacher = written(lesson, together) if offline else teacher_of(lesson, together)
         student = built(lesson, together, alike)
-        losses = Losses.of(lesson, together, student, alike)
+        losses = Losses.of(lesson, student, teacher, alike)
         parameters = dict(student.named_parameters())
         optimizer = Optimizer(params, parameters, masks_of(lesson, student))
         made = cls(lesson, order, together, student, losses, optimizer, checkpoints, deepcopy(checkpoints.manifest.history))
@@ -196,15 +198,16 @@ class Training:
     def evaluate(self, step: int) -> dict[str, float]:
         """On the rows held out, behind so many steps; the best student so far is kept."""
         group, size = self.together.group, micro_rows(self.lesson.params)
-        rows: Sequence[Tensor] = self.lesson.evaluation if self.lesson.evaluation is not None else self.lesson.rows
-        count = len(rows) if self.lesson.evaluation is not None else self.order.first
-        if not count:
+        apart = self.lesson.evaluation
+        rows, numbers = (self.lesson.rows, self.order.held_out()) if apart is None else (apart, list(range(len(apart))))
+        offset = len(self.lesson.rows) if self.lesson.evaluation is not None else 0
+        if not numbers:
             self.history.evaluations.append({"step": step})
             self.history.best_step = step
             return {}
         measured = Measured()
-        for micro in micros(range(count), rows, size, group.rank, group.size, self.together.device):
-            measured += self.losses.compare(micro)
+        for micro in micros(numbers, rows, size, group.rank, group.size, self.together.device):
+            measured += self.losses.compare(micro, offset)
         total = Measured(*self.together.sums(measured.values()))
         tokens = max(1.0, total.tokens)
         found = {
@@ -287,5 +290,5 @@ def fingerprint(lesson: Lesson, order: Order) -> dict[str, Any]:
         "parameters": digest(lesson.params.model_dump(mode="json", by_alias=True, exclude=how)),
         "student": lesson.student.layout.source_digest,
         "teacher": lesson.teacher.layout.source_digest,
-        "rows": [order.first, order.count],
+        "rows": [order.apart, order.count],
     }
