@@ -75,6 +75,9 @@ def test_what_is_published_loads_with_the_same_perplexity(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert perplexity(model, evaluation_rows(job)) == pytest.approx(report["evaluation"]["perplexityAfter"], rel=5e-3)
     written = json.loads((tmp_path / "out" / "kompressor.json").read_text())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Loss by step" in page and "Before training" in page
+    assert all((tmp_path / "out" / name).is_file() for name in written["files"]) and any("tfevents" in name for name in written["files"])
     assert written["distillation"]["steps"] == STEPS and written["data"]["training"]["samples"] >= 8
 
 
