@@ -113,9 +113,16 @@ MUTATIONS = (
     Mutation(
         "failures of attempts before count",
         "retries.py",
-        "    return max(0, job.failures_before + job.failed - free)\n",
-        "    return max(0, job.failed - free)\n",
+        "    return max(0, job.failures_before + failures(view, job) - apart)\n",
+        "    return max(0, failures(view, job) - apart)\n",
         "test_policies.py::test_killed_but_not_for_memory_counts_against_the_limit",
+    ),
+    Mutation(
+        "pods that are stopped with their group do not count",
+        "retries.py",
+        "    return min(job.failed, max(1, own))\n",
+        "    return job.failed\n",
+        "test_group.py::test_those_that_are_stopped_with_a_group_do_not_count",
     ),
     Mutation(
         "the status knows the failures when no Job is left",
