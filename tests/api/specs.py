@@ -73,6 +73,21 @@ GOOD: dict[str, Spec] = {
         },
         "evaluation": {"dataset": {"uri": "s3://data/b"}, "gates": [{"metric": "kl", "maxKL": 0.1}]},
     },
+    "measured as it is served": {
+        "evaluation": {
+            "dataset": {"uri": "s3://data/b"},
+            "runtime": {
+                "engine": "vllm",
+                "prompt": 512,
+                "generate": 128,
+                "batch": [1, 4],
+                "rounds": 3,
+                "pricePerHour": 2,
+                "timeoutSeconds": 60,
+            },
+            "gates": [{"metric": "latency", "maxLatency": "1.5s"}, {"metric": "memory", "maxMemory": "12Gi"}],
+        },
+    },
     "a target without a name": {
         "passes": None,
         "target": {"hardware": {"memory": "24Gi", "computeCapability": "8.9", "bandwidth": "1008G"}, "context": 1, "pricePerHour": 1},
@@ -175,9 +190,9 @@ WRONG_VALUES |= {
     "drift beyond all": ({"calibration": {"dataset": DATA}, "drift": {"dataset": DATA, "threshold": 1.5}}, "spec.drift.threshold"),
     "a gate on nothing": (gated(maxKL=0.1), "spec.evaluation.gates[0].metric: Required value"),
     "a gate on accuracy": (gated(metric="accuracy", maxKL=0.1), "spec.evaluation.gates[0].metric"),
-    "a gate without a limit": (gated(metric="kl"), "a gate on kl has maxKL and not maxIncrease"),
-    "a gate with the other's limit": (gated(metric="perplexity", maxKL=0.1), "a gate on perplexity has maxIncrease and not maxKL"),
-    "a gate with both limits": (gated(metric="kl", maxKL=0.1, maxIncrease="3%"), "a gate on kl has maxKL and not maxIncrease"),
+    "a gate without a limit": (gated(metric="kl"), "a gate on kl has maxKL and no other limit"),
+    "a gate with the other's limit": (gated(metric="perplexity", maxKL=0.1), "a gate on perplexity has maxIncrease and no other limit"),
+    "a gate with both limits": (gated(metric="kl", maxKL=0.1, maxIncrease="3%"), "a gate on kl has maxKL and no other limit"),
     "an increase without percent": (gated(metric="perplexity", maxIncrease="3"), "spec.evaluation.gates[0].maxIncrease"),
     "an increase of a number": (gated(metric="perplexity", maxIncrease=3), "spec.evaluation.gates[0].maxIncrease"),
     "a limit in words": (gated(metric="kl", maxKL="0.1"), "spec.evaluation.gates[0].maxKL"),
@@ -185,6 +200,28 @@ WRONG_VALUES |= {
     "two gates of a metric": (
         {"evaluation": {"dataset": DATA, "gates": [{"metric": "kl", "maxKL": 1}, {"metric": "kl", "maxKL": 2}]}},
         "a metric has one gate; keep the stricter one",
+    ),
+}
+
+
+def timed(gates: list[Spec] | None = None, **runtime: Any) -> Spec:
+    return {"evaluation": {"dataset": DATA, "runtime": {"engine": "vllm"} | runtime, "gates": gates or []}}
+
+
+WRONG_VALUES |= {
+    "an engine of another name": (timed(engine="torch"), "spec.evaluation.runtime.engine"),
+    "a runtime without an engine": ({"evaluation": {"dataset": DATA, "runtime": {}}}, "spec.evaluation.runtime.engine: Required value"),
+    "one token, which has no rate": (timed(generate=1), "spec.evaluation.runtime.generate"),
+    "a batch of none": (timed(batch=[0]), "spec.evaluation.runtime.batch[0]"),
+    "no batch": (timed(batch=[]), "spec.evaluation.runtime.batch"),
+    "a batch twice": (timed(batch=[1, 4, 1]), "names a batch size twice; name each once"),
+    "a free hour": (timed(pricePerHour=0), "spec.evaluation.runtime.pricePerHour"),
+    "a gate on latency that nothing measures": (gated(metric="latency", maxLatency="2s"), "a gate on latency needs evaluation.runtime"),
+    "a gate on memory that nothing measures": (gated(metric="memory", maxMemory="2Gi"), "a gate on memory needs evaluation.runtime"),
+    "a latency without a unit": (timed([{"metric": "latency", "maxLatency": "2"}]), "spec.evaluation.gates[0].maxLatency"),
+    "a latency of memory": (
+        timed([{"metric": "latency", "maxMemory": "2Gi"}]),
+        "a gate on latency has maxLatency and no other limit",
     ),
 }
 
@@ -225,6 +262,11 @@ MISSPELT: dict[str, tuple[Spec, str, str]] = {
     "in the source": ({"model": {"source": {"uri": "s3://a/b", "path_style": True}}}, "path_style", "pathStyle"),
     "in a target": (aimed(gpus=2), "gpus", "spec.target: no such name: gpus; known are gpu, hardware, context"),
     "in hardware": (aimed(gpu=None, hardware=HARDWARE | {"cores": 9}), "cores", "spec.target.hardware: no such name: cores"),
+    "in a runtime": (
+        timed(batches=[4]),
+        "batches",
+        "spec.evaluation.runtime: no such name: batches; known are engine, prompt, generate, batch",
+    ),
     "in a bundle": (
         {"model": {"source": {"uri": "s3://a/b", "caBundle": {"configMap": "a", "Key": "b"}}}},
         "Key",

@@ -26,7 +26,10 @@ WRONG: dict[str, tuple[Spec, str]] = {
     "two in one": ({"passes": [{"rtn": {"scheme": "W8A8"}, "gptq": {}}]}, "spec.passes[0]"),
     "an unknown scheme": ({"passes": [{"rtn": {"scheme": "W5"}}]}, "spec.passes[0].rtn.scheme"),
     "two gates of a metric": ({"passes": PASSES, "gates": [GATE, {"metric": "kl", "maxKL": 1}]}, "a metric has one gate"),
-    "a gate with the other's limit": ({"passes": PASSES, "gates": [{"metric": "perplexity", "maxKL": 1}]}, "has maxIncrease and not maxKL"),
+    "a gate with the other's limit": (
+        {"passes": PASSES, "gates": [{"metric": "perplexity", "maxKL": 1}]},
+        "has maxIncrease and no other",
+    ),
     "two columns": ({"passes": PASSES, "calibration": {"dataset": {**DATA, "field": "a", "tokens": "b"}}}, "exclude each other"),
     "a laptop's disk": ({"passes": PASSES, "calibration": {"dataset": {"uri": "file:///tmp/a"}}}, "in a cluster use s3:// or pvc://"),
 }

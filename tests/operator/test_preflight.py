@@ -15,6 +15,7 @@ from kompressor_operator.conditions import Phase, conditions, events
 from kompressor_operator.decide import CONFIRM, Decision
 from kompressor_operator.object_meta import stamp
 from kompressor_operator.observed import ChildJob, CompressionJob
+from kompressor_operator.planner import preflight_job
 from kompressor_operator.pods import ChildPod
 
 PLAN = {"sourceBytes": 400, "outputBytes": 100, "ratio": "4.00x", "hostMemoryBytes": 3 << 30, "seconds": 60, "units": 4, "warnings": []}
@@ -53,6 +54,15 @@ def test_it_comes_first_with_what_it_needs_and_says_nothing_yet() -> None:
     assert len(judge(job(preflight="Job")).create) == 4, "it is the default, which no CRD writes into the spec"
     resumed = judge(job(TOLD))
     assert resumed.verdict and resumed.verdict.phase is Phase.VALIDATING, "what was told before must not stand"
+
+
+def test_an_engine_is_looked_for_in_the_image_that_would_have_it() -> None:
+    """Only there can be seen that it is missing; all other preflights run in the planner's."""
+    settings = replace(SETTINGS, planner_image="slim:1")
+    evaluation: dict[str, Any] = {"dataset": {"uri": "s3://data/a"}}
+    for asked, image in (({}, "slim:1"), ({"runtime": {"engine": "vllm"}}, "served:1")):
+        made = preflight_job(job(worker={"image": "served:1"}, evaluation=evaluation | asked), settings)
+        assert made["spec"]["template"]["spec"]["containers"][0]["image"] == image
 
 
 @pytest.mark.parametrize("about", [kcj(preflight="Skip"), job({"jobName": "llama-1"}), job({"plan": PLAN})])

@@ -92,6 +92,10 @@ def plan_command(args: argparse.Namespace) -> int:
     job = load_job(args.manifest, os.environ)
     refuse_file_uris(job, args.in_cluster)
     found = make_plan(job, os.environ, memory_plan(), stop)
+    if found.scratch and not args.in_cluster:  # there the worker's volume is another one
+        from kompressor_worker.runtime.checkpoints import refuse_without_scratch
+
+        refuse_without_scratch(found.scratch)
     plan = found.as_json()
     if args.in_cluster:
         for warning in plan["warnings"]:
@@ -115,6 +119,7 @@ def plan_command(args: argparse.Namespace) -> int:
         "time": "none" if plan["alreadyCompressed"] else f"about {plan['estimatedSeconds']:,} s: a few to start, then 300 MB/s of source",
         **flow_rows(plan),
         **training_rows(plan),
+        **({"copies": f"{human(plan['scratchBytes'])} in the folder of temporary files, to be served"} if plan.get("scratchBytes") else {}),
         "output": "already holds this result" if plan["alreadyCompressed"] else "free",
     }
     out.print(table(f"plan of {job.name}", rows))

@@ -91,6 +91,11 @@ class Models:
     layout: ModelLayout
     distillation: Distillation | None = None
 
+    @property
+    def original(self) -> StoredModel:
+        """What the result is compared with: the job's own model."""
+        return self.distillation.source if self.distillation is not None else StoredModel(self.source, self.layout)
+
 
 def open_models(spec: CompressionJobSpec, environ: Mapping[str, str], stop: threading.Event | None = None) -> Models:
     """From headers alone. Raises UserError, CorruptSource, and what storage raises."""

@@ -4,6 +4,8 @@ KompressorError
 ├── UserError           64  the job cannot work as written
 │   ├── AccessDenied        credentials refused
 │   ├── NotFound            no such bucket, prefix, repository or claim
+│   ├── EngineMissing       no inference engine to measure with
+│   ├── EngineFailed        it did not measure what a gate judges
 │   └── OutputOccupied      the output holds something else, or another job's work
 ├── CorruptSource       65  the checkpoint is broken
 ├── BadNumerics         66  NaN or Inf where numbers belong
@@ -33,6 +35,8 @@ __all__ = [
     "BadNumerics",
     "ClaimLost",
     "CorruptSource",
+    "EngineFailed",
+    "EngineMissing",
     "GateFailed",
     "GroupIncomplete",
     "KompressorError",
@@ -67,6 +71,14 @@ class AccessDenied(UserError):
 
 class NotFound(UserError):
     reason = Reason.SOURCE_NOT_FOUND
+
+
+class EngineMissing(UserError):
+    reason = Reason.ENGINE_MISSING
+
+
+class EngineFailed(UserError):
+    reason = Reason.ENGINE_FAILED
 
 
 class OutputOccupied(UserError):

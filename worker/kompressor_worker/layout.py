@@ -169,7 +169,7 @@ class ModelLayout:
     tied_embeddings: bool = False
     warnings: tuple[str, ...] = field(default=())
     file_sizes: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of `other_files`, by name."""
+    """Bytes of all files of the source, by name."""
     kv_cache: KvStrategy | None = None
     """How the scales of an FP8 KV cache are shared; None: the cache is left as it is."""
     rotated: bool = False

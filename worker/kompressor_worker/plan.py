@@ -23,6 +23,9 @@ from kompressor_worker.pipeline import Limits
 from kompressor_worker.publish import bitmask_result, refuse_without_room
 from kompressor_worker.report_sections import duration, size
 from kompressor_worker.run import Summary, judge_published
+from kompressor_worker.runtime import find_engine
+from kompressor_worker.runtime.asked import ENGINE_BYTES, engine_bytes, refuse_unservable, unmeasured
+from kompressor_worker.runtime.checkpoints import scratch_bytes
 from kompressor_worker.sample_warnings import size_warnings
 from kompressor_worker.samples import FoundData, find_samples, flows
 from kompressor_worker.schemes import Scheme
@@ -85,6 +88,8 @@ class Plan:
     outlook: Mapping[str, Any] = field(default_factory=dict)
     """By pass: what it says of what only a survey can decide."""
     training: TrainingEstimate | None = None
+    scratch: int | None = None
+    """Bytes of copies that an engine opens; None where nothing is served."""
 
     @property
     def rate(self) -> float:
@@ -120,6 +125,7 @@ class Plan:
             **self._flow_as_json(),
             **self.outlook,
             **({"training": self.training.as_json()} if self.training else {}),
+            **({} if self.scratch is None else {"scratchBytes": self.scratch}),
             "alreadyCompressed": self.published is not None,
             **({"target": self.target.as_json()} if self.target else {}),
             "warnings": [*self.layout.warnings, *self.warnings],
@@ -133,6 +139,7 @@ class Plan:
             "ratio": f"{self.layout.source_bytes / max(1, self.output.tensor_bytes):.2f}x",
             "hostMemoryBytes": self.memory.host,
             "gpuMemoryBytes": self.memory.gpu,
+            "scratchBytes": self.scratch,
             "seconds": self.seconds,
             "units": len(self.layout.units),
             **dict(zip(("parametersBefore", "parametersAfter"), structure(self.layout).get("parameters", ()), strict=False)),
@@ -176,20 +183,29 @@ def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None
     models = open_models(job.spec, environ, stop)
     output = open_output(job.spec.output, environ, stop)
     ladder = Ladder.of(models.spec, models.layout)
+    for rung in ladder.rungs:
+        refuse_unservable(rung.spec, rung.assigned)
+    serving = find_engine(job.spec, environ) is not None
     data = find_samples(ladder.samples(), ModelTokenizer(models.source), environ, stop)
     prints = fingerprints(ladder, data, models.distillation)
     found = published_by(output, prints)
     number, published = found or (standing(output, prints), None)
+    notes: tuple[str, ...] = ()
     if published is not None:
         judge_published(ladder.rungs[number].spec, published, output.uri)
+        if unmeasured(ladder.rungs[number].spec, published):  # which takes the worker
+            published, notes = (
+                None,
+                (f"{output.uri} already holds this result: it is measured as it is, and the status alone says how fast",),
+            )
     else:
         refuse_unusable_journal(output, prints[number])
         refuse_without_room(output, ladder.rungs[number].assigned.plan)
-    plans = [_trained(_planned(rung, limits or Limits()), rung, models.distillation, data) for rung in ladder.rungs]
+    plans = [_trained(_planned(rung, models.original.layout, limits or Limits()), rung, models.distillation, data) for rung in ladder.rungs]
     memory = Memory(max(plan.memory.host for plan in plans), max(plan.memory.gpu or 0 for plan in plans) or None)
-    return replace(
-        plans[number], memory=memory, published=published, warnings=(*size_warnings(data), *plans[number].warnings), target=ladder.fit
-    )
+    scratch = max(scratch_bytes(models.original, rung.assigned.plan, output) for rung in ladder.rungs) if serving else None
+    warnings = (*notes, *size_warnings(data), *plans[number].warnings)
+    return replace(plans[number], memory=memory, published=published, warnings=warnings, target=ladder.fit, scratch=scratch)
 
 
 def _trained(plan: Plan, rung: Rung, found: Distillation | None, data: Mapping[str, FoundData]) -> Plan:
@@ -212,20 +228,22 @@ def processes_per_pod(worker: WorkerSpec) -> int:
     return worker.processes_per_pod or max(1, accelerators(worker.model_dump(by_alias=True, exclude_none=True)))
 
 
-def _planned(rung: Rung, limits: Limits) -> Plan:
+def _planned(rung: Rung, original: ModelLayout, limits: Limits) -> Plan:
     spec, assigned = rung.spec, rung.assigned
     layout, passes, schemes, planned = assigned.layout, assigned.passes, assigned.schemes, assigned.plan
     gpus = accelerators(spec.worker.model_dump(by_alias=True, exclude_none=True))
     if not flows(spec, passes):
         unused = "the worker asks for a GPU that it will not use: no pass or evaluation lets activations flow; leave it out"
         return Plan(layout, schemes, planned, Memory(peak_memory(layout, planned, schemes, limits)), warnings=(unused,) if gpus else ())
+    engine = engine_bytes(spec, original, assigned)
     flow = flow_bytes(spec, layout, passes, schemes, planned, limits)
     operations = flow_operations(spec, layout, passes, schemes)
     around = SCRATCH_BYTES + ahead_and_behind(layout, planned, limits)
     if gpus:
-        memory = Memory(GPU_IDLE_BYTES + around + flow.beside_gpu, GPU_CONTEXT_BYTES + flow.on_gpu)
+        host = GPU_IDLE_BYTES + max(around + flow.beside_gpu, ENGINE_BYTES if engine else 0)
+        memory = Memory(host, GPU_CONTEXT_BYTES + max(flow.on_gpu, engine))
     else:
-        memory = Memory(FLOW_IDLE_BYTES + around + flow.peak)
+        memory = Memory(FLOW_IDLE_BYTES + max(around + flow.peak, engine))
     outlook = {p.section: said for p in passes if (said := p.outlook())}
     return Plan(layout, schemes, planned, memory, None, flow, operations, kv=kv_change(layout, passes), outlook=outlook)
 

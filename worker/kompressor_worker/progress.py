@@ -19,6 +19,8 @@ TRAINING = "training"
 """And while a student is trained."""
 BEGUN, TRAINED = 0.1, 0.9
 """Of a job that trains, the share that is done when its training begins, and when that is over: how long each takes is not known before."""
+MEASURING = "measuring"
+"""The same while an engine serves the result."""
 
 
 @dataclass(frozen=True)
@@ -201,12 +203,19 @@ class Progress:
             )
         )
 
+    def measuring(self) -> None:
+        """All units are done, and the result is served to be measured."""
+        self._ended(MEASURING, "Measuring")
+
     def publishing(self) -> None:
+        self._ended(PUBLISHING, "Publishing")
+
+    def _ended(self, unit: str, phase: str) -> None:
         assert self._layout is not None
         total, units = self._total, len(self._layout.units)
         elapsed = max(1e-6, self._clock() - self._began)
         rate = (total - self._skipped) / elapsed
-        last = Snapshot(PUBLISHING, units, units, total, total, rate, "Publishing", self._resumed, self._plan, self._try)
+        last = Snapshot(unit, units, units, total, total, rate, phase, self._resumed, self._plan, self._try)
         self._tell(replace(last, share=self._share(total)))
 
     def _tell(self, snapshot: Snapshot) -> None:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 REPORT = "kompressor.json"
 PAGE = "report.html"
-"""The same for a person, with times: the one file that two runs of a job do not write alike, so no digest is kept."""
+"""The same for a person, with times: two runs of a job do not write it alike, so no digest is kept. Nor do they REPORT, where an engine has
+measured something: it stands under `runtime`, and in verdicts on it."""
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 CHUNK = 16 << 20
@@ -43,14 +44,7 @@ def publish(
 ) -> None:
     """Completes the uploads, writes the small files (`beside`: more of them, by name), then config.json. Raises ClaimLost, StorageError,
     OutputOccupied."""
-    if not journal.state.publishing:
-        journal.commit(replace(journal.state, publishing=True, files=tuple(report["files"])))
-    for upload in journal.state.uploads:
-        try:
-            output.complete(upload.name, upload.id, upload.parts)
-        except UploadLost:
-            journal.commit(replace(journal.state, publishing=False))  # the next worker goes back to what survives
-            raise
+    complete_shards(output, journal, report["files"])
     copied = {name: carry_over(source, output, name, work.layout.file_sizes[name]) for name in work.layout.other_files}
     journal.commit(journal.state)  # the fence once more: what follows is seen by readers
     config = dumps(published_config(work))
@@ -63,6 +57,18 @@ def publish(
     output.write(REPORT, dumps({**published, "digests": {**copied, CONFIG: digest(config)}}))
     output.publish(CONFIG, config)
     output.cleanup()
+
+
+def complete_shards(output: Output, journal: Journal, files: Sequence[str]) -> None:
+    """Makes the shards whole; done already is fine. `files`: all that publishing writes. Raises ClaimLost, StorageError, UploadLost."""
+    if not journal.state.publishing:
+        journal.commit(replace(journal.state, publishing=True, files=tuple(files)))
+    for upload in journal.state.uploads:
+        try:
+            output.complete(upload.name, upload.id, upload.parts)
+        except UploadLost:
+            journal.commit(replace(journal.state, publishing=False))  # the next worker goes back to what survives
+            raise
 
 
 def carry_over(source: Source, output: Output, name: str, size: int) -> str:

@@ -60,7 +60,7 @@ def arranged(checkpoint: Checkpoint, tensors: Mapping[str, SourceTensor]) -> Mod
         source_digest=checkpoint.digest,
         tied_embeddings=tied,
         warnings=tuple(warnings),
-        file_sizes={name: checkpoint.file_sizes[name] for name in checkpoint.other_files},
+        file_sizes=dict(checkpoint.file_sizes),
     )
 
 

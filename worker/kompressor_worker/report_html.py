@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 from kompressor_worker import report_sections as sections
 from kompressor_worker.report_attention import attention
 from kompressor_worker.report_plots import percent
+from kompressor_worker.report_runtime import runtime
 from kompressor_worker.report_schemes import schemes
 from kompressor_worker.report_sections import card, chips, number, size
 from kompressor_worker.report_shape import shape
@@ -78,6 +79,8 @@ class Report(TypedDict, total=False):
     """gates.check()."""
     target: Mapping[str, Any]
     """ladder.Ladder.section()."""
+    runtime: Mapping[str, Any]
+    """runtime.measure.timed(), with costs; or engine and failed."""
     drift: Mapping[str, Any]
     """drift.summarise()."""
     data: Mapping[str, Mapping[str, Any]]
@@ -101,6 +104,7 @@ def render(report: Report | Mapping[str, Any]) -> bytes:
             _warnings(report.get("warnings", ())),
             sections.gates(report.get("gates", ())),
             target(report.get("target", {})),
+            runtime(report.get("runtime", {}), report.get("target", {})),
             sections.sizes(report),
             sections.output_error(report.get("blocks", ())),
             sections.weight_error(report.get("linears", {})),

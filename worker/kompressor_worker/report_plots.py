@@ -48,6 +48,24 @@ def columns(
     return _svg(height + 26, parts, top=12)
 
 
+def pairs(points: Sequence[tuple[str, float, float]], say: Say) -> str:
+    """Two bars a point (name, before >= 0, after >= 0), one below the other, with what they say at their ends."""
+    points = [(name, before, after) for name, before, after in points if math.isfinite(before) and math.isfinite(after)]
+    largest = max((max(before, after) for _, before, after in points), default=0.0)
+    if not largest:
+        return ""
+    left, room, tall = 110, WIDTH - 110 - 110, 16
+    parts = []
+    for number, (name, *values) in enumerate(points):
+        top = number * (2 * tall + 14)
+        parts.append(f'<text x="{left - 10}" y="{top + tall + 4}" text-anchor="end">{escape(name)}</text>')
+        for line, (value, tone) in enumerate(zip(values, ("second", ""), strict=True)):
+            y, wide = top + line * (tall + 2), room * value / largest
+            parts.append(f'<rect class="mark {tone}" x="{left}" y="{y}" width="{max(wide, 0.8):.1f}" height="{tall}" rx="3"/>')
+            parts.append(f'<text x="{left + wide + 8:.1f}" y="{y + 12}">{escape(say(value))}</text>')
+    return _svg(len(points) * (2 * tall + 14), parts)
+
+
 def heat(
     cells: Mapping[tuple[str, str], tuple[float, str]],
     rows: Sequence[str],

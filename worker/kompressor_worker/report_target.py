@@ -18,7 +18,7 @@ def target(found: Mapping[str, Any]) -> str:
         return ""
     sub = (
         f"{found['chosen']} on {found['gpu']} ({size(found['memoryBytes'])}), context {found['context']:,}, concurrency "
-        f"{found['concurrency']:,}. Tokens a second are predicted by a roofline, which no server reaches; nothing of them was measured."
+        f"{found['concurrency']:,}. Tokens a second are predicted by a roofline, which no server reaches."
     )
     return card("Target", sub, _tries(found["tries"]) + _memory(found) + _decode(found) + _plans(found))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kompressor_api.target import passes_as_text
 from kompressor_worker import gates
+
+FAILED = 600
+"""Characters of an engine's failure on the status; warnings have all of them."""
 
 
 def measured_result(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,6 +23,8 @@ def measured_result(report: Mapping[str, Any]) -> dict[str, Any]:
         found["gates"] = gates.status(verdicts)
     if compared := report.get("drift"):
         found["drift"] = drifted(compared)
+    if runtime := report.get("runtime"):
+        found["runtime"] = served(runtime)
     if target := report.get("target"):
         found["target"] = targeted(target)
     if calibration := report.get("data", {}).get("calibration"):
@@ -45,6 +50,24 @@ def trained(distillation: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"perplexityBeforeTraining": f"{before['perplexityAfter']:.5g}", "klBeforeTraining": f"{before['kl']:.4g}"}
     if (share := distillation.get("recovered", {}).get("kl")) is not None:
         found["klRecovered"] = f"{100 * share:.4g}%"
+    return found
+
+
+def served(runtime: Mapping[str, Any]) -> dict[str, Any]:
+    """From the report's `runtime`: figures of the largest batch."""
+    if "failed" in runtime:
+        return {"engine": runtime["engine"], "failed": runtime["failed"][:FAILED]}
+    written: dict[str, tuple[str, Callable[[float], str]]] = {
+        "timeToFirstToken": ("firstToken", lambda x: f"{1000 * x:.4g}ms"),
+        "latency": ("latency", lambda x: f"{x:.4g}s"),
+        "tokensPerSecond": ("tokensPerSecond", lambda x: f"{x:.4g}"),
+        "costPerMillionTokens": ("costPerMillionTokens", lambda x: f"{x:.4g}"),
+    }
+    found = {"engine": runtime["engine"], "device": runtime["device"], "batch": max(runtime["batch"])}
+    for when, side in (("Before", runtime["before"]), ("After", runtime["after"])):
+        largest = max(side["batches"], key=lambda each: int(each["batch"]))
+        found |= {f"{name}{when}": say(largest[key]) for name, (key, say) in written.items() if key in largest}
+        found[f"memoryBytes{when}"] = side["peakBytes"]
     return found
 
 

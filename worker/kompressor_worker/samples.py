@@ -33,7 +33,9 @@ class FoundData:
     @property
     def fingerprint(self) -> str:
         """Of the files by size and ETag, and of what is drawn from them."""
-        asked = self.sample.model_dump(by_alias=True, exclude_none=True, exclude={"dataset": set(WHERE), "gates": True, "threshold": True})
+        asked = self.sample.model_dump(
+            by_alias=True, exclude_none=True, exclude={"dataset": set(WHERE), "gates": True, "runtime": True, "threshold": True}
+        )
         return digest([asked, [[info.name, info.size, info.etag] for info in self.files.files]])
 
     def read(self, tokenizer: ModelTokenizer, stop: threading.Event) -> Rows:

@@ -157,6 +157,8 @@ def measured_rows(result: Mapping[str, Any]) -> dict[str, str]:
             f"{result['perplexityBefore']} -> {result['perplexityAfter']}, on {result['evaluatedTokens']:,} held-out tokens"
         )
         rows["logits"] = f"KL divergence {result['kl']} nats a token, the same likeliest token at {result['topOneAgreement']}"
+    if runtime := result.get("runtime"):
+        rows |= runtime_rows(runtime)
     if gates := result.get("gates"):
         rows["gates"] = "\n".join(gate_line(gate) for gate in gates)
     if drift := result.get("drift"):
@@ -167,9 +169,26 @@ def measured_rows(result: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
+def runtime_rows(runtime: Mapping[str, Any]) -> dict[str, str]:
+    if "failed" in runtime:
+        return {"served": f"not measured: {runtime['failed']}"}
+
+    def both(name: str) -> str:
+        return f"{runtime[f'{name}Before']} -> {runtime[f'{name}After']}"
+
+    cost = f", {both('costPerMillionTokens')} a million tokens" if "costPerMillionTokensAfter" in runtime else ""
+    return {
+        "served": f"by {runtime['engine']} on {runtime['device']}, {runtime['batch']} at a time: first token {both('timeToFirstToken')}, "
+        f"{both('tokensPerSecond')} tokens/s{cost}",
+        "  memory": f"{human(runtime['memoryBytesBefore'])} -> {human(runtime['memoryBytesAfter'])}",
+    }
+
+
+GATES = {"perplexity": "perplexity rises by", "kl": "KL divergence", "latency": "a request takes", "memory": "bytes of memory"}
+
+
 def gate_line(gate: Mapping[str, Any]) -> str:
-    measured = "perplexity rises by" if gate["metric"] == "perplexity" else "KL divergence"
-    return f"{'met' if gate['met'] else 'NOT met'}: {measured} {gate['value']}, allowed {gate['limit']}"
+    return f"{'met' if gate['met'] else 'NOT met'}: {GATES[gate['metric']]} {gate['value']}, allowed {gate['limit']}"
 
 
 def is_interactive() -> bool:

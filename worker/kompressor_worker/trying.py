@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from kompressor_api.datasets import MIN_TOKENS_PER_EXPERT
+from kompressor_api.datasets import MIN_TOKENS_PER_EXPERT, Gate
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker import gates
 from kompressor_worker.assignment import Assignment
@@ -22,7 +22,7 @@ from kompressor_worker.layout import ModelLayout
 from kompressor_worker.measured import measured
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.progress import Progress
-from kompressor_worker.publish import PAGE, REPORT, build_report, dumps, publish
+from kompressor_worker.publish import PAGE, REPORT, build_report, complete_shards, dumps, publish, published_config
 from kompressor_worker.report_html import render
 from kompressor_worker.results import measured_result
 from kompressor_worker.samples import FoundData, flows, wanted_samples
@@ -32,6 +32,7 @@ from kompressor_worker.target.ladder import Ladder, Rung, missed, step, with_mis
 
 if TYPE_CHECKING:
     from kompressor_worker.distilling import Distilling
+    from kompressor_worker.runtime.job import Bench
     from kompressor_worker.stream import Units, Work
     from kompressor_worker.training_process import Together
 
@@ -54,6 +55,8 @@ class Trying:
     distillation: Distillation | None = None
     together: Together | None = None
     """How it is trained where that takes more than this process."""
+    bench: Bench | None = None
+    """Where evaluation.runtime is measured, if it is asked for."""
 
     def fingerprint(self, number: int) -> dict[str, str]:
         return fingerprints(self.ladder, self.data, self.distillation)[number]
@@ -110,23 +113,41 @@ class Trying:
         work, units, distilling = self._units(rung, assigned, journal, rows)
         self.progress.streaming(assigned.layout)
         stream(work, units, self.source, self.output, journal, self.progress.done, self.stop)
+        left = units.left
+        del units  # what flowed is let go of
         self.progress.publishing()
         found = measured(assigned, rows, chosen(self.data, rung), journal)
         job = replace(self.job, spec=rung.spec)
         report = build_report(work, self.fingerprint(number), job.identity, journal, self.source.uri, found)
         beside = distilling.add_to(report) if distilling is not None else {}
         if self.ladder.fit is not None:
-            verdicts = gates.check(rung.spec.evaluation.gates if rung.spec.evaluation else (), report["evaluation"])
+            verdicts = gates.check(gates.quality(gates_of(rung.spec)), report["evaluation"])
             miss = missed(rung, verdicts, report["evaluation"])
             if not miss["met"] and number + 1 < len(self.ladder.rungs):
                 log.warning("%s: %s; the next safer plan is tried: %s", rung.name, miss["says"], self.ladder.rungs[number + 1].name)
                 with_miss(journal, miss)
-                self._step(number, journal, units.left)
+                self._step(number, journal, left)
                 return None
             report |= self.ladder.section(number, assigned, [*journal.state.tries, miss])
-        judge(rung.spec, report, self.output, journal)
+        judge(gates.quality(gates_of(rung.spec)), report, self.output, journal)
+        if self.bench is not None:
+            self._measure(self.bench, rung.spec, assigned, work, journal, report)
         publish(work, self.source, self.output, journal, report, beside)
         return report
+
+    def _measure(
+        self, bench: Bench, spec: CompressionJobSpec, assigned: Assignment, work: Work, journal: Journal, report: dict[str, Any]
+    ) -> None:
+        """Serves what would be published, which nobody sees yet. Raises GateFailed, EngineFailed."""
+        from kompressor_worker.runtime.checkpoints import Files
+
+        self.progress.measuring()
+        complete_shards(self.output, journal, report["files"])
+        shards = Files({shard.name: shard.size for shard in work.plan.shards}, dumps(published_config(work)))
+        report["runtime"], warnings = bench.measured(spec, assigned, shards, self.rows["evaluation"])
+        report["warnings"] = [*report["warnings"], *warnings]
+        judge(gates_of(spec), report, self.output, journal)
+        self.progress.publishing()
 
     def _trains(self, assigned: Assignment) -> tuple[bool, bool]:
         """Whether there is a training, and a student to be made for it."""
@@ -154,11 +175,15 @@ class Trying:
         step(journal, before, after, self.bound(number + 1), left)
 
 
-def judge(spec: CompressionJobSpec, report: dict[str, Any], output: Output, journal: Journal) -> None:
+def gates_of(spec: CompressionJobSpec) -> Sequence[Gate]:
+    return spec.evaluation.gates if spec.evaluation is not None else ()
+
+
+def judge(asked: Sequence[Gate], report: dict[str, Any], output: Output, journal: Journal) -> None:
     """Checks the gates. Raises GateFailed, with nothing left of the result but the report of why."""
-    if spec.evaluation is None or not spec.evaluation.gates:
+    if not asked:
         return
-    report["gates"] = verdicts = gates.check(spec.evaluation.gates, report["evaluation"])
+    report["gates"] = verdicts = gates.check(asked, report["evaluation"], report.get("runtime"))
     if all(v["met"] for v in verdicts):
         return
     kept = {f"{WORK}{REPORT}": dumps(report), f"{WORK}{PAGE}": render(report)}
@@ -166,6 +191,8 @@ def judge(spec: CompressionJobSpec, report: dict[str, Any], output: Output, jour
         output.write(name, data)
     for upload in journal.state.uploads:
         output.abort(upload.name, upload.id)
+    if journal.state.publishing:  # whole already, to be measured
+        output.unpublish([upload.name for upload in journal.state.uploads])
     output.cleanup(keep=list(kept))
     tried = [f"{each['plan']}: {each['says']}" for each in report.get("target", {}).get("tries", ())]
     gates.enforce(verdicts, measured_result(report), output.place(f"{WORK}{PAGE}"), tried=tried)

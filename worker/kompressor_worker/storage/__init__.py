@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 WORK = ".kompressor/"
@@ -47,6 +48,9 @@ class Source(Protocol):
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fills `buffer` with the bytes from `start`; retries inside, going on where it stopped."""
 
+    def path(self, name: str) -> Path | None:
+        """Where another program of this machine can open the object; None where it must be fetched. Raises as `read`."""
+
 
 class Output(Protocol):
     uri: str
@@ -54,6 +58,8 @@ class Output(Protocol):
     """Smallest part but for the last one of an upload, in bytes: 5 MiB on S3, 1 on a file system."""
     conditional: bool | None
     """Whether replace() is honoured by the store; None until probe() was called."""
+    local: bool
+    """Whether what is written lies in files of this machine."""
 
     def probe(self) -> bool:
         """Finds out, with a working object, whether the store honours conditional writes; sets and returns `conditional`."""
@@ -78,7 +84,7 @@ class Output(Protocol):
         """An output of its own among the working objects, with its own journal: what a job needs on its way. It goes with the others."""
 
     def as_source(self) -> Source:
-        """What is published here, to be read."""
+        """What is published here, or whole and about to be, to be read."""
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a working object (under WORK) or a small final one, whole or not at all."""

@@ -56,6 +56,10 @@ class FileSource:
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         self._fill(self._file(name)[0], name, start, buffer.cast("B"))
 
+    def path(self, name: str) -> Path:
+        self._file(name)  # it is there, the one that was listed, and inside
+        return (self.root / name).resolve()
+
     def close(self) -> None:
         with self._lock:
             for fd in self._open.values():

@@ -26,6 +26,7 @@ class FileOutput:
     """A folder that appears whole or not at all. The first replace() of an instance is its claim on the output."""
 
     minimum_part = 1
+    local = True
 
     def __init__(self, uri: str, target: Path, disk: Disk) -> None:
         self.uri = uri
@@ -47,7 +48,7 @@ class FileOutput:
         return made
 
     def as_source(self) -> FileSource:
-        return FileSource(self.uri, self.target)
+        return FileSource(self.uri, self.target if self.target.is_dir() else self._staging.data())
 
     def probe(self) -> bool:
         name = f"{WORK}probe-{secrets.token_hex(8)}"

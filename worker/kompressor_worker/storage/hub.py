@@ -90,6 +90,9 @@ class HubSource:
 
         fill(buffer, lambda done: self._open(name, start + done, stop), self._patience, given_up)
 
+    def path(self, name: str) -> None:
+        return None
+
     def _entry(self, name: str) -> ObjectInfo:
         info = self._listed.get(name)
         if info is None:

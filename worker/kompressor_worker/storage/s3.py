@@ -231,6 +231,9 @@ class S3Source:
         stop = start + len(buffer)
         fill(buffer, lambda done: self._open(name, start + done, stop), self._store.patience, given_up)
 
+    def path(self, name: str) -> None:
+        return None
+
     def _open(self, name: str, start: int, stop: int) -> Any:
         """A response whose body is the bytes [start, stop)."""
         listed = self._listed.get(name)

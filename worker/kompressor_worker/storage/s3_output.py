@@ -27,6 +27,7 @@ class S3Output:
     """A prefix. Shards become visible as they are completed, the result exists when config.json does."""
 
     minimum_part = 5 << 20
+    local = False
 
     def __init__(self, store: S3Store) -> None:
         self.uri = store.place.uri

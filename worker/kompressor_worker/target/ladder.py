@@ -17,6 +17,7 @@ from kompressor_worker.gates import Verdict
 from kompressor_worker.journal import Journal, State, decode, differing
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.publish import already_published
+from kompressor_worker.runtime.asked import runtime_of
 from kompressor_worker.samples import wanted_samples
 from kompressor_worker.storage import JOURNAL, Output
 from kompressor_worker.target.planner import Fit, fit
@@ -77,6 +78,15 @@ class Ladder:
             found[when] = {"bytesPerToken": speed.bytes_per_token, "tokensPerSecond": rounded(speed.tokens_per_second)}
             if target.price_per_hour is not None:
                 found[when]["costPerMillionTokens"] = rounded(speed.cost_per_million(target.price_per_hour))
+        if runtime := runtime_of(self.rungs[number].spec):  # what is measured, predicted for the target's GPU
+            found["predicted"] = [
+                {
+                    "batch": batch,
+                    "before": rounded(before.speed(on, runtime.tokens, batch).tokens_per_second),
+                    "after": rounded(served.speed(on, runtime.tokens, batch).tokens_per_second),
+                }
+                for batch in runtime.batch
+            ]
         return {"target": found}
 
 
