@@ -23,7 +23,7 @@ test: ## all tests that can run here (LANES=1: one folder at a time); says what 
 
 test-vllm: ## load the results with vLLM on the CPU, in an environment of its own
 	@$(PYTHON) tools/setup.py --with-vllm
-	@$(BIN)/python -m pytest -m vllm tests/e2e/test_vllm.py tests/e2e/test_vllm_windows.py $(ARGS)
+	@$(BIN)/python -m pytest -m vllm tests/e2e/test_vllm.py tests/e2e/test_vllm_windows.py tests/e2e/test_vllm_runtime.py $(ARGS)
 
 chaos: ## storms with other chances (SEEDS=20), and an operator killed at both sides of each of its calls
 	@$(PYTHON) tools/setup.py --with-binaries
