@@ -171,6 +171,22 @@ def test_an_engine_that_fails_costs_figures_or_where_a_gate_waits_the_publicatio
     assert digests(tmp_path / "gated")["model.safetensors"] == digests(tmp_path / "out")["model.safetensors"]
 
 
+def test_a_target_is_told_beside_what_was_predicted_and_a_slow_plan_ends_it(data: dict[str, Any], tmp_path: Path) -> None:
+    """A safer plan would be larger and slower, so none is tried."""
+    body = json.loads(ordered(tmp_path, data, gates=SLOW).read_text())
+    del body["spec"]["passes"]
+    hardware = {"memory": "2G", "computeCapability": "8.9", "bandwidth": "1008G"}
+    body["spec"]["target"] = {"hardware": hardware, "context": 512, "maxPerplexityIncrease": "50%", "prefer": "latency"}
+    with pytest.raises(GateFailed, match=r"a request takes .*: choose a scheme with fewer bits"):
+        carried_out(jobs.write(tmp_path / "target.json", body), stand_in(tmp_path / "engine"))
+    left = {p.name: p for p in (tmp_path / ".out.kompressor").rglob("*") if p.is_file()}
+    target = json.loads(left["kompressor.json"].read_text())["target"]
+    assert len(target["tries"]) == 1 and [each["batch"] for each in target["predicted"]] == [1, 3]
+    assert all(each["after"] > each["before"] > 0 for each in target["predicted"])
+    page = left["report.html"].read_text()
+    assert "Predicted and measured" in page and "Predicted for a GPU of 2G, by roofline" in page
+
+
 @pytest.mark.parametrize(
     "how, why",
     [
