@@ -29,6 +29,7 @@ from kompressor_worker.progress import Progress
 from kompressor_worker.run import Summary, run
 from kompressor_worker.runtime import find_engine
 from kompressor_worker.runtime.engine_process import EngineProcess
+from kompressor_worker.runtime.room import host_free
 from models import trained_model
 
 ROWS = 4
@@ -255,6 +256,15 @@ def test_what_cannot_be_served_is_refused_from_headers(data: dict[str, Any], tmp
     with pytest.raises(UserError, match=r"KOMPRESSOR_ENGINE_ARGUMENTS=eager: is no JSON object"):
         carried_out(ordered(tmp_path, data), engine | {"KOMPRESSOR_ENGINE_ARGUMENTS": "eager"})
     assert not (tmp_path / ".out.kompressor").exists() and not (tmp_path / "engine" / "seen").exists()
+
+
+def test_memory_is_what_the_container_may_still_take(tmp_path: Path) -> None:
+    """Files that are only cached do not count; a container without a limit has what the machine has."""
+    for name, said in {"memory.max": "3000000", "memory.current": "2500000", "memory.stat": "file 900000\ninactive_file 400000"}.items():
+        (tmp_path / name).write_text(said + "\n")
+    assert host_free(tmp_path) == 900_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_free(tmp_path) > 1 << 20 and host_free(tmp_path / "none") > 1 << 20
 
 
 class Elsewhere:

@@ -38,4 +38,4 @@ def host_free(cgroup: Path = CGROUP) -> int:
 
 
 def _field(path: Path, name: str) -> int:
-    return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(f"{name} ") or line.startswith(name))
+    return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[0] == name)
