@@ -81,6 +81,20 @@ def test_what_is_published_loads_with_the_same_perplexity(
     assert written["distillation"]["steps"] == STEPS and written["data"]["training"]["samples"] >= 8
 
 
+def test_logits_written_down_once_for_two_students(trained_llama: Path, data: dict[str, str], tmp_path: Path) -> None:
+    """Where the user says; and a training that makes nothing better publishes the student as it was, and says so."""
+    place = tmp_path / "logits"
+    offline = {"teacher": {"offline": {"topK": 16, "location": {"uri": place.as_uri()}}}, "steps": 2, "learningRate": 0.5}
+    passes = [{"pruneWidth": {"ratio": 0.25}}, {"distil": {**DISTIL["distil"], **offline}}]
+    report = done(job_of(tmp_path, trained_llama, data, passes, "one")).report
+    assert report["distillation"]["bestStep"] == 0 and report["distillation"]["recovered"]["kl"] == 0
+    assert any("no better" in warning for warning in report["warnings"])
+    written = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
+    assert written
+    done(job_of(tmp_path, trained_llama, data, [{"pruneWidth": {"ratio": 0.5}}, passes[1]], "two"))
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()} == written
+
+
 def test_a_student_that_is_a_checkpoint(trained_llama: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other widths and fewer layers than the job's model, which it is evaluated against."""
     from transformers import AutoModelForCausalLM

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from kompressor_api.locations import Location
 from kompressor_api.names import Reason, Role
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.architectures import refuse_unknown_forward, text_config
@@ -22,8 +23,8 @@ from kompressor_worker.passes import Pass, build_passes
 from kompressor_worker.passes.distil import Distil, DistilParams, in_place_of_sizes
 from kompressor_worker.reading import read_layout
 from kompressor_worker.samples import FoundData
-from kompressor_worker.storage import Source
-from kompressor_worker.storage.locations import open_data, open_source
+from kompressor_worker.storage import Output, Source
+from kompressor_worker.storage.locations import open_data, open_output, open_source
 
 __all__ = ["Distillation", "Models", "open_models", "training_data_of", "training_of"]
 
@@ -44,6 +45,8 @@ class Distillation:
     teacher: StoredModel
     student: StoredModel | None
     """A checkpoint that is trained in place of what the passes make."""
+    logits: Callable[[str], Output] | None = None
+    """Where recordings of the teacher's logits lie, by name (`teacher.offline.location`); None: below the job's output."""
 
     @classmethod
     def of(
@@ -69,7 +72,7 @@ class Distillation:
             student = StoredModel(place, read_layout(place))  # plain: passes read it too
             distil.refuse_layers("student", 0, student.layout.config)
             refuse_unlike("distil.student", student, given)
-        return cls(params, given, teacher, student)
+        return cls(params, given, teacher, student, recordings(params, environ, stop))
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -78,6 +81,19 @@ class Distillation:
         if self.student is not None:
             found |= {"source": self.source.layout.source_digest, "student": self.student.layout.source_digest}
         return found
+
+
+def recordings(params: DistilParams, environ: Mapping[str, str], stop: threading.Event | None) -> Callable[[str], Output] | None:
+    """Raises UserError: nothing can be written there."""
+    if params.teacher.offline is None or (location := params.teacher.offline.location) is None:
+        return None
+
+    def place(name: str) -> Output:
+        below: Location = location.model_copy(update={"uri": f"{location.uri.rstrip('/')}/{name}"})
+        return open_output(below, environ, stop, Role.LOGITS)
+
+    place("recording")  # touches nothing
+    return place
 
 
 @dataclass(frozen=True)

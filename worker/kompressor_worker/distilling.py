@@ -142,7 +142,7 @@ class Distilling:
         report["distillation"] = self.section(report.get("evaluation"))
         if (found := self.output.read(FACTS)) is not None:
             report["data"] = {**report.get("data", {}), **json.loads(found[0])}
-        report["warnings"] = list(dict.fromkeys([*report["warnings"], *self.report.get("warnings", ())]))
+        report["warnings"] = list(dict.fromkeys([*report["warnings"], *self.report.get("warnings", ()), *warnings_of(self.history)]))
         if self.found.student is not None:  # which the stream has read in place of the job's model
             source = self.found.source
             model = {"uri": source.source.uri, "digest": source.layout.source_digest, "tensorBytes": source.layout.source_bytes}
@@ -170,6 +170,15 @@ class Distilling:
         }
 
 
+def warnings_of(history: History) -> tuple[str, ...]:
+    if history.steps == 0 or history.best_step > 0:
+        return ()
+    return (
+        f"distil: {history.steps} steps have made the student no better on the rows held out, so it is published as it was before; set "
+        "another learningRate, more rows or more steps",
+    )
+
+
 def work_of(assigned: Assignment, limits: Limits) -> Work:
     return Work(assigned.layout, assigned.passes, assigned.schemes, assigned.plan, limits)
 
@@ -188,7 +197,7 @@ def lesson_of(
     others claims for itself."""
     student = student_of(output, found, bool(without_training(assigned).passes))
     work, checkpoints = work_of(assigned, limits), output.inner(CHECKPOINTS)
-    return Lesson(found.params, found.teacher, student, work, rows.tokens, None, output, checkpoints, group, stop, tell)
+    return Lesson(found.params, found.teacher, student, work, rows.tokens, None, output, checkpoints, group, stop, tell, found.logits)
 
 
 def student_of(output: Output, found: Distillation, stands: bool) -> StoredModel:
