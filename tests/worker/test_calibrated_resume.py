@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from nursery import Nursery
-from test_resume import TRIES, files_of, resumes
+from test_resume import files_of, refuse_other_bytes
 
 import jobs
 
@@ -61,14 +61,7 @@ def test_killed_ten_times(nursery: Nursery, rows: int, leaves: str, stored: str,
     whole = files_of(tmp_path / "whole")
     report = json.loads(whole["kompressor.json"])
     assert report["evaluation"]["kl"] > 0 and report["result"].get("bitmaskLinears", 0) == (20 if stored == "bitmask" else 0)
-    for number, out in enumerate(TRIES):
-        resumed = resumes(nursery, job(tmp_path, blocks, out, rows, sparseStorage=stored), {}, kills=10, seed=rows + number)
-        cut = files_of(tmp_path / out)
-        assert cut.keys() == whole.keys()
-        assert [name for name in whole if name != "report.html" and cut[name] != whole[name]] == []
-        if resumed:
-            return
-    pytest.fail("no worker was killed in time")
+    refuse_other_bytes(nursery, lambda out: job(tmp_path, blocks, out, rows, sparseStorage=stored), 10, rows)
 
 
 def test_other_data_is_another_job(nursery: Nursery, blocks: Path, tmp_path: Path) -> None:

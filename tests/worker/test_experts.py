@@ -16,7 +16,7 @@ from nursery import Nursery
 from safetensors.torch import load_file, save_file
 from test_calibrated_resume import data
 from test_plan_calibrated import high_water
-from test_resume import TRIES, files_of, resumes
+from test_resume import refuse_other_bytes
 
 import jobs
 from kompressor_api.names import ENV_MEMORY_PLAN
@@ -159,15 +159,7 @@ def test_killed_in_the_middle_of_a_mixture(rows: int, nursery: Nursery, tmp_path
 
     code, said = nursery.run(asked("whole"))
     assert code == 0, said
-    whole = files_of(tmp_path / "whole")
-    for number, out in enumerate(TRIES):
-        resumed = resumes(nursery, asked(out), {}, kills=10, seed=rows + number)
-        cut = files_of(tmp_path / out)
-        assert cut.keys() == whole.keys()
-        assert [name for name in whole if name != "report.html" and cut[name] != whole[name]] == []
-        if resumed:
-            return
-    pytest.fail("no worker was killed in time")
+    refuse_other_bytes(nursery, asked, 10, rows)
 
 
 def resident() -> int:

@@ -18,7 +18,7 @@ import test_structured_families
 import torch
 from nursery import Nursery
 from test_calibrated_resume import blocks, data  # noqa: F401
-from test_resume import TRIES, files_of, resumes
+from test_resume import files_of, refuse_other_bytes
 from test_structured_families import SHAPE, compress, model_of, require_function
 from test_structured_resume import cut_off
 
@@ -106,15 +106,7 @@ def job(tmp_path: Path, model: Path, out: str, passes: Passes = PASSES, rows: in
 def test_killed_it_goes_on_to_the_same_bytes(nursery: Nursery, blocks: Path, tmp_path: Path) -> None:  # noqa: F811
     code, said = nursery.run(job(tmp_path, blocks, "whole"))
     assert code == 0, said
-    whole = files_of(tmp_path / "whole")
-    for number, out in enumerate(TRIES):
-        resumed = resumes(nursery, job(tmp_path, blocks, out), {}, kills=5, seed=number)
-        cut = files_of(tmp_path / out)
-        assert cut.keys() == whole.keys()
-        assert [name for name in whole if name != "report.html" and cut[name] != whole[name]] == []
-        if resumed:
-            return
-    pytest.fail("no worker was killed in time")
+    refuse_other_bytes(nursery, lambda out: job(tmp_path, blocks, out), 5, 0)
 
 
 def test_blocks_that_are_gone_are_read_ahead_and_passed_over_on_a_restart(nursery: Nursery, blocks: Path, tmp_path: Path) -> None:  # noqa: F811

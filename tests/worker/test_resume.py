@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,20 @@ def resumes(nursery: Nursery, job: Path, environ: dict[str, str], kills: int, se
     assert last.returncode == 0, said
     assert "going on at unit" in said or "already holds this result" in said
     return "going on at unit" in said
+
+
+def refuse_other_bytes(nursery: Nursery, job: Callable[[str], Path], kills: int, seed: int) -> None:
+    """`job` makes one for an output beside its manifest, of which `whole` is there already."""
+    whole = files_of(job("whole").parent / "whole")
+    for number, out in enumerate(TRIES):
+        cut = job(out)
+        resumed = resumes(nursery, cut, {}, kills, seed + number)
+        made = files_of(cut.parent / out)
+        assert made.keys() == whole.keys()
+        assert [name for name in whole if name != "report.html" and made[name] != whole[name]] == []
+        if resumed:
+            return
+    pytest.fail("no worker was killed in time")
 
 
 def test_killed_twenty_times_on_s3(nursery: Nursery, bucket: Bucket, deep_model: Path, tmp_path: Path) -> None:
