@@ -1,11 +1,13 @@
-"""Recovery block by block: how much of what a compression loses comes back, with the tokens and seconds that it takes.
+"""Recovery block by block and end to end: how much of what a compression loses comes back, with the tokens and seconds that it takes.
 
-    python benchmarks/recovery.py                                     # all cases on the suite's Llama, 512 rows of 128 tokens, 200 steps
-    python benchmarks/recovery.py --cases 2:4 W2A16 --rows 256 --steps 100
-    python benchmarks/recovery.py --model llama_learned
+    python benchmarks/recovery.py                                     # all cases and ways on the suite's Llama (an hour on 2 cores)
+    python benchmarks/recovery.py --cases 2:4 W2A16 --ways recover --rows 256 --steps 100
+    python benchmarks/recovery.py --model llama_learned --ways distil labels
 
-Each case is two real jobs on a trained model of the suite, one with `recover` behind its passes; both are judged by their own evaluation on
-held-out rows. Shares are of the mean KL to the original, and of the rise in perplexity, that the job without it has.
+Each case is a real job on a trained model of the suite by itself, and one with each way behind its passes: `recover`, `distil`, `labels` (a
+training on the text alone) and `both` (recover, then distil). All are judged by their own evaluation on held-out rows. Shares are of
+the mean KL to the original, and of the rise in perplexity, that the job by itself has. Blocks are tuned on the calibration rows; trainings
+have rows of their own, each used once or twice.
 """
 
 from __future__ import annotations
@@ -71,8 +73,22 @@ def compress(folder: Path, model: str, rows: int, passes: Passes) -> Outcome:
         return Outcome(said["kl"], said["perplexityIncrease"], time.monotonic() - began)
 
 
+def ways(asked: argparse.Namespace, training: Path) -> dict[str, tuple[Passes, int]]:
+    """Passes, and the rows that go through them."""
+    recover = {"recover": {"steps": asked.steps, "batchRows": asked.batch_rows}}
+    how = {"sequenceLength": LENGTH, "batch": 16, "steps": asked.distil_steps, "learningRate": asked.learning_rate}
+    distil = {"dataset": {"uri": training.as_uri()}, **how}
+    tuned, trained = asked.steps * asked.batch_rows, 16 * asked.distil_steps
+    return {
+        "recover": ([recover], tuned),
+        "distil": ([{"distil": distil}], trained),
+        "labels": ([{"distil": {**distil, "divergence": {"labels": 1}}}], trained),
+        "both": ([recover, {"distil": distil}], tuned + trained),
+    }
+
+
 def table(lines: Sequence[Sequence[str]]) -> str:
-    head = ["case", "KL", "with recover", "back", "perplexity", "with recover", "back", "rows x tokens", "seconds"]
+    head = ["case", "by", "KL", "then", "back", "perplexity", "then", "back", "rows x tokens", "seconds"]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
@@ -80,20 +96,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama", choices=sorted(RECIPES))
     parser.add_argument("--cases", nargs="*", help="default: all")
+    parser.add_argument("--ways", nargs="*", default=["recover", "distil", "labels", "both"])
     parser.add_argument("--rows", type=int, default=512, help="calibration rows")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="of recover")
     parser.add_argument("--batch-rows", type=int, default=8)
+    parser.add_argument("--distil-steps", type=int, default=400, help="of 16 rows")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of trainings")
     asked = parser.parse_args()
     found = cases(int(json.loads((trained_model(asked.model) / "config.json").read_text())["num_hidden_layers"]))
-    recover = {"recover": {"steps": asked.steps, "batchRows": asked.batch_rows}}
     lines = []
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "training").mkdir()
+        training = write_data(Path(folder) / "training", asked.model, 4096)["calibration"]
+        by = ways(asked, training)
         for name in asked.cases or found:
-            plain, tuned = (compress(Path(folder), asked.model, asked.rows, passes) for passes in (found[name], [*found[name], recover]))
-            figures = [f"{plain.kl:.4f}", f"{tuned.kl:.4f}", f"{1 - tuned.kl / plain.kl:.0%}"]
-            figures += [f"{plain.rise:+.2%}", f"{tuned.rise:+.2%}", f"{1 - tuned.rise / plain.rise:.0%}"]
-            lines.append([name, *figures, f"{asked.steps * asked.batch_rows:,} x {LENGTH}", f"{tuned.seconds - plain.seconds:.0f}"])
-            print(table(lines[-1:]).splitlines()[-1], flush=True)
+            plain = compress(Path(folder), asked.model, asked.rows, found[name])
+            for way in asked.ways:
+                passes, rows = by[way]
+                made = compress(Path(folder), asked.model, asked.rows, [*found[name], *passes])
+                figures = [f"{plain.kl:.4f}", f"{made.kl:.4f}", f"{1 - made.kl / plain.kl:.0%}"]
+                figures += [f"{plain.rise:+.2%}", f"{made.rise:+.2%}", f"{1 - made.rise / plain.rise:.0%}"]
+                lines.append([name, way, *figures, f"{rows:,} x {LENGTH}", f"{made.seconds - plain.seconds:.0f}"])
+                print(table(lines[-1:]).splitlines()[-1], flush=True)
     print(f"\n{table(lines)}")
 
 
