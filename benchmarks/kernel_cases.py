@@ -12,7 +12,7 @@ import torch
 
 from kompressor_worker import grid, kernels
 from kompressor_worker.kernels import activations, bitmask, butterflies, column_loop, eager, gram, token_divergence
-from kompressor_worker.schemes import SCHEMES
+from kompressor_worker.schemes import COMPRESSED_TENSORS, SCHEMES
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Shapes:
 def rounding(weight: torch.Tensor) -> Iterator[Case]:
     """Round to nearest in every scheme: codes packed, scales and errors."""
     largest = grid.global_scale(torch.tensor(kernels.amax(weight)[0]))
-    for scheme in [*SCHEMES.values(), SCHEMES["W4A16"].with_group_size(-1)]:
+    for scheme in [*COMPRESSED_TENSORS.values(), SCHEMES["W4A16"].with_group_size(-1)]:
         name = scheme.name + (" channel" if scheme.choosable_groups and scheme.strategy == "channel" else "")
         each = 25 if scheme.type == "float" else 13 if scheme.symmetric else 17
         given = weight, scheme, largest

@@ -21,7 +21,7 @@ from kompressor_worker.formats.targets import matches
 from kompressor_worker.layout import LinearLayout, ModelLayout
 from kompressor_worker.passes import build_passes
 from kompressor_worker.reading import read_layout
-from kompressor_worker.schemes import SCHEMES, Scheme
+from kompressor_worker.schemes import COMPRESSED_TENSORS, SCHEMES, Scheme
 
 NAMES = {torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8"} | {
     torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32", torch.float16: "F16"
@@ -79,7 +79,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if scheme.calibrated is None])
+@pytest.mark.parametrize("scheme", [name for name, scheme in COMPRESSED_TENSORS.items() if scheme.calibrated is None])
 def test_llama_in_transformers(scheme: str, tmp_path: Path) -> None:
     made = Compressed(tiny_model("llama"), tmp_path / "out", [{"rtn": {"scheme": scheme}}])
     assert len(made.schemes) == 14
@@ -148,7 +148,7 @@ def test_a_model_that_sees(tmp_path: Path) -> None:
     assert all("language_model" in name for name in quantised)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("scheme", COMPRESSED_TENSORS.values(), ids=COMPRESSED_TENSORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(8, 128), (256, 384)], ids=str)
 def test_planned_is_what_comes(scheme: Scheme, dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -166,7 +166,7 @@ def test_planned_is_what_comes(scheme: Scheme, dtype: torch.dtype, shape: tuple[
     assert decode("m.q", made, scheme, dtype).dtype is dtype
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", COMPRESSED_TENSORS)
 def test_config_is_compressed_tensors_own(scheme: str) -> None:
     """It parses, and written back by compressed-tensors nothing is added to or lost from the groups."""
     from compressed_tensors.quantization import QuantizationConfig

@@ -10,10 +10,10 @@ from kernel_inputs import of_range
 
 from kompressor_worker import grid, kernels
 from kompressor_worker.kernels import clip_search, compiled, eager
-from kompressor_worker.schemes import SCHEMES, Scheme
+from kompressor_worker.schemes import COMPRESSED_TENSORS, SCHEMES, Scheme
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES.values() if s.strategy != "tensor"], ids=lambda s: s.name)
+@pytest.mark.parametrize("scheme", [s for s in COMPRESSED_TENSORS.values() if s.strategy != "tensor"], ids=lambda s: s.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(1, 128), (130, 384), (300, 96)])
 def test_chosen_codes_are_stored_as_rounded_ones_are(lib: CDLL, scheme: Scheme, dtype: torch.dtype, shape: tuple[int, int]) -> None:

@@ -14,7 +14,7 @@ from kernel_inputs import constants, inputs, layer, of_range
 from kompressor_worker import kernels
 from kompressor_worker.grid import Grid
 from kompressor_worker.kernels import activations
-from kompressor_worker.schemes import SCHEMES
+from kompressor_worker.schemes import COMPRESSED_TENSORS, SCHEMES
 
 
 @pytest.mark.parametrize("module", ["triton_interpreted.py", "triton_compiled.py"])
@@ -40,7 +40,7 @@ def test_cuda_equals_eager() -> None:
         moved_ones = {name: value.cuda() for name, value in constants(kind, x.float()).items()}
         ours = kernels.fake_quantize_input(x.cuda(), kind, **moved_ones)  # type: ignore[arg-type]
         assert torch.equal(ours.cpu(), kernels.fake_quantize_input(x, kind, **constants(kind, x.float())))  # type: ignore[arg-type]
-    for name in SCHEMES:
+    for name in COMPRESSED_TENSORS:
         shared = torch.tensor([300.0])
         half = weight.bfloat16()
         ours, theirs = kernels.quantize(half.cuda(), SCHEMES[name], shared), kernels.quantize(half, SCHEMES[name], shared)

@@ -15,12 +15,12 @@ from kompressor_worker.formats.compressed_tensors import decode, named_tensors
 from kompressor_worker.kernels import eager
 from kompressor_worker.layout import LinearLayout, SourceTensor, StageLayout
 from kompressor_worker.passes.rtn import Rtn, RtnParams
-from kompressor_worker.schemes import SCHEMES, Scheme
+from kompressor_worker.schemes import COMPRESSED_TENSORS, SCHEMES, Scheme
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALL = [
-    *SCHEMES.values(),
+    *COMPRESSED_TENSORS.values(),
     SCHEMES["W4A16"].with_group_size(-1),
     SCHEMES["W4A16_ASYM"].with_group_size(-1),
     SCHEMES["W8A16"].with_group_size(32),

@@ -13,7 +13,7 @@ from kompressor_worker.errors import UserError
 from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.passes import build_passes
 from kompressor_worker.passes.rtn import Rtn, RtnParams
-from kompressor_worker.schemes import SCHEMES, Scheme
+from kompressor_worker.schemes import COMPRESSED_TENSORS, SCHEMES, Scheme
 
 HIDDEN, KV, WIDE = 256, 128, 512
 
@@ -65,7 +65,7 @@ def refusal(layout: ModelLayout, *entries: Mapping[str, Any]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", COMPRESSED_TENSORS)
 def test_takes_every_linear_and_leaves_the_rest_exact(scheme: str) -> None:
     found = assign(llama(), {"scheme": scheme})
     assert set(found) == {x.name for x in llama().linears() if x.kind == "linear"}
@@ -82,7 +82,7 @@ def test_steps_of_floats_are_not_searched() -> None:
 
 
 def test_schemes_of_the_parameters_are_the_schemes() -> None:
-    assert RtnParams.model_json_schema()["properties"]["scheme"]["enum"] == list(SCHEMES)
+    assert RtnParams.model_json_schema()["properties"]["scheme"]["enum"] == list(COMPRESSED_TENSORS)
 
 
 def test_group_size() -> None:

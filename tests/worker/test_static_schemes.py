@@ -26,7 +26,7 @@ from kompressor_worker.layout import LinearLayout, StageLayout
 from kompressor_worker.passes import build_passes
 from kompressor_worker.passes.inputs import InputParams, input_tensors, needed_statistics
 from kompressor_worker.reading import read_layout
-from kompressor_worker.schemes import SCHEMES, Scheme
+from kompressor_worker.schemes import COMPRESSED_TENSORS, SCHEMES, Scheme
 from kompressor_worker.statistics import Statistics
 
 STATIC = [name for name, scheme in SCHEMES.items() if scheme.calibrated is not None]
@@ -112,7 +112,7 @@ def test_what_cannot_be_made() -> None:
 
 
 def test_what_is_declared() -> None:
-    for name, scheme in SCHEMES.items():
+    for name, scheme in COMPRESSED_TENSORS.items():
         (built,) = build_passes([{"rtn": {"scheme": name, "inputObserver": "mse"}}])
         assert built.statistics == needed_statistics(scheme, InputParams(input_observer="mse"))
         assert bool(built.statistics) == (name in STATIC)

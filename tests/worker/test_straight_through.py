@@ -18,7 +18,7 @@ from kompressor_worker.decoder_block import Block
 from kompressor_worker.formats.compressed_tensors import decode, named_tensors
 from kompressor_worker.forward import Published
 from kompressor_worker.layout import LinearLayout
-from kompressor_worker.schemes import SCHEMES, Scheme
+from kompressor_worker.schemes import COMPRESSED_TENSORS, SCHEMES, Scheme
 from kompressor_worker.straight_through import FakeQuantized, Learning, fake_kv
 
 GIVEN: dict[str, dict[str, Tensor]] = {
@@ -45,7 +45,7 @@ def rounded(name: str, shape: tuple[int, int] = (96, 160), seed: int = 0) -> tup
     return linear, scheme, weight, tensors | {f"layer.{suffix}": tensor for suffix, tensor in GIVEN.get(scheme.inputs, {}).items()}
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", COMPRESSED_TENSORS)
 def test_what_is_encoded_decodes_to_what_the_forward_saw(name: str) -> None:
     """Bit for bit: at once it is what round to nearest has written, and after both the weights and the steps have moved."""
     linear, scheme, weight, tensors = rounded(name)
@@ -63,7 +63,7 @@ def test_what_is_encoded_decodes_to_what_the_forward_saw(name: str) -> None:
         assert torch.equal(decode("layer", fake.encode(source, weight).tensors, scheme, torch.bfloat16), seen)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", COMPRESSED_TENSORS)
 def test_gradients_are_those_of_rounding_taken_for_the_identity(name: str) -> None:
     """Against autograd of the same formula with the rounding's error detached."""
     linear, scheme, weight, tensors = rounded(name)

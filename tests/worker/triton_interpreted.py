@@ -24,7 +24,7 @@ from kompressor_worker.kernels import (
     triton_pruning,
     triton_quantize,
 )
-from kompressor_worker.schemes import SCHEMES, Scheme
+from kompressor_worker.schemes import COMPRESSED_TENSORS, SCHEMES, Scheme
 
 ROWS, COLUMNS = 20, 150
 
@@ -112,7 +112,7 @@ def equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 def weights() -> None:
     """Round to nearest in every scheme, and back; the codes on their own packed and priced."""
     odd = [SCHEMES["W4A16"].with_group_size(-1), SCHEMES["W3A16"].with_group_size(40), SCHEMES["W4A16_ASYM"].with_group_size(24)]
-    for number, scheme in enumerate([*SCHEMES.values(), *odd]):
+    for number, scheme in enumerate([*COMPRESSED_TENSORS.values(), *odd]):
         shape = (130, 300) if scheme.block else (5, 544)
         weight = torch.randn(shape) * torch.randn(shape[1]).exp() * 0.02
         weight[0, :32], weight[1, 5] = 0, -1e-6

@@ -58,7 +58,7 @@ class Scheme:
         return -(-shape[0] // rows), -(-shape[1] // columns)
 
 
-SCHEMES: dict[str, Scheme] = {
+COMPRESSED_TENSORS: dict[str, Scheme] = {
     s.name: s
     for s in (
         Scheme("W8A8", "int-quantized", 8, "int", "channel", inputs="int8_token"),
@@ -78,3 +78,27 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("NVFP4", "nvfp4-pack-quantized", 4, "float", "tensor_group", group_size=16, inputs="fp4_local"),
     )
 }
+"""Those that files of safetensors hold, as compressed-tensors describes them."""
+
+GGUF: dict[str, Scheme] = {
+    s.name: s
+    for s in (
+        Scheme("F16", "gguf", 16, "float", "channel"),
+        Scheme("BF16", "gguf", 16, "float", "channel"),
+        Scheme("Q8_0", "gguf", 8, "int", "group", group_size=32),
+        Scheme("Q6_K", "gguf", 6, "int", "group", group_size=16),
+        Scheme("Q5_K", "gguf", 5, "int", "group", symmetric=False, group_size=32),
+        Scheme("Q4_K", "gguf", 4, "int", "group", symmetric=False, group_size=32),
+        Scheme("Q3_K", "gguf", 3, "int", "group", group_size=16),
+        Scheme("Q2_K", "gguf", 2, "int", "group", symmetric=False, group_size=16),
+        Scheme("Q5_0", "gguf", 5, "int", "group", group_size=32),
+        Scheme("Q5_1", "gguf", 5, "int", "group", symmetric=False, group_size=32),
+        Scheme("Q4_0", "gguf", 4, "int", "group", group_size=32),
+        Scheme("IQ4_NL", "gguf", 4, "float", "group", group_size=32),
+        Scheme("MXFP4_GGUF", "gguf", 4, "float", "group", group_size=32),
+    )
+}
+"""Those of GGUF files, under their tensor types' names (`formats.gguf_types`), but for MXFP4, a name that is taken. Bits and groups are
+the inner ones: of most, the scales are themselves quantised, in blocks of 256 columns."""
+
+SCHEMES = COMPRESSED_TENSORS | GGUF

@@ -21,6 +21,7 @@ from kompressor_worker.kernels import (
     column_loop,
     compiled,
     eager,
+    gguf_eager,
     gram,
     pruning,
     token_divergence,
@@ -146,3 +147,12 @@ _register(
     compiled.top_k_divergence,
     "triton_divergence",
 )
+for _schema, _reference in (
+    ("gguf_quantize(Tensor weight, Tensor? importance, str type) -> (Tensor, Tensor)", gguf_eager.quantize),
+    ("gguf_dequantize(Tensor data, int columns, str type, ScalarType dtype) -> Tensor", gguf_eager.dequantize),
+    ("gguf_codes(Tensor data, int columns, str type) -> (Tensor, Tensor, Tensor)", gguf_eager.codes),
+    ("gguf_pack(Tensor data, Tensor codes, str type) -> Tensor", gguf_eager.pack),
+    ("gguf_errors(Tensor weight, Tensor data, str type) -> Tensor", gguf_eager.errors),
+):
+    LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(_schema.partition("(")[0], _reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

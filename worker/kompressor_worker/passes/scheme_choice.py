@@ -20,7 +20,7 @@ from kompressor_worker.errors import UserError
 from kompressor_worker.formats.compressed_tensors import planned_tensors
 from kompressor_worker.layout import DTYPE_BYTES, LinearLayout, ModelLayout
 from kompressor_worker.passes.shapes import check_shapes, is_routed_expert
-from kompressor_worker.schemes import SCHEMES, Scheme
+from kompressor_worker.schemes import COMPRESSED_TENSORS, Scheme
 
 EXACT = "none"
 GAP = 1e-6
@@ -48,11 +48,11 @@ class Candidate:
         if name == EXACT:
             return cls(name, None)
         scheme, _, group = name.partition(":")
-        if scheme not in SCHEMES:
-            near = difflib.get_close_matches(scheme, [*SCHEMES, EXACT], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SCHEMES)}, {EXACT}"
+        if scheme not in COMPRESSED_TENSORS:
+            near = difflib.get_close_matches(scheme, [*COMPRESSED_TENSORS, EXACT], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMPRESSED_TENSORS)}, {EXACT}"
             raise ValueError(f"{name!r} is not a scheme; {hint}")
-        found = SCHEMES[scheme]
+        found = COMPRESSED_TENSORS[scheme]
         if not group:
             return cls(name, found)
         if not found.choosable_groups:
