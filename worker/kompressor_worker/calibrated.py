@@ -35,7 +35,7 @@ from kompressor_worker.block_work import (
 )
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Block, Cache, Step
-from kompressor_worker.formats.compressed_tensors import decode
+from kompressor_worker.formats.stored import decode
 from kompressor_worker.forward import KvObserver, Projection, Published, kv_rounding
 from kompressor_worker.layout import StageLayout, UnitLayout
 from kompressor_worker.measuring import Measuring

@@ -12,7 +12,8 @@ from kompressor_worker import kernels, tensors
 from kompressor_worker.block import Encoded, Stage
 from kompressor_worker.block_work import Finished, Place
 from kompressor_worker.calibrated import Engine
-from kompressor_worker.formats import bitmask, compressed_tensors
+from kompressor_worker.formats import bitmask
+from kompressor_worker.formats.stored import decode as decode_linear
 from kompressor_worker.journal import Journal
 from kompressor_worker.last_hidden import LastHidden
 from kompressor_worker.layout import LinearLayout, SourceTensor, StageLayout, UnitLayout
@@ -331,7 +332,7 @@ class Calibrated:
         original, scheme = weights[matrix.weight], self.work.schemes[matrix.name]
         encoded = self._encode_head(stage, matrix, weights, norms, step)
         writer.record_linear(matrix, scheme, encoded)
-        meet(0, original, compressed_tensors.decode(matrix.name, encoded.tensors, scheme, original.dtype))
+        meet(0, original, decode_linear(matrix.name, encoded.tensors, scheme, original.dtype))
         made = {**weights, **encoded.tensors}
         for place in placed:
             writer.write(place, as_bytes(made[place.name].contiguous(), place))

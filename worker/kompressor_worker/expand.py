@@ -22,7 +22,7 @@ from kompressor_api.v1alpha1 import OutputSpec, SourceLocation
 from kompressor_worker.checkpoint import Checkpoint, read_checkpoint
 from kompressor_worker.errors import ClaimLost, CorruptSource, UserError
 from kompressor_worker.formats import bitmask
-from kompressor_worker.formats.compressed_tensors import planned_tensors
+from kompressor_worker.formats.stored import planned_tensors
 from kompressor_worker.headers import load_json
 from kompressor_worker.journal import RELEASE, open_journal
 from kompressor_worker.layout import SourceTensor, StoredTensor

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from kompressor_worker.formats import bitmask
-from kompressor_worker.formats.compressed_tensors import PlannedTensor, planned_tensors
+from kompressor_worker.formats.stored import PlannedTensor, planned_tensors
 from kompressor_worker.layout import DTYPE_BYTES, ModelLayout, StageLayout
 from kompressor_worker.schemes import Scheme
 

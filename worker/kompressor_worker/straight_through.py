@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kompressor_worker import grid, kernels
 from kompressor_worker.block import Encoded
-from kompressor_worker.formats.compressed_tensors import codes_and_grid
+from kompressor_worker.formats.stored import codes_and_grid
 from kompressor_worker.forward import ROWS
 from kompressor_worker.grid import Grid
 from kompressor_worker.layout import LinearLayout

@@ -8,7 +8,8 @@ import torch
 
 from kompressor_worker import kernels
 from kompressor_worker.errors import CorruptSource
-from kompressor_worker.formats import bitmask, compressed_tensors
+from kompressor_worker.formats import bitmask
+from kompressor_worker.formats.stored import decode as decode_linear
 from kompressor_worker.layout import SourceTensor
 from kompressor_worker.shards import PlacedTensor
 
@@ -53,7 +54,7 @@ def _decode_ours(source: SourceTensor, stored: Mapping[str, torch.Tensor]) -> to
     """A linear's weight from the tensors by full name in which one of our results has it. Raises CorruptSource."""
     name = source.name.removesuffix(".weight")
     if source.scheme is not None:
-        return compressed_tensors.decode(name, stored, source.scheme, DTYPES[source.dtype])
+        return decode_linear(name, stored, source.scheme, DTYPES[source.dtype])
     try:
         return bitmask.decode(name, stored)
     except ValueError as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kompressor_worker import grid, kernels
 from kompressor_worker.block import Encoded, Pruned
 from kompressor_worker.block_work import PartWork
-from kompressor_worker.formats.compressed_tensors import codes_and_grid
+from kompressor_worker.formats.stored import codes_and_grid
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.straight_through import FakeQuantized, Learning, per_weight

@@ -14,7 +14,7 @@ from kompressor_api.v1alpha1 import SourceLocation
 from kompressor_worker.checkpoint import Checkpoint, read_checkpoint
 from kompressor_worker.errors import BadNumerics, CorruptSource, UserError
 from kompressor_worker.formats import bitmask
-from kompressor_worker.formats.compressed_tensors import PlannedTensor, planned_tensors
+from kompressor_worker.formats.stored import PlannedTensor, planned_tensors
 from kompressor_worker.headers import load_json
 from kompressor_worker.layout import StoredTensor
 from kompressor_worker.pipeline import Limits, Load, Prefetcher

@@ -8,7 +8,7 @@ from torch import Tensor
 from kompressor_worker import grid, kernels
 from kompressor_worker.block import Encoded
 from kompressor_worker.errors import BadNumerics
-from kompressor_worker.formats.compressed_tensors import named_tensors
+from kompressor_worker.formats.stored import named_tensors
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.schemes import Scheme
 

@@ -107,7 +107,7 @@ def _encoded(
     linear: LinearLayout, result: Quantized, scheme: Scheme, shared: torch.Tensor | None, inputs: dict[str, torch.Tensor]
 ) -> Encoded:
     from kompressor_worker.block import Encoded
-    from kompressor_worker.formats.compressed_tensors import named_tensors
+    from kompressor_worker.formats.stored import named_tensors
 
     if result.nonfinite:
         raise _not_finite(linear, result.nonfinite)

@@ -17,7 +17,7 @@ from itertools import pairwise
 from math import prod
 
 from kompressor_worker.errors import UserError
-from kompressor_worker.formats.compressed_tensors import planned_tensors
+from kompressor_worker.formats.stored import planned_tensors
 from kompressor_worker.layout import DTYPE_BYTES, LinearLayout, ModelLayout
 from kompressor_worker.passes.shapes import check_shapes, is_routed_expert
 from kompressor_worker.schemes import COMPRESSED_TENSORS, Scheme

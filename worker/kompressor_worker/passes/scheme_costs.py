@@ -21,7 +21,7 @@ from torch import Tensor
 from kompressor_worker.batch import Batch
 from kompressor_worker.block import Encoded, Site, Stage
 from kompressor_worker.errors import BadNumerics
-from kompressor_worker.formats.compressed_tensors import decode
+from kompressor_worker.formats.stored import decode
 from kompressor_worker.layout import LinearLayout, StageLayout
 from kompressor_worker.passes.auto_scheme import RIDDEN, RIDING, encoder
 from kompressor_worker.passes.scheme_choice import Candidate, SchemeGroup
