@@ -64,7 +64,7 @@ def main() -> int:
 def check_operator(image: Image, scratch: Path) -> None:
     """Serves its liveness probe while no API server is there, ends on SIGTERM, has neither torch nor the worker, is not root."""
     check_user(image, scratch)
-    check_lacks(image, scratch, "torch", "kompressor_worker", "boto3", "pip")
+    check_lacks(image, scratch, "torch", "gguf", "kompressor_worker", "boto3", "pip")
     health, nobody = free_ports(2)
     cluster = {"clusters": [{"name": "c", "cluster": {"server": f"https://127.0.0.1:{nobody}"}}], "current-context": "c"}
     cluster |= {"contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}], "users": [{"name": "u", "user": {"token": "t"}}]}
@@ -83,7 +83,7 @@ def check_operator(image: Image, scratch: Path) -> None:
 def check_planner(image: Image, scratch: Path) -> None:
     """Plans a job and cleans up after none, as a pod of the preflight does; has neither torch nor the operator, is not root."""
     check_user(image, scratch)
-    check_lacks(image, scratch, "torch", "transformers", "kubernetes", "rich", "kompressor_operator", "pip")
+    check_lacks(image, scratch, "torch", "gguf", "transformers", "kubernetes", "rich", "kompressor_operator", "pip")
     write_checkpoint(scratch / "source")
     source, output = {"uri": "file:///tmp/source"}, {"uri": "file:///tmp/out"}
     spec = {"model": {"source": source}, "output": output, "passes": [{"rtn": {"scheme": "W4A16", "groupSize": 32}}]}
