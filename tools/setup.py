@@ -16,9 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from older_glibc import older
+
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 UV_VERSION = "0.13.9"
+NEEDS_NEW_GLIBC = "llama_cpp_py_sync"
+"""A package whose wheels are built for a glibc that not every machine has."""
 
 
 def cache_directory() -> Path:
@@ -65,6 +69,8 @@ def make_environment(venv: Path, lock: Path, project: bool) -> Path:
         subprocess.run([uv, "pip", "sync", "--quiet", "--python", str(python), str(lock)], check=True)
         if project:
             subprocess.run([uv, "pip", "install", "--quiet", "--python", str(python), "--no-deps", "--editable", str(ROOT)], check=True)
+            for package in venv.glob(f"lib/python*/site-packages/{NEEDS_NEW_GLIBC}"):
+                older(package)
     stamp.write_text(digest)
     return python
 
