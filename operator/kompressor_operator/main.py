@@ -56,7 +56,7 @@ class Patience:
 
 
 def registry_for(store: Store, queue: WorkQueue, cluster: Cluster) -> kopf.OperatorRegistry:
-    """The three watches: tell the store, enqueue the key."""
+    """The three watches: tell the store, enqueue the key; behind the news where only a child of a job that is over has changed."""
     registry = kopf.OperatorRegistry()
 
     def watch(group: str, version: str, plural: str, tell: Callable[[Manifest, bool], Key | None]) -> None:
@@ -64,7 +64,7 @@ def registry_for(store: Store, queue: WorkQueue, cluster: Cluster) -> kopf.Opera
         async def seen(event: kopf.RawEvent, **_: Any) -> None:
             key = tell(dict(event["object"]), event["type"] == "DELETED")
             if key is not None:
-                queue.add(key)
+                queue.add(key, sweep=plural != names.PLURAL and store.over(key))
 
     watch(names.GROUP, names.VERSION, names.PLURAL, store.tell_resource)
     watch("batch", "v1", "jobs", store.tell_job)

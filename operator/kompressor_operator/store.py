@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from kompressor_api.names import Step
+from kompressor_operator.conditions import Phase
 from kompressor_operator.observed import ChildJob, CompressionJob, Key, Manifest, Observed
 from kompressor_operator.pods import ChildPod
 from kompressor_operator.training import Training, training_of
@@ -48,6 +49,8 @@ class Packed:
     """Of Ready: what there is to count, without unpacking it."""
     training: Training | None = None
     """How its training goes, if it trains now."""
+    over: bool = False
+    """Complete or Failed, and not being deleted."""
 
     @classmethod
     def pack(cls, body: Mapping[str, Any]) -> Packed:
@@ -67,12 +70,14 @@ class Packed:
             phase,
             reason,
             training,
+            phase in _OVER and "deletionTimestamp" not in meta,
         )
 
     def unpack(self) -> CompressionJob:
         return CompressionJob.parse(json.loads(zlib.decompress(self.text)))
 
 
+_OVER = (Phase.COMPLETE, Phase.FAILED)
 _LEFT_OUT = ("apiVersion", "kind", "metadata")
 _KEPT = ("namespace", "name", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp", "finalizers")
 
@@ -155,6 +160,11 @@ class Store:
     def job(self, key: Key) -> CompressionJob | None:
         packed = self.resources.records.get(key)
         return packed.unpack() if packed else None
+
+    def over(self, key: Key) -> bool:
+        """Whether nobody waits for what its children still do: thousands of them may be collected at once."""
+        packed = self.resources.records.get(key)
+        return packed is not None and packed.over
 
     def observed(self, uid: str) -> Observed:
         jobs = [job for key in self._jobs_of.get(uid, ()) if (job := self.jobs.records.get(key)) and job.owner == uid]

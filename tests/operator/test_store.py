@@ -159,3 +159,15 @@ def test_packing_keeps_finalizers() -> None:
     body = job_body()
     body["metadata"]["finalizers"] = ["kompressor.io/cleanup"]
     assert Packed.pack(body).unpack().finalizers == ("kompressor.io/cleanup",)
+
+
+def test_a_job_is_over_once_it_has_ended_and_until_it_is_deleted() -> None:
+    store = Store()
+    for version, phase, over in ((1, "Running", False), (2, "Complete", True), (3, "Failed", True)):
+        store.tell_resource(job_body(version=version) | {"status": {"phase": phase}})
+        assert store.over(KEY) is over, phase
+    body = job_body(version=4) | {"status": {"phase": "Complete"}}
+    body["metadata"] |= {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+    store.tell_resource(body)
+    assert not store.over(KEY), "its children's end is waited for"
+    assert not store.over(("team", "unknown"))
