@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from kompressor_worker.formats import bitmask
+from kompressor_worker.formats.gguf_form import Form
 from kompressor_worker.formats.stored import PlannedTensor, planned_tensors
 from kompressor_worker.layout import DTYPE_BYTES, ModelLayout, StageLayout
 from kompressor_worker.schemes import Scheme
@@ -29,6 +30,8 @@ class PlacedTensor:
     shard: int
     start: int
     stop: int
+    form: Form | None = None
+    """What becomes of the value on its way into the bytes, in a GGUF file."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class OutputPlan:
     shards: tuple[Shard, ...]
     stages: tuple[tuple[tuple[PlacedTensor, ...], ...], ...]
     """Per unit, per stage: its tensors in file order."""
+    constants: tuple[tuple[PlacedTensor, bytes], ...] = ()
+    """Tensors that are known already, which no unit makes; each lies in a gap behind one that a unit does."""
 
     @property
     def tensor_bytes(self) -> int:
