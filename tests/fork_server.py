@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -58,6 +59,11 @@ class ForkServer:
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
             return int(self._answer())
+
+    def alive(self) -> list[int]:
+        """The processes that it has forked and that have not ended."""
+        own = self._process.pid
+        return [int(pid) for pid in Path(f"/proc/{own}/task/{own}/children").read_text().split()]
 
     def _answer(self) -> str:
         assert self._process.stdout is not None

@@ -20,7 +20,7 @@ from stage import Stage  # noqa: E402
 
 @pytest.fixture(scope="session")
 def theatre(tmp_path_factory: pytest.TempPathFactory, kstatus_judge: Path) -> Iterator[Theatre]:
-    """Everything that scenes are made of; at its end nothing of any job may be left anywhere."""
+    """Everything that scenes are made of; at its end no operator lives and no pod of a job runs."""
     from binaries import BinaryError
 
     stage = Stage(tmp_path_factory.mktemp("chaos"))
@@ -35,6 +35,8 @@ def theatre(tmp_path_factory: pytest.TempPathFactory, kstatus_judge: Path) -> It
             Proxies(stage.cluster.server, stage.cluster.ca) as proxies,
             Observer(stage, kstatus_judge) as observer,
         ):
-            yield Theatre(stage, nursery, proxies, observer)
+            theatre = Theatre(stage, nursery, proxies, observer)
+            yield theatre
+            theatre.ended()
     finally:
         stage.cluster.stop()

@@ -22,7 +22,7 @@ AFTER_GUARDED = "".join(
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` becomes `new` in `file`, and `test` (file::name) fails."""
+    """`old` becomes `new` in `file` (below SOURCE), and `test` (file::name, below TESTS) fails."""
 
     guard: str
     file: str
@@ -271,6 +271,13 @@ MUTATIONS = (
         "        if key in self._working:\n            self._dirty.add(key)\n            return\n",
         "",
         "test_work.py::test_a_key_is_never_in_work_twice_and_an_event_meanwhile_is_not_lost",
+    ),
+    Mutation(
+        "a node ends what runs of a pod that is forgotten",
+        "../../tools/agent/pod.py",
+        "        if any(container.running for container in self.containers):\n            return self._next_kill()\n",
+        "",
+        "../e2e/test_node_agent_ends.py::test_a_pod_that_the_api_server_has_forgotten_leaves_no_process_and_no_folder",
     ),
 )  # fmt: skip
 

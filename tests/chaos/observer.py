@@ -166,6 +166,17 @@ class Observer:
         with self._lock:
             return self._witnesses.setdefault(namespace, Witness(self._judged))
 
+    def dismiss(self, namespace: str) -> None:
+        """Its scene is over. All that a thousand scenes have seen does not fit into memory."""
+        with self._lock:
+            self._witnesses.pop(namespace, None)
+
+    def _tell(self, kind: str, event: Manifest) -> None:
+        with self._lock:
+            witness = self._witnesses.get(event["object"]["metadata"]["namespace"])
+        if witness is not None:
+            witness.hear(kind, event)
+
     def _judged(self, found: Manifest) -> str:
         with self._lock:
             assert self._judge.stdin is not None and self._judge.stdout is not None
@@ -177,7 +188,7 @@ class Observer:
         """What there is now, since a watch cannot go on from where it was. Returns as of which version."""
         found = api.call("GET", _path(kind))
         for item in found["items"]:
-            self.of(item["metadata"]["namespace"]).hear(kind, {"type": "MODIFIED", "object": item})
+            self._tell(kind, {"type": "MODIFIED", "object": item})
         return str(found["metadata"]["resourceVersion"])
 
     def _watch(self, kind: str, version: str) -> None:
@@ -189,10 +200,9 @@ class Observer:
                     if event.get("type") in (None, "ERROR"):  # its CRD has changed, or the server was away
                         version = self._look(api, kind)
                         break
-                    meta = event["object"]["metadata"]
-                    version = meta["resourceVersion"]
+                    version = event["object"]["metadata"]["resourceVersion"]
                     if event["type"] != "BOOKMARK":
-                        self.of(meta["namespace"]).hear(kind, event)
+                        self._tell(kind, event)
             except (OSError, http.client.HTTPException, ApiRefusal, ValueError):
                 time.sleep(0.2)
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from observer import Observer, Witness
+from on_node import occupied, running
 from operator_nursery import Clock, Nursery
-from plain_api import Api
+from plain_api import Api, ApiRefusal
 from proxy import Proxies, Proxy
 from stage import BASES, PATIENCE, Operator, Stage, eventually
 
@@ -81,28 +82,42 @@ class Theatre:
         stage = copy.copy(self.stage)
         stage.api = Api(stage.cluster)  # a connection of its own: scenes are played side by side
         stage.enter_namespace()
-        proxy = self.proxies.open()
-        clock = Clock(stage.root / f"{stage.namespace}.clock")
-        scene = Scene(stage, self.nursery, proxy, self.observer.of(stage.namespace), clock, settings)
-        try:
-            yield scene
-            scene.witness.check()
-        finally:
-            scene.end_operator()
-            self.proxies.close(proxy)
+        with ExitStack() as stack:
+            stack.callback(self.observer.dismiss, stage.namespace)
+            proxy = self.proxies.open()
+            stack.callback(self.proxies.close, proxy)
+            clock = Clock(stage.root / f"{stage.namespace}.clock")
+            scene = Scene(stage, self.nursery, proxy, self.observer.of(stage.namespace), clock, settings)
+            stack.callback(scene.end_operator)
+            try:
+                yield scene
+                scene.witness.check()
+            except BaseException:
+                with suppress(ApiRefusal, OSError):
+                    stage.leave_namespace()  # or what it has begun would go on beside all that is played after it
+                raise
 
     def swept(self, namespaces: set[str], seconds: float = PATIENCE) -> None:
-        """Nothing of any job is left in these namespaces, and no CompressionJob. The garbage collector takes its time."""
+        """Nothing of any job is left in these namespaces, no CompressionJob, and nothing of their pods on the node. The garbage collector
+        takes its time."""
         api, deadline = Api(self.stage.cluster), time.monotonic() + seconds
         while left := self._left(api, namespaces):
             assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(1.0)
 
+    def ended(self, seconds: float = PATIENCE) -> None:
+        """After all scenes: no operator lives, and no pod of a job runs."""
+        deadline = time.monotonic() + seconds
+        while left := [f"operator {pid}" for pid in self.nursery.alive()] + [f"pod {uid}" for uid in running(self.stage.cluster.root)]:
+            assert time.monotonic() < deadline, f"not ended: {left}"
+            time.sleep(1.0)
+
     def _left(self, api: Api, namespaces: set[str]) -> list[str]:
         """What a clean-up leaves, its own Job, has a time to live of its own."""
-        found = []
+        found, on_node = [], occupied(self.stage.cluster.root)  # before the pods are asked for: what is new by then is not left
         for kind in ("compressionjobs", *LEFT):
             query = "" if kind == "compressionjobs" else f"?labelSelector={names.LABEL_JOB_UID},{names.LABEL_STEP}!=cleanup"
             metas = [item["metadata"] for item in api.call("GET", f"{BASES.get(kind, '/api/v1')}/{kind}{query}")["items"]]
             found += [f"{kind} {meta['namespace']}/{meta['name']}" for meta in metas if meta["namespace"] in namespaces]
-        return found
+        known = {item["metadata"]["uid"] for item in api.call("GET", "/api/v1/pods")["items"]}
+        return found + [str(place) for place in on_node if place.uid not in known and place.namespace in (*namespaces, "")]

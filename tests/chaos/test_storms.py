@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from scenarios import SCENARIOS
@@ -27,6 +28,8 @@ LIVES = ("preflight", "out of memory", "suspended", "queued and suspended", "del
 PAUSING = ("killed",)
 """What waits by the clock, where it is the clock that storms."""
 SHARE = 0.3
+DESCRIPTORS = 400
+"""Open in this process at most, however many storms there were."""
 SECONDS = 8.0
 """Of a storm, unless everything is over before."""
 Weather = Callable[[Scene, random.Random, threading.Event], None]
@@ -183,5 +186,7 @@ def test_every_life_ends_as_it_must(name: str, seed: int, theatre: Theatre) -> N
     began, lives = time.monotonic(), LIVES + (PAUSING if STORMS[name] is clock_jumps else ())
     with ThreadPoolExecutor(len(lives)) as pool:
         wrong = [said for said in pool.map(lambda life: live_through(theatre, life, STORMS[name], f"{seed} {life}"), lives) if said]
-    print(f"{name}, seed {seed}: {len(lives)} lives in {time.monotonic() - began:.0f} s")
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    print(f"{name}, seed {seed}: {len(lives)} lives in {time.monotonic() - began:.0f} s; {descriptors} descriptors open")
     assert not wrong, "\n".join(wrong)
+    assert descriptors < DESCRIPTORS, "what storms open is closed after them"
