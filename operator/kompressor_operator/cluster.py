@@ -177,9 +177,9 @@ class Cluster:
         selector = f"{names.LABEL_JOB_UID}={uid}"
         return [item async for page in self.pages(kind, namespace, labelSelector=selector) for item in page.items]
 
-    async def warnings(self, namespace: str, uid: str) -> list[Manifest]:
-        """Warning events about one object."""
-        selector = f"involvedObject.uid={uid},type=Warning"
+    async def warnings(self, namespace: str, kind: str) -> list[Manifest]:
+        """Warning events about all objects of a kind, but for those that the object's own status tells as well."""
+        selector = f"involvedObject.kind={kind},type=Warning,reason!=FailedScheduling,reason!=BackOff,reason!=Unhealthy"
         return [item async for page in self.pages("Event", namespace, fieldSelector=selector) for item in page.items]
 
     async def __aenter__(self) -> Self:

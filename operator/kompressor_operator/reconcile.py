@@ -12,14 +12,15 @@ from datetime import datetime
 from kompressor_api import names
 from kompressor_api.names import Condition
 from kompressor_operator import manifests
+from kompressor_operator.bulletin import Bulletin
 from kompressor_operator.cleanup import given_up
 from kompressor_operator.cluster import ApiError, Cluster
 from kompressor_operator.conditions import Event, Verdict, blocked_patch, event_body, events, generation_patch, status_patch
-from kompressor_operator.decide import Decision, Involved, Policy, View, decide
+from kompressor_operator.decide import Decision, Policy, View, decide
 from kompressor_operator.manifests import Attempt
 from kompressor_operator.metrics import Metrics
 from kompressor_operator.newer import Served, outdated
-from kompressor_operator.observed import ChildJob, CompressionJob, Key, Manifest, Warned, ours
+from kompressor_operator.observed import ChildJob, CompressionJob, Key, Manifest, ours
 from kompressor_operator.pods import ChildPod
 from kompressor_operator.policies import POLICIES
 from kompressor_operator.recipes import fetch
@@ -63,6 +64,7 @@ class Reconciler:
     """How often this key has failed since its last success."""
     metrics: Metrics = field(default_factory=Metrics)
     served: Served = field(default_factory=Served)
+    bulletin: Bulletin = field(default_factory=Bulletin)
 
     async def reconcile(self, key: Key) -> float | None:
         """Make the world as the spec wants it, one step, and say so. Returns seconds after which to look again, if at all.
@@ -86,8 +88,8 @@ class Reconciler:
             known = await self._learn(view, decision)
             if known is view:
                 return await self._conclude(view, decision)
-            if known is None:
-                return None
+            if known is None or isinstance(known, float):
+                return known
             if isinstance(known, Refusal):
                 await self._refuse(view, known)
                 return None
@@ -98,12 +100,14 @@ class Reconciler:
         observed, tries = self.store.observed(job.uid), self.tries(job.key)
         return View(job, observed, self.clock(), self.settings, self.passes, kueue=self.store.kueue, tries=tries)
 
-    async def _learn(self, view: View, decision: Decision) -> View | Refusal | None:
-        """What the decision wants to know or have before it is one; the same view if it is one, None if the job is gone."""
+    async def _learn(self, view: View, decision: Decision) -> View | Refusal | float | None:
+        """What the decision wants to know or have before it is one; the same view if it is one, None if the job is gone. Seconds until the
+        next look, if that is not known yet."""
         if decision.confirm:
             return await self._confirmed(view)
         if decision.look:
-            return replace(view, observed=replace(view.observed, warnings=await self._warnings(view.job, decision.look)))
+            warnings = await self.bulletin.about(self.cluster, view.job.namespace, decision.look)
+            return warnings if isinstance(warnings, float) else replace(view, observed=replace(view.observed, warnings=warnings))
         if decision.finalizer:
             return replace(view, job=await self._guard(view.job))
         if decision.resolve:
@@ -180,10 +184,6 @@ class Reconciler:
             self.store.put_job(child)
         observed = observe(children, map(ChildPod.parse, pods), live=True)
         return replace(view, job=job, observed=observed, now=self.clock())
-
-    async def _warnings(self, job: CompressionJob, child: Involved) -> tuple[Warned, ...]:
-        events = [Warned.parse(event) for event in await self.cluster.warnings(job.namespace, child.uid)]
-        return tuple(sorted(events, key=lambda warned: warned.seen, reverse=True))
 
     async def _act(self, view: View, decision: Decision) -> Refusal | None:
         """Do it. A refusal says why it could not be done, and goes to the status."""

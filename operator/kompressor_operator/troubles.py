@@ -32,6 +32,10 @@ IMAGE_REASONS = frozenset(
 )
 START_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError"})
 
+CREATION_REASONS = frozenset({"FailedCreate"})
+MOUNT_REASONS = frozenset({"FailedMount", "FailedAttachVolume"})
+"""Of warning events, the ones that are read."""
+
 _SECRET = re.compile(r'\bsecret "[^"]+" not found|\bin Secret ')
 _CLAIM = re.compile(r'persistentvolumeclaim "[^"]+" (not found|is being deleted)|unbound immediate PersistentVolumeClaims')
 _BACK_OFF = re.compile(r'^Back-off pulling image "(?P<image>[^"]*)"(: \w+: )?')
@@ -86,7 +90,7 @@ def end_trouble(pod: ChildPod) -> Trouble:
 def mount_trouble(pod: ChildPod, warnings: Sequence[Warned]) -> Trouble | None:
     """A volume that does not come, such as a caBundle whose ConfigMap is missing."""
     for warned in warnings:
-        if warned.reason in ("FailedMount", "FailedAttachVolume"):
+        if warned.reason in MOUNT_REASONS:
             return _trouble(Reason.VOLUME_NOT_MOUNTED, pod.step, f"pod {pod.name}: {warned.message.strip()}")
     return None
 
@@ -94,7 +98,7 @@ def mount_trouble(pod: ChildPod, warnings: Sequence[Warned]) -> Trouble | None:
 def creation_trouble(job: ChildJob, warnings: Sequence[Warned], since: datetime) -> Trouble | None:
     """Why the Job controller cannot create a pod: quota, Pod Security, a service account that is not there."""
     for warned in warnings:
-        if warned.reason != "FailedCreate" or warned.seen < since:
+        if warned.reason not in CREATION_REASONS or warned.seen < since:
             continue
         said = f"Job {job.name}: {warned.message.strip()}"
         if "exceeded quota" in warned.message:
