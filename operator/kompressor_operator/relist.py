@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kompressor_api import names
 from kompressor_operator.cluster import ApiError, Cluster
-from kompressor_operator.observed import ChildJob, Key, Manifest
+from kompressor_operator.observed import ChildJob, Key
 from kompressor_operator.pods import ChildPod
-from kompressor_operator.store import Packed, Store
+from kompressor_operator.store import Packed, Record, Shelf, Store
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R")
+R = TypeVar("R", bound=Record)
 
 SOON = 3.0
 """Seconds after the first list. What went between it and the opening of the watches, these will never tell: they still owe it then."""
@@ -59,11 +59,11 @@ class Relister:
     async def relist(self) -> None:
         """Children first: a job that is looked at must not lack children that were there before it."""
         self.store.begin_list()
-        jobs, version = await self._all("Job", ChildJob.parse, labelSelector=names.LABEL_JOB_UID)
+        jobs, version = await self._all("Job", self.store.jobs, ChildJob.parse, labelSelector=names.LABEL_JOB_UID)
         self.store.list_jobs(jobs, version)
-        pods, version = await self._all("Pod", ChildPod.parse, labelSelector=names.LABEL_JOB_UID)
+        pods, version = await self._all("Pod", self.store.pods, ChildPod.parse, labelSelector=names.LABEL_JOB_UID)
         self.store.list_pods(pods, version)
-        resources, version = await self._all(names.KIND, Packed.pack)
+        resources, version = await self._all(names.KIND, self.store.resources, Packed.pack)
         self.store.list_resources(resources, version)
         self.store.kueue = await self._has_kueue()
         for key in self.store.keys:
@@ -91,14 +91,14 @@ class Relister:
             return False
         return True
 
-    async def _all(self, kind: str, parse: Callable[[Manifest], R], **selectors: str) -> tuple[list[R], str]:
+    async def _all(self, kind: str, shelf: Shelf[R], parse: Callable[[Mapping[str, Any]], R], **selectors: str) -> tuple[list[R], str]:
         """Everything of a kind in the namespaces that are served, and the oldest version that it is true of."""
         records: list[R] = []
         versions: list[str] = []
         for namespace in self.namespaces or ("",):
             first = ""
             async for page in self.cluster.pages(kind, namespace, **selectors):
-                records.extend(parse(item) for item in page.items)
+                records.extend(shelf.read(item, parse) for item in page.items)
                 first = first or page.version
             versions.append(first)
         return records, min(versions, key=lambda v: int(v) if v.isdigit() else 0)

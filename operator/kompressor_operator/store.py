@@ -10,7 +10,7 @@ import json
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -91,6 +91,15 @@ class Shelf(Generic[R]):
     """uid -> resource version of deletions since the last list began: a list may still show them."""
     _unproven: dict[Key, int] = field(default_factory=dict)
     """What a list has shown and the watch has not told yet."""
+
+    def read(self, body: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], R]) -> R:
+        """Its record; the one that is here where it is of this very version. A full list is mostly of such, and so is each echo of a write
+        of ours."""
+        meta = body["metadata"]
+        known = self.records.get((meta["namespace"], meta["name"]))
+        if known is not None and (known.uid, known.resource_version) == (meta["uid"], meta.get("resourceVersion")):
+            return known
+        return parse(body)
 
     def put(self, record: R) -> bool:
         """Keep it if it is newer than what is there. Another uid is another object under an old name."""
@@ -173,18 +182,18 @@ class Store:
 
     def tell_resource(self, body: Manifest, deleted: bool = False) -> Key:
         """A watch event of a CompressionJob. Returns its key."""
-        packed = Packed.pack(body)
+        packed = self.resources.read(body, Packed.pack)
         self.resources.told(packed, deleted)
         return self._index(packed, deleted)
 
     def tell_job(self, body: Manifest, deleted: bool = False) -> Key | None:
         """A watch event of a child Job. Returns the key of its CompressionJob, if that is known."""
-        job = ChildJob.parse(body)
+        job = self.jobs.read(body, ChildJob.parse)
         self.jobs.told(job, deleted)
         return self._index_child(self._jobs_of, job, deleted)
 
     def tell_pod(self, body: Manifest, deleted: bool = False) -> Key | None:
-        pod = ChildPod.parse(body)
+        pod = self.pods.read(body, ChildPod.parse)
         self.pods.told(pod, deleted)
         return self._index_child(self._pods_of, pod, deleted)
 

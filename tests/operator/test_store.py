@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 from kcj_builders import NOW, UID, child_body, job_body
 
@@ -77,6 +79,22 @@ def test_a_list_repairs_what_the_watch_missed() -> None:
     store.list_jobs([], "10")
     store.list_resources([], "11")
     assert store.job(KEY) is None and store.observed(UID).jobs == () and store.keys == []
+
+
+def test_only_what_is_new_is_read_from_a_list() -> None:
+    """Of ten thousand jobs that are done nothing is new. A namesake is, whatever its version."""
+    store, read = Store(), list[tuple[str, str]]()
+
+    def parse(body: Mapping[str, Any]) -> Packed:
+        read.append((body["metadata"]["uid"], body["metadata"]["resourceVersion"]))
+        return Packed.pack(body)
+
+    store.tell_resource(job_body(version=5))
+    known = store.resources.records[KEY]
+    assert store.resources.read(job_body(version=5), parse) is known and read == []
+    assert store.resources.read(job_body(version=6), parse).resource_version == "6"
+    assert store.resources.read(job_body("other", 5), parse).uid == "other"
+    assert read == [(UID, "6"), ("other", "5")]
 
 
 def test_a_list_does_not_undo_what_came_meanwhile() -> None:
