@@ -78,6 +78,8 @@ class Decision:
     """Let the API server judge the Job of this attempt before anything is created."""
     create: tuple[Manifest, ...] = ()
     """Children, in this order; what is there already is as good, if it is ours."""
+    keep: tuple[Manifest, ...] = ()
+    """Children that are to be there all along: looked for, and created where somebody has deleted them."""
     start: Attempt | None = None
     """Create the children and the Job of this attempt."""
     patches: tuple[JobPatch, ...] = ()

@@ -16,9 +16,9 @@ from kompressor_operator.decide import CONFIRM, Decision, JobPatch, Policy, View
 from kompressor_operator.endings import Ending, ending_of
 from kompressor_operator.facts import facts_of, facts_of_told, result_of
 from kompressor_operator.group import foremost
-from kompressor_operator.manifests import OUT_OF_MEMORY_CODES, Attempt, backoff_limit, job_name, spec_digest
+from kompressor_operator.manifests import OUT_OF_MEMORY_CODES, Attempt, backoff_limit, job_name, service, spec_digest
 from kompressor_operator.object_meta import stamp
-from kompressor_operator.observed import ChildJob
+from kompressor_operator.observed import ChildJob, Manifest
 from kompressor_operator.planner import preflight_ttl
 from kompressor_operator.preflight import preflight, with_plan
 from kompressor_operator.progress import created, follows, running
@@ -153,11 +153,16 @@ def run(view: View) -> Decision | None:
     if job.suspended and "suspend" not in wanted:
         decision = Decision(patches=patches, verdict=queued(view, job), again_after=stops_by(view, view.observed.pods_of(job)))
     else:
-        decision = running(view, job, patches, facts_of(view, job))
+        decision = replace(running(view, job, patches, facts_of(view, job)), keep=meeting_place(view, job))
     if view.job.status.get("jobName") == job.name:
         return decision
     # its start was never told, so perhaps it was cut short: finish it, what is there already does no harm
     return replace(decision, start=again(view, job))
+
+
+def meeting_place(view: View, job: ChildJob) -> tuple[Manifest, ...]:
+    """The Service without which the pods of a group find one another no more, should one of them be started again."""
+    return (service(view.told),) if job.pods > 1 and not job.failing else ()
 
 
 POLICIES: tuple[Policy, ...] = (

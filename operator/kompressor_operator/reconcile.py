@@ -195,6 +195,9 @@ class Reconciler:
         for child in decision.create:
             if refused := await self._create(job, child):
                 return refused
+        for child in decision.keep:
+            if refused := await self._keep(job, child):
+                return refused
         if decision.start is not None:
             refused = await self._start(view, decision.start)
             if refused:
@@ -222,6 +225,16 @@ class Reconciler:
             refusals = await asyncio.gather(*(self._create(job, child) for child in together))
             if refused := next((found for found in refusals if found), None):
                 return refused
+        return None
+
+    async def _keep(self, job: CompressionJob, child: Manifest) -> Refusal | None:
+        """One request where it is there, which it nearly always is."""
+        try:
+            await self.cluster.get(child["kind"], job.namespace, child["metadata"]["name"])
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return await self._create(job, child)
         return None
 
     async def _create(self, job: CompressionJob, child: Manifest, dry_run: bool = False) -> Refusal | None:

@@ -125,6 +125,16 @@ def test_all_of_them_work() -> None:
     assert verdict.message == "2 of 2 pods work together, pod llama-1-0 on node node-1 leads (attempt 1, after 1 failed)"
 
 
+def test_the_name_by_which_they_meet_is_kept() -> None:
+    """Whatever its pods do: those that train have met, and one that is started again has not."""
+    job = trained(status=RUNNING)
+    for pods in (both(), both(other={"phase": "Pending", "node": ""}), ()):
+        (kept,) = judge(job, going(), *pods, warnings=[]).keep
+        assert kept == manifests.service(job)
+    assert judge(job, going(failing="PodFailurePolicy"), *both()).keep == ()
+    assert judge(trained(status=RUNNING, worker={}), child(), pod()).keep == ()
+
+
 def test_those_that_have_nothing_left_to_train_are_not_missed() -> None:
     verdict = verdict_of(judge(trained(status=RUNNING), going(), *both(other={"exit": 0})))
     assert verdict.reason == Reason.COMPRESSING and verdict.message.startswith("1 of 2 pods work together")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from kompressor_worker.distil.group import Gathering, GroupSettings, follow, free_port
+from kompressor_worker.distil.group import Gathering, GroupSettings, follow, free_port, known, met
 from kompressor_worker.distil.lesson import TrainingStep
-from kompressor_worker.errors import GroupIncomplete, KompressorError
+from kompressor_worker.errors import GroupIncomplete, KompressorError, PeerLost
 
 MEMBER = str(Path(__file__).with_name("group_member.py"))
 
@@ -94,6 +94,20 @@ def test_those_that_do_not_come() -> None:
     with pytest.raises(GroupIncomplete, match="no leader at localhost:"):
         follow(other, command(1), threading.Event(), lambda: False)
     follow(other, command(1), threading.Event(), lambda: True)  # it is over, and the leader is gone
+
+
+@pytest.mark.parametrize("there", [{1, 2, 3}, {2, 3}, {3}])
+def test_a_leader_that_does_not_come_is_one_failure(there: set[int]) -> None:
+    """Of the first that is there, whichever that is."""
+
+    def ends(index: int) -> type[KompressorError]:
+        settings = GroupSettings(4, 1, index, "llama-1-0.llama", free_port("localhost"), 0.2)
+        with pytest.raises(KompressorError) as caught:
+            met(settings, threading.Event(), lambda: False, lambda host: host in {f"llama-1-{n}.llama" for n in there})
+        return type(caught.value)
+
+    assert [ends(index) for index in sorted(there)] == [GroupIncomplete, *[PeerLost] * (len(there) - 1)]
+    assert GroupSettings(4, 1, 2, "localhost").host(1) == "" and not known("") and not known("nobody.invalid") and known("localhost")
 
 
 def test_one_that_comes_late_does_not_train_by_itself() -> None:

@@ -4,7 +4,8 @@ Pod 0 leads. From its first moment it keeps a small store (torch's TCPStore), wh
 its own, and give a sign of life every now and then. Once all are there the leader says so, naming them; each pod then starts its training
 processes, which find each other through torch.distributed. There is one beginning in a leader's life: whoever finds that the others have
 begun without it, or that one of them is gone, ends with PEER_LOST; all pods are started again, and training goes on from its last
-checkpoint.
+checkpoint. Where pods stay away, one of those that are there ends with GROUP_INCOMPLETE, which counts as a failure, and the others with
+PEER_LOST: the leader, or without it the first that sees no other before itself.
 """
 
 from __future__ import annotations
@@ -81,6 +82,12 @@ class GroupSettings:
     @property
     def leads(self) -> bool:
         return self.index == 0
+
+    def host(self, index: int) -> str:
+        """Name of another pod, as the leader's is told; empty where that has no index in it."""
+        pod, _, service = self.leader.partition(".")
+        stem = pod.removesuffix("-0")
+        return f"{stem}-{index}.{service}" if service and stem != pod else ""
 
     def ranks(self, port: int) -> Ranks:
         return Ranks(self.index * self.processes, self.processes, self.size, self.leader, port)
@@ -225,12 +232,22 @@ def opened(settings: GroupSettings) -> TCPStore:
     )
 
 
-def met(settings: GroupSettings, stop: threading.Event, over: Callable[[], bool]) -> TCPStore | None:
-    """The leader's store, once there is one; None: all is over. Raises GroupIncomplete, Terminated."""
+def known(host: str) -> bool:
+    """Whether there is a pod of this name: it has one from its start to its end."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return bool(host)
+
+
+def met(settings: GroupSettings, stop: threading.Event, over: Callable[[], bool], known: Callable[[str], bool] = known) -> TCPStore | None:
+    """The leader's store, once there is one; None: all is over. Raises GroupIncomplete, PeerLost where another pod says so for all,
+    Terminated."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     ask = time.monotonic()
-    deadline = ask + settings.patience
+    deadline, first = ask + settings.patience, True
     while True:
         with contextlib.suppress(OSError):
             socket.create_connection((settings.leader, settings.port), timeout=5).close()
@@ -241,8 +258,13 @@ def met(settings: GroupSettings, stop: threading.Event, over: Callable[[], bool]
         if (now := time.monotonic()) >= ask:
             if over():
                 return None
+            first = first and not any(known(settings.host(index)) for index in range(1, settings.index))
             ask = now + ASK_EVERY
         if time.monotonic() > deadline:
+            if not first:
+                raise PeerLost(
+                    f"no leader at {settings.leader}:{settings.port} within {settings.patience:g} s; another pod says so for all"
+                )
             raise GroupIncomplete(
                 f"no leader at {settings.leader}:{settings.port} within {settings.patience:g} s; see why pod 0 does not start, and whether "
                 "a NetworkPolicy keeps the pods apart"
