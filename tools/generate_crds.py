@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from admission_policy import known_names, status_writers
-from kompressor_api.schema import SIZE_LIMIT, SchemaError, crd, pass_schemas, recipe_crds
+from kompressor_api.schema import SIZE_LIMIT, SchemaError, applied_bytes, crd, pass_schemas, recipe_crds
 from kompressor_api.v1alpha1 import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,8 +52,8 @@ def generate(passes: Mapping[str, type[Model]]) -> dict[str, str]:
     }
     for definition in definitions:
         name = definition["spec"]["names"]["plural"]
-        if len(json.dumps(definition)) >= SIZE_LIMIT:
-            raise SchemaError(f"the CRD {name} takes {len(json.dumps(definition))} bytes; client-side apply allows {SIZE_LIMIT}")
+        if (size := applied_bytes(definition)) >= SIZE_LIMIT:
+            raise SchemaError(f"the CRD {name} takes {size} bytes; client-side apply allows {SIZE_LIMIT}")
         files |= {f"{folder}/{name}.yaml": _yaml(definition) for folder in ("crds", "charts/kompressor/files")}
     return files
 

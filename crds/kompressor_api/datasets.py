@@ -103,8 +103,8 @@ class CalibrationSpec(Sample):
         le=2**31 - 1,
         json_schema_extra={UNSTORED: True},
         description=(
-            "In a mixture of experts: an expert that fewer tokens of the data are routed to is measured on all of them, so that its "
-            "weights are not judged by a handful; what is computed always follows the true routing. 0: none is."
+            "In a mixture of experts: one that fewer tokens of the data are routed to is measured on all of them; what is computed follows "
+            "the true routing. 0: none is."
         ),
     )
 
@@ -120,8 +120,8 @@ class Gate(Model):
 
     metric: Literal["perplexity", "kl", "latency", "memory"] = Field(
         description=(
-            "perplexity of the evaluation data, kl: mean KL divergence of the logits from the original model's, in nats a token, or what "
-            "runtime measures: latency of a request, at the batch size where it is longest, memory of the engine."
+            "perplexity; kl: mean KL divergence of the logits from the original's, nats a token; or what runtime measures: latency of a "
+            "request, at the batch size where it is longest, memory of the engine."
         )
     )
     max_increase: Percent | None = Field(

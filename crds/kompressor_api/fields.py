@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, Stri
 __all__ = ["UNSTORED", "Count", "Flag", "Message", "Model", "Name", "Number", "Short", "Text", "Time", "Uri", "Warnings"]
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-Uri = Annotated[str, StringConstraints(pattern=r"^((s3|hf|pvc)://[^/\s][^\s]*|file:///[^\s]*)$", max_length=1024)]
+Uri = Annotated[str, StringConstraints(pattern=r"^((s3|hf|pvc)://[^/\s]\S*|file:///\S*)$", max_length=1024)]
 Short = Annotated[str, StringConstraints(max_length=253)]
 Flag = Annotated[bool, Strict()]
 """A YAML boolean; the API server does not take "true" for true either."""

@@ -7,23 +7,27 @@ admission policy of the chart and by the operator.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from pydantic import BaseModel
 
 from kompressor_api import names
-from kompressor_api.datasets import LIMITS, RUNTIME_METRICS
+from kompressor_api.datasets import LIMITS, RUNTIME_METRICS, CalibrationSpec
 from kompressor_api.names import MUTABLE
 from kompressor_api.recipe import RecipeSpec
+from kompressor_api.said_once import Said, say_once
 from kompressor_api.structural import PRESERVE, Schema, SchemaError, structural
 from kompressor_api.v1alpha1 import CompressionJobSpec, CompressionJobStatus
 
-__all__ = ["SIZE_LIMIT", "SchemaError", "crd", "pass_schemas", "recipe_crds", "structural"]
+__all__ = ["SIZE_LIMIT", "SchemaError", "applied_bytes", "crd", "pass_schemas", "recipe_crds", "structural"]
 
 SIZE_LIMIT = 262_144
 """Bytes; client-side `kubectl apply` stores the whole object in an annotation of at most this size."""
 
 RULES = "x-kubernetes-validations"
+HOMES = ("model", "calibration")
+"""Sections that say everything themselves; others point to them."""
 
 _IN_CLUSTER = {
     "rule": "!self.uri.startsWith('file://')",
@@ -40,9 +44,9 @@ _WRITABLE = {
     "message": "a hub is read-only here; use s3:// or pvc://",
     "fieldPath": ".uri",
 }
-_COLUMNS = "(has(self.field) ? 1 : 0) + (has(self.messages) ? 1 : 0) + (has(self.tokens) ? 1 : 0)"
+_COLUMNS = "[has(self.field), has(self.messages), has(self.tokens)].filter(c, c).size()"
 _COLUMN_RULES = (
-    {"rule": f"{_COLUMNS} <= 1", "message": "field, messages and tokens exclude each other; keep the one to be read"},
+    {"rule": f"{_COLUMNS} < 2", "message": "field, messages and tokens exclude each other; keep the one to be read"},
     {
         "rule": f"!has(self.format) || self.format != 'text' || {_COLUMNS} == 0",
         "message": "plain text has no columns; leave field, messages and tokens out, or correct format",
@@ -57,25 +61,41 @@ _NO_IDLE_PROCESSES = {
 }
 
 
+def applied_bytes(value: object) -> int:
+    """Of the annotation in which client-side `kubectl apply` keeps an object: JSON without spaces, in which Go escapes <, > and &."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return len(text.encode()) + 5 * sum(map(text.count, "<>&"))
+
+
 def pass_schemas(passes: Mapping[str, type[BaseModel]]) -> dict[str, Schema]:
-    """Name of each pass to the structural schema of its parameters, in the order of their names."""
+    """Name of each pass to the structural schema of its parameters, in the order of their names. What calibration or a pass before says
+    of a field of the same name is pointed to: the same in jobs and recipes, which both have these."""
+    said: Said = {}
+    say_once(structural(CalibrationSpec, "spec.calibration", keep_unknown=True), "calibration", said)
     schemas = {}
     for name in sorted(passes):
         where = f"spec.passes[].{name}"
         schemas[name] = structural(passes[name], where, keep_unknown=True)
         if not schemas[name].get("description"):
             raise SchemaError(f"{where}: {passes[name].__name__} has no docstring; `kubectl explain` shows its first lines")
+        say_once(schemas[name], name, said)
     return schemas
 
 
 def crd(passes: Mapping[str, type[BaseModel]]) -> Schema:
     """The CustomResourceDefinition of CompressionJob, with the parameters of `passes` inside. Raises SchemaError."""
     spec = structural(CompressionJobSpec, "spec", keep_unknown=True)
+    said: Said = {}
+    for section in HOMES:
+        say_once(spec["properties"][section], section, said, keep=True)
+    for section in (name for name in spec["properties"] if name not in (*HOMES, "passes")):
+        say_once(spec["properties"][section], section, said)
     _add_passes(spec, passes)
     _add_rules(spec)
     if names.TRAINING_PASS in passes:
         spec[RULES].append(_NO_IDLE_PROCESSES)
     status = structural(CompressionJobStatus, "status", keep_unknown=False)
+    say_once(status, "status", {})
     status["properties"]["conditions"] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
     # an empty status looks finished to kstatus; -1 equals no generation, so it looks unfinished until we have spoken
     status["default"] = {"observedGeneration": -1}
@@ -136,12 +156,12 @@ def _recipe_version(spec: Schema) -> Schema:
             "spec": {**spec, "description": "What jobs take from it. A change reaches jobs that start later, none that has started."},
         },
     }
-    age = {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp", "description": "Time since the recipe was created."}
+    age = {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}
     return {
         "name": names.VERSION,
         "served": True,
         "storage": True,
-        "additionalPrinterColumns": [{**age, "priority": 0}],
+        "additionalPrinterColumns": [age],
         "schema": {"openAPIV3Schema": root},
     }
 
@@ -176,19 +196,19 @@ def _version(spec: Schema, status: Schema) -> Schema:
 def _columns() -> list[Schema]:
     ready = '.status.conditions[?(@.type=="Ready")]'
 
-    def column(name: str, path: str, description: str, kind: str = "string", priority: int = 0) -> Schema:
-        return {"name": name, "type": kind, "jsonPath": path, "description": description, "priority": priority}
+    def column(name: str, path: str, kind: str = "string", priority: int = 0) -> Schema:
+        return {"name": name, "type": kind, "jsonPath": path, **({"priority": priority} if priority else {})}
 
     return [
-        column("Ready", f"{ready}.status", "True when the result is published."),
-        column("Status", f"{ready}.reason", "Why Ready is what it is."),
-        column("Progress", ".status.progress.percent", "Share of the source's bytes that are done.", "integer"),
-        column("Ratio", ".status.result.ratio", "Size of the source over size of the result."),
-        column("Age", ".metadata.creationTimestamp", "Time since the job was created.", "date"),
-        column("Source", ".spec.model.source.uri", "Where the model is read from.", priority=1),
-        column("Output", ".spec.output.uri", "Where the result is written.", priority=1),
-        column("Attempt", ".status.attempt", "The current attempt; a child Job each.", "integer", priority=1),
-        column("Message", f"{ready}.message", "What happened, and what to do about it.", priority=1),
+        column("Ready", f"{ready}.status"),
+        column("Status", f"{ready}.reason"),
+        column("Progress", ".status.progress.percent", "integer"),
+        column("Ratio", ".status.result.ratio"),
+        column("Age", ".metadata.creationTimestamp", "date"),
+        column("Source", ".spec.model.source.uri", priority=1),
+        column("Output", ".spec.output.uri", priority=1),
+        column("Attempt", ".status.attempt", "integer", priority=1),
+        column("Message", f"{ready}.message", priority=1),
     ]
 
 

@@ -24,6 +24,7 @@ _READ = {"title", "properties", "items", "additionalProperties", "propertyNames"
 _FALLBACK = {"string": ("maxLength", 1024), "array": ("maxItems", 256)}
 """The maximum of a string or list that names none; CEL is priced by maxima, and an object in etcd has one anyway."""
 _MAX_PROPERTIES = 64
+_WIDE = 1 << 31
 
 
 class SchemaError(ValueError):
@@ -114,16 +115,17 @@ def _int_or_string(choices: list[Schema], node: Schema) -> Schema:
     string = next(c for c in choices if c["type"] == "string")
     kept = {k: v for k, v in {**string, **node}.items() if k in ("pattern", "maxLength", "description", "default", UNSTORED)}
     kept.setdefault(*_FALLBACK["string"])
-    return {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True, **kept}
+    return {"x-kubernetes-int-or-string": True, **kept}
 
 
 def _bound(result: Schema) -> None:
-    """Gives every string and list a maximum, integers their width, and OpenAPI 3.0's form to exclusive bounds."""
+    """Gives every string and list a maximum (an enum is one), integers their width where they may need it, and OpenAPI 3.0's form to
+    exclusive bounds."""
     if "enum" in result and result.get("type") == "string":
-        result["maxLength"] = max(len(value) for value in result["enum"])
+        result.pop("maxLength", None)
     elif result.get("type") in _FALLBACK:
         result.setdefault(*_FALLBACK[result["type"]])
-    if result.get("type") == "integer":
+    if result.get("type") == "integer" and result.get("maximum", _WIDE) >= _WIDE:
         result["format"] = "int64"
     for bound in ("Minimum", "Maximum"):
         if f"exclusive{bound}" in result:

@@ -54,15 +54,15 @@ class TargetSpec(Model):
     max_perplexity_increase: Percent | None = Field(
         default=None,
         description=(
-            "By how much perplexity on the evaluation data may rise over the original's. Measured before anything is published: where it "
-            f"is more, the next safer plan that fits is tried. Default: {DEFAULT_INCREASE}."
+            "By how much perplexity on the evaluation data may rise. Measured before anything is published: where it is more, the next "
+            f"safer plan that fits is tried. Default: {DEFAULT_INCREASE}."
         ),
     )
     prefer: Literal["quality", "latency"] | None = Field(
         default=None,
         description=(
-            "quality: the safest plan that fits. latency: the one that is predicted to be fastest among those that are expected to keep "
-            "maxPerplexityIncrease. Default: quality."
+            "quality: the safest plan that fits. latency: the one predicted to be fastest of those expected to keep maxPerplexityIncrease. "
+            "Default: quality."
         ),
     )
     price_per_hour: Annotated[Number, Field(gt=0, le=1_000_000, allow_inf_nan=False)] | None = Field(

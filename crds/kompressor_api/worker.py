@@ -37,8 +37,8 @@ class WorkerSpec(Model):
     allow_device_change: Flag | None = Field(
         default=None,
         description=(
-            "Whether a calibrated job that was cut off may go on on another kind of GPU or processor, or with another number of threads: "
-            "the result is as good, but not the same to the byte, and says which units were made on what. Default: false."
+            "Whether a calibrated job that was cut off may go on with another kind of GPU or processor, or number of threads: the result "
+            "is as good, not the same to the byte, and says which units were made on what. Default: false."
         ),
     )
     parallelism: Count | None = Field(
@@ -46,8 +46,8 @@ class WorkerSpec(Model):
         ge=1,
         le=MAX_PODS,
         description=(
-            "Pods that train together, with the pass distil: each has these resources, the first also does all that is not training, and "
-            "one that is lost starts the group again from its last checkpoint. Default: 1."
+            "Pods that train together, with the pass distil, each with these resources. The first does all else, too; one that is lost "
+            "starts the group again from its last checkpoint. Default: 1."
         ),
     )
     processes_per_pod: Count | None = Field(

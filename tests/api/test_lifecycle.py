@@ -128,7 +128,7 @@ def test_kubectl_explains_down_to_a_parameter(server: Server) -> None:
     wait_until(known)
     explained = server.cluster.kubectl("explain", "kcj.spec.passes.rtn")
     assert "scheme\t<string> -required-" in explained
-    assert "W8A8 (INT8, activations per token" in explained
+    assert "W8A8: INT8, activations per token" in explained
     assert "exactly one key, the" in server.cluster.kubectl("explain", "kcj.spec.passes")
     assert "Secret in the job's namespace" in server.cluster.kubectl("explain", "kcj.spec.model.source")
 

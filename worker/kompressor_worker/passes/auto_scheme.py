@@ -65,11 +65,9 @@ class Budget(Model):
         default=None,
         gt=0.0,
         le=32.0,
-        description="Mean bits of a weight of the targeted linears, scales and zero points included; 4.25, say. Either this or bytes.",
+        description="Mean bits of a target's weight with scales and zero points; 4.25, say. Either this or bytes.",
     )
-    bytes: Quantity | None = Field(
-        default=None, description="All tensors of the result together, those that stay exact included; 12Gi, say. Either this or bits."
-    )
+    bytes: Quantity | None = Field(default=None, description="All tensors of the result, exact ones too; 12Gi, say. Either this or bits.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -79,24 +77,23 @@ class Budget(Model):
 
 
 class AutoSchemeParams(TargetParams):
-    """Chooses a scheme for each group of linears, by what it costs as a survey measures it, so that the result is within a budget."""
+    """Chooses a scheme for each group of linears, by what a survey finds that it costs, within a budget."""
 
     budget: Budget = Field(description="What the result may weigh at most.")
     candidates: list[CandidateName] = Field(
         min_length=2,
         max_length=16,
         description=(
-            "What linears may become: schemes that the algorithm makes and that need no calibrated activation scales, W4A16, say, or "
-            "W4A16:32 in groups of 32 columns; none leaves them exact. Each linear takes part in those that its shape allows."
+            "What linears may become where their shapes allow: schemes of the algorithm without calibrated scales, such as W4A16, or "
+            "W4A16:32 in groups of 32; none: exact."
         ),
     )
     algorithm: Literal["gptq", "rtn"] = Field(default="gptq", description="What encodes: the pass of this name, with its defaults.")
     experts: Literal["layer", "model", "single"] = Field(
         default="layer",
         description=(
-            "Which routed experts get the same scheme. layer: all of a layer, which vLLM reads, and transformers 5 only where the layers "
-            "happen to have the same. model: all of the model; both read that. single: each expert by itself, which vLLM does not read, "
-            "but only transformers, and of that releases before 5, whose experts are modules of their own."
+            "Which routed experts share a scheme. layer: all of a layer, which vLLM reads, and transformers 5 where layers happen to "
+            "agree. model: all; both read that. single: none; transformers before 5 alone."
         ),
     )
 

@@ -40,7 +40,7 @@ class AwqParams(LinearParams):
     """AWQ: scales channels by their activations before rounding, folded so that the function stays the same."""
 
     scheme: SchemeName = Field(description="W4A16, W4A16_ASYM, W3A16, W2A16, W2A16_ASYM or W8A16: packed integers, weights only.")
-    clip: Flag = Field(default=True, description="Whether each group's range is shrunk where that lowers the error of the output.")
+    clip: Flag = Field(default=True, description="Shrink each group's range where that lowers the output's error.")
     grid: Count = Field(default=20, ge=1, le=200, description="Powers of the activations' magnitude that are tried, from 0 up to 1.")
 
 

@@ -24,22 +24,18 @@ class DivergenceParams(Model):
     """How far the student's next-token distribution is from the teacher's."""
 
     kind: Literal["forward", "reverse", "jensenShannon"] = Field(
-        default="forward", description="forward: KL(teacher || student). reverse: KL(student || teacher). jensenShannon: of both."
+        default="forward", description="forward: KL(teacher || student). reverse: KL(student || teacher). jensenShannon: both."
     )
     temperature: Annotated[Number, Field(gt=0, le=100, allow_inf_nan=False)] = Field(
-        default=1.0, description="What logits of both are divided by; the loss is multiplied by its square."
+        default=1.0, description="Logits of both are divided by it, the loss multiplied by its square."
     )
-    labels: Share = Field(
-        default=0.0, description="Share of the data's own next tokens (cross-entropy) in the loss; 1: no teacher's logits."
-    )
+    labels: Share = Field(default=0.0, description="Share of the data's own next tokens (cross-entropy) in the loss; 1: nothing else.")
 
 
 class LayerPairs(Model):
     """States of student's and teacher's layers that are to be alike: mean squared error over the teacher's mean square."""
 
-    layers: Size | None = Field(
-        default=None, description="How many pairs, evenly over the depth, the last layers among them. Default: all."
-    )
+    layers: Size | None = Field(default=None, description="Pairs, evenly over the depth up to the last. Default: all.")
     pairs: list[Annotated[list[Annotated[Count, Field(ge=0, le=100_000)]], Field(min_length=2, max_length=2)]] | None = Field(
         default=None, min_length=1, max_length=512, description="[student's layer, teacher's layer], counted from 0, instead of layers."
     )
@@ -63,7 +59,7 @@ class TeacherParams(Model):
     """Who is learned from."""
 
     source: SourceLocation | None = Field(default=None, description="A checkpoint with the same tokenizer. Default: model.source.")
-    offline: OfflineParams | None = Field(default=None, description="Write the teacher's logits once, instead of running it at every step.")
+    offline: OfflineParams | None = Field(default=None, description="Its logits are written once, instead of run at every step.")
 
 
 class StudentParams(Model):
@@ -86,16 +82,16 @@ class StudentParams(Model):
 class DistilParams(Model):
     """Trains the student from end to end to say what the teacher says; the last pass of all but kvCache."""
 
-    dataset: Dataset | None = Field(default=None, description="What it is trained on. Default: calibration.dataset.")
+    dataset: Dataset | None = Field(default=None, description="What to train on. Default: calibration.dataset.")
     rows: Annotated[Count, Field(ge=1, le=MAX_SAMPLES * 1000)] | None = Field(default=None, description="Rows to draw. Default: all.")
     sequence_length: Annotated[Count, Field(ge=2, le=MAX_SEQUENCE_LENGTH)] = Field(default=2048, description="Tokens in a row.")
-    packing: Flag = Field(default=True, description="Join documents and cut them into full rows, as in calibration.")
+    packing: Flag = Field(default=True, description="As in calibration.")
     validation_rows: Annotated[Count, Field(ge=0, le=65_536)] = Field(
-        default=64, description="Rows held out of training that evaluations measure on; an eighth of all at most."
+        default=64, description="Rows held out, to evaluate on; an eighth of all at most."
     )
     steps: Annotated[Count, Field(ge=1, le=100_000_000)] | None = Field(default=None, description="Optimizer steps. Default: by epochs.")
     epochs: Annotated[Number, Field(gt=0, le=10_000, allow_inf_nan=False)] = Field(
-        default=1.0, description="How many times each row is used, where steps is not given."
+        default=1.0, description="Uses of each row, where steps is not given."
     )
     batch: Annotated[Count, Field(ge=1, le=1_048_576)] = Field(default=32, description="Rows of a step, over all processes.")
     micro_batch: Annotated[Count, Field(ge=1, le=65_536)] | None = Field(
@@ -103,7 +99,7 @@ class DistilParams(Model):
     )
     learning_rate: Annotated[Number, Field(gt=0, le=1, allow_inf_nan=False)] = Field(default=1e-4, description="AdamW's, after warm-up.")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="How the learning rate falls.")
-    warmup: Share = Field(default=0.03, description="Share of the steps in which it rises from 0.")
+    warmup: Share = Field(default=0.03, description="Share of steps in which it rises.")
     floor: Share = Field(default=0.1, description="Share of it that is left at the end.")
     weight_decay: Share = Field(default=0.0, description="AdamW's, on matrices.")
     betas: Annotated[list[Annotated[Number, Field(ge=0, lt=1, allow_inf_nan=False)]], Field(min_length=2, max_length=2)] = Field(
@@ -116,16 +112,16 @@ class DistilParams(Model):
     hidden_states: LayerPairs | None = Field(default=None, description="A loss on what blocks put out, too.")
     attention_outputs: LayerPairs | None = Field(default=None, description="A loss on what attentions put out, too.")
     evaluate_every: Annotated[Count, Field(ge=1, le=100_000_000)] | None = Field(
-        default=None, description="Steps between evaluations; the best student is kept. Default: a tenth of all."
+        default=None, description="Steps between evaluations; the best student is kept. Default: a tenth."
     )
     patience: Annotated[Count, Field(ge=1, le=10_000)] | None = Field(
-        default=None, description="Stop after so many evaluations without a better one. Default: never."
+        default=None, description="Evaluations without a better one before it stops. Default: never."
     )
     checkpoint_every: Annotated[Count, Field(ge=0, le=86_400)] = Field(
         default=300, description="Seconds between checkpoints; 0: after every step."
     )
     activation_checkpointing: Flag | None = Field(
-        default=None, description="Compute a block's forward again in the backward. Default: where activations would take much memory."
+        default=None, description="Compute blocks' forwards again in the backward. Default: where activations would take much memory."
     )
     teacher: TeacherParams = Field(default_factory=TeacherParams, description="Who is learned from. Default: model.source.")
     student: StudentParams = Field(default_factory=StudentParams, description="Who learns. Default: what the passes before have made.")

@@ -34,8 +34,8 @@ class FewerExpertsParams(StructuredParams):
 
     ratio: Number | None = RATIO
     experts: Count | None = Field(
-        default=None, ge=1, description="Experts that stay in every layer that has some. Either this or ratio. With fewer than a token is "
-        "routed to, it is routed to that many."
+        default=None, ge=1, description="Experts that stay in every layer that has some, of which a token goes to no more than there are. "
+        "Either this or ratio."
     )  # fmt: skip
 
     @model_validator(mode="after")

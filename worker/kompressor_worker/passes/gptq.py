@@ -41,29 +41,28 @@ class GptqParams(LinearParams, InputParams):
 
     scheme: SchemeName = Field(
         description=(
-            "W4A16, W4A16_ASYM, W3A16, W2A16, W2A16_ASYM and W8A16 (packed integers, weights only), W8A8 (INT8, activations per token at "
-            "run time), W8A8_STATIC and W8A8_STATIC_ASYM (INT8, one calibrated activation scale, with a zero point) or FP8_DYNAMIC (per "
-            "channel, activations per token). Behind 2 bits belongs a recover."
+            "W8A16 to W2A16: packed integers, weights only; behind 2 bits belongs a recover. W8A8: INT8, activations per token; _STATIC: "
+            "by one calibrated scale, _ASYM: with a zero point. FP8_DYNAMIC: per channel, activations per token."
         )
     )
     act_order: Literal["static", "none"] = Field(
         default="static",
         description=(
-            "static: columns of large activations first, group scales from the original weights; loaders need no g_idx. none: columns as "
-            "they lie; with observer minmax, group scales from the weights as they are when a group is reached."
+            "static: columns of large activations first, group scales from the original weights (no g_idx). none: as they lie; with "
+            "observer minmax, group scales as a group is reached."
         ),
     )
     dampening: Number = Field(
         default=0.01,
         gt=0.0,
         le=1.0,
-        description="Share of the Hessian's mean diagonal that is added to it; ten times more where a factorisation fails.",
+        description="Share of the Hessian's mean diagonal added to it; ten times more where a factorisation fails.",
     )
     observer: Literal["minmax", "mse"] = Field(
         default="mse",
         description=(
-            "What a grid of integers spans: mse, the part of the weights' range with the least squared rounding error, searched on the "
-            "original weights; minmax, all of it. FP8, whose steps grow with the values, always spans all."
+            "What a grid of integers spans: mse, the part of the original weights' range with the least squared rounding error; minmax, "
+            "all of it, as FP8 always does."
         ),
     )
 

@@ -42,21 +42,20 @@ class HybridAttentionParams(Model):
         gt=0.0,
         lt=1.0,
         description=(
-            "Share of the KV cache's tokens at `context`, all layers together, that may stay, such as 0.4: as many layers keep full "
-            "attention as that allows. Either this or fullLayers."
+            "Share of the KV cache's tokens at `context` that may stay, such as 0.4: so many layers keep full attention. Either this or "
+            "fullLayers."
         ),
     )
     context: Count | None = Field(
         default=None,
         ge=2,
-        description="Tokens of a sequence for which kvBudget and the report count. Default: the model's max_position_embeddings.",
+        description="Tokens of a sequence that kvBudget and the report count. Default: max_position_embeddings.",
     )
     measure: Literal["divergence", "blockError"] = Field(
         default="divergence",
         description=(
-            "divergence: full attention stays where the logits change most (KL) once the layer by itself has the window, measured on "
-            "`samples` rows: about half as many forwards of these rows as there are blocks, squared. blockError: where the block's own "
-            "output changes most; no more than one forward."
+            "divergence: full attention stays where logits change most (KL) once that layer alone has the window, on `samples` rows: half "
+            "as many forwards of these as blocks squared. blockError: where the block's output changes most; one forward."
         ),
     )
     samples: Count = Field(default=8, ge=1, le=4096, description="Calibration rows that divergence is measured on.")

@@ -31,9 +31,8 @@ class InputParams(Model):
     input_observer: Literal["minmax", "percentile", "mse", "entropy"] = Field(
         default="minmax",
         description=(
-            "Where the range of a static input scale comes from (W8A8_STATIC, W8A8_STATIC_ASYM, FP8; NVFP4's is always minmax): all values "
-            "seen, a percentile of them, the range with the least squared rounding error, or the one whose distribution differs least "
-            "(KL), which cuts off most: only for calibration data with rare outliers."
+            "Range of a static input scale (W8A8_STATIC, FP8; NVFP4's is minmax): all values seen, a percentile, the least squared "
+            "rounding error, or the most similar distribution (KL), for rare outliers alone."
         ),
     )
     input_percentile: Number = Field(

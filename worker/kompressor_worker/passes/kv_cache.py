@@ -36,7 +36,7 @@ class KvCacheParams(Model):
     scheme: Literal["FP8"] = Field(default="FP8", description="What keys and values are stored as: FP8 (E4M3).")
     strategy: Literal["tensor", "head"] = Field(
         default="tensor",
-        description="What shares a scale: tensor (all keys of a layer, and all values of it), or head (those of each KV head).",
+        description="What shares a scale: tensor (a layer's keys, and its values), or head (those of each KV head).",
     )
 
 

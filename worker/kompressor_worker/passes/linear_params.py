@@ -23,14 +23,14 @@ class TargetParams(Model):
         min_length=1,
         max_length=256,
         description=(
-            "Which linears: module names, regular expressions as re:<pattern> (matched from the start of the name), or Linear for every "
-            "linear layer of the decoder. Those that an earlier pass of the same kind has taken are left out."
+            "Which linears: module names, re:<pattern> (from the start of the name), or Linear for all of the decoder. Those that an "
+            "earlier pass of the same kind has taken are left out."
         ),
     )
     ignore: list[Pattern] = Field(
         default_factory=list,
         max_length=1024,
-        description="What to leave as it is, in the same form as targets. Embeddings, the head and routers are left without being listed.",
+        description="What to leave as it is, in the form of targets. Embeddings, the head and routers are left anyway.",
     )
 
     @field_validator("targets", "ignore")
@@ -53,8 +53,8 @@ class LinearParams(TargetParams):
         ge=-1,
         le=65536,
         description=(
-            "Columns that share a scale, -1 for one scale a channel; packed integer schemes only. Must divide the columns of every "
-            "targeted weight. Default: the scheme's own, 128 at 2, 3 and 4 bits, -1 at 8."
+            "Columns that share a scale, -1 for a channel; packed integers only. Must divide the columns of every target. Default: 128 at "
+            "2, 3 and 4 bits, -1 at 8."
         ),
     )
 

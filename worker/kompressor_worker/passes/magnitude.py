@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class MagnitudeParams(SparsityParams):
-    """Magnitude pruning: sets the smallest weights of each linear to zero. Goes before the pass that quantises."""
+    """Sets the smallest weights of each linear to zero. Before quantising."""
 
 
 class Magnitude(SparsityPass):

@@ -29,8 +29,8 @@ class PruneExpertsParams(FewerExpertsParams):
     importance: Literal["reap", "frequency"] = Field(
         default="reap",
         description=(
-            "reap: experts go that add least to the tokens routed to them, by the mean of gate times norm of the output. frequency: those "
-            "go to which fewest tokens are routed."
+            "Which go. reap: those that add least to the tokens routed to them (mean of gate times norm of the output). frequency: those "
+            "that fewest are routed to."
         ),
     )
     min_tokens: Count = Field(
@@ -38,8 +38,8 @@ class PruneExpertsParams(FewerExpertsParams):
         ge=0,
         le=1_000_000,
         description=(
-            "An expert with fewer calibration tokens than this is judged partly by the average of its layer, the more the fewer it got; "
-            "one that got none goes before all others. The report names them."
+            "An expert with fewer calibration tokens is judged partly by its layer's average, the more the fewer it got; one with none "
+            "goes first. The report names them."
         ),
     )
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 
 class PruneHeadsParams(CorrectedParams):
-    """Takes attention heads away, those that the calibration data misses least: each KV head with all query heads that share it, so that as
-    many share one as before."""
+    """Takes attention heads away, those that the calibration data misses least: KV heads with all query heads that share them."""
 
     ratio: Number | None = RATIO
     kv_heads: Count | None = Field(default=None, ge=1, description="KV heads that stay in every block. Either this or ratio.")

@@ -43,8 +43,8 @@ class PruneHiddenParams(StructuredParams):
     correction: Literal["leastSquares", "none"] = Field(
         default="leastSquares",
         description=(
-            "leastSquares: the output projections of attention and feed-forward (not of experts) are fitted to the original's outputs on "
-            "the calibration data. none: they lose their rows and stay as they are."
+            "leastSquares: output projections of attention and feed-forward (not of experts) are fitted to the original's outputs on "
+            "calibration data. none: they lose their rows."
         ),
     )
 

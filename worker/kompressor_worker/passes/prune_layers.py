@@ -36,16 +36,16 @@ class PruneLayersParams(StructuredParams):
     measure: Literal["influence", "divergence"] = Field(
         default="influence",
         description=(
-            "influence: blocks go that change the direction of the hidden state least. divergence: those without which the logits change "
-            "least (KL), each measured by itself on `samples` rows: about half as many forwards of these rows as there are blocks, squared."
+            "influence: blocks go that change the direction of the hidden state least. divergence: those without which, one at a time, "
+            "logits change least (KL) on `samples` rows: half as many forwards of these as there are blocks, squared."
         ),
     )
     samples: Count = Field(default=16, ge=1, le=4096, description="Calibration rows that divergence is measured on.")
     correction: Literal["linear", "none"] = Field(
         default="linear",
         description=(
-            "linear: a least-squares map in the down projection before each run of blocks that go stands in for them (a second survey). "
-            "none: the blocks around are joined as they are."
+            "linear: a least-squares map in the down projection before each run of blocks that go (a second survey). none: those around "
+            "are joined as they are."
         ),
     )
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class RotateParams(Model):
-    """Rotates hidden states and values by Hadamard matrices merged into the weights, so that outliers are spread before quantising."""
+    """Spreads outliers: rotates hidden states and values by Hadamard matrices merged into the weights. Before quantising."""
 
     seed: Count = Field(
         default=0, ge=0, le=2**31 - 1, description="Of the random signs, and of the random blocks where no Hadamard matrix fits."

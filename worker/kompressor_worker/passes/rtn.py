@@ -40,18 +40,15 @@ class RtnParams(LinearParams, InputParams):
 
     scheme: SchemeName = Field(
         description=(
-            "W8A8 (INT8, activations per token at run time), W8A8_STATIC and W8A8_STATIC_ASYM (INT8, one calibrated activation scale, with "
-            "a zero point), W8A16, W4A16, W4A16_ASYM, W3A16, W2A16 and W2A16_ASYM (packed integers, weights only; behind 2 bits belongs a "
-            "recover), FP8 (one scale a weight, one calibrated activation scale), FP8_DYNAMIC (per channel, activations per token), "
-            "FP8_BLOCK (128x128), MXFP4 (groups of 32, weights only), NVFP4A16 (groups of 16, weights only) or NVFP4 (groups of 16, "
-            "weights and activations)."
+            "W8A16 to W2A16: packed integers, weights only; behind 2 bits belongs a recover. W8A8: INT8, activations per token; _STATIC: "
+            "by one calibrated scale, _ASYM: with a zero point. FP8: one scale a weight, one calibrated of activations; _DYNAMIC: per "
+            "channel, activations per token; _BLOCK: 128x128. MXFP4, NVFP4A16: groups of 32, 16, weights only; NVFP4: activations too."
         )
     )
     observer: Literal["minmax", "mse"] = Field(
         default="minmax",
         description=(
-            "Where the ranges of weights come from: the weights' own, or (integer schemes only) the part of it with the least squared "
-            "rounding error, at some twenty times the work."
+            "Range of weights: their own, or (integers) the part of it with the least squared rounding error, at twenty times the work."
         ),
     )
 

@@ -30,7 +30,7 @@ SMALLEST, LARGEST = 1e-4, 1e4
 
 
 class SmoothQuantParams(Model):
-    """SmoothQuant: moves outliers of activations into the weights, so that both can be 8 bits. Goes before the pass that quantises."""
+    """Moves outliers of activations into the weights, so that both can be 8 bits. Before quantising."""
 
     alpha: Number = Field(
         default=0.5,

@@ -23,14 +23,13 @@ then, so they go first, the smallest before the others."""
 
 
 class SparseGptParams(SparsityParams):
-    """SparseGPT: sets weights to zero and corrects the others, so that the layer's output on the calibration data changes least. Goes
-    before the pass that quantises, which keeps the zeros."""
+    """SparseGPT: sets weights to zero and corrects the others, so that outputs on the calibration data change least. Before quantising."""
 
     dampening: Number = Field(
         default=0.01,
         gt=0.0,
         le=1.0,
-        description="Share of the Hessian's mean diagonal that is added to it; ten times more where a factorisation fails.",
+        description="Share of the Hessian's mean diagonal added to it; ten times more where a factorisation fails.",
     )
 
 

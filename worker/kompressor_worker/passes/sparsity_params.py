@@ -39,14 +39,14 @@ class SparsityParams(TargetParams):
     )
     pattern: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,2}:[0-9]{1,2}$", max_length=5)] | None = Field(
         default=None,
-        description="N:M, such as 2:4: of every M neighbouring weights of a row N are kept. M must divide the columns of every target.",
+        description="N:M, such as 2:4: of M neighbours in a row N are kept. M must divide the columns of every target.",
     )
 
     allocation: Literal["uniform", "error"] = Field(
         default="uniform",
         description=(
-            "uniform: every targeted linear gets this sparsity. error: together they get as many zeros, more where zeros cost less and "
-            "fewer where they cost more, 0 to 95% each, by what a survey of the source measures on calibration data. Only with sparsity."
+            "uniform: every target gets this sparsity. error: more zeros, 0 to 95%, where a survey of the source with calibration data "
+            "finds that they cost less. Only with sparsity."
         ),
     )
 

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 
 class WandaParams(SparsityParams):
-    """Wanda: sets those weights to zero that matter least to what the calibration data makes of each row. Goes before the pass that
-    quantises."""
+    """Wanda: sets those weights to zero that matter least to each row's output on the calibration data. Before quantising."""
 
 
 class Wanda(SparsityPass):
