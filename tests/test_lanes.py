@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -46,3 +47,18 @@ def test_many(n):
         "test_b.py::test_many[2]: AssertionError: first line",
     ]
     assert all(line.startswith("-- FAILED ") for line in again) and "-- FAILED dies: pytest ended with exit code 3" in again
+
+
+def test_the_largest_folder_is_split_and_the_cores_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    for name in ("chaos/test_c.py", *(f"worker/test_{n}.py" for n in range(5))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"import os\ndef test_it():\n    assert os.environ['OMP_NUM_THREADS'] == '{threads}'\n")
+    given = suites(tmp_path)
+    assert list(given) == ["worker 1 of 3", "chaos", "worker 2 of 3", "worker 3 of 3"]
+    assert [[Path(file).name for file in given[f"worker {n} of 3"]] for n in (1, 2)] == [
+        ["test_0.py", "test_3.py"],
+        ["test_1.py", "test_4.py"],
+    ]
+    assert set(run_all(given, lanes=2).values()) == {0}

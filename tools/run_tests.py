@@ -1,4 +1,5 @@
-"""All tests: each folder of tests/ in a pytest of its own, two at a time, for one often waits for its cluster while the other computes.
+"""All tests: each folder of tests/ in a pytest of its own, the largest in several, two at a time, for one often waits for its cluster
+while the other computes. They share the cores: each has as many threads as there are for it.
 
     python tools/run_tests.py                   # everything
     LANES=1 python tools/run_tests.py           # one folder after the other
@@ -19,14 +20,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTE = 60.0
-LONGEST = ("worker", "chaos", "e2e", "operator")
-"""Are begun first, so that none is left to run alone at the end."""
+LONGEST = ("e2e", "operator", "chaos")
+"""Are begun before the other folders, so that none is left to run alone at the end."""
+PARTS = {"worker": 3}
+"""Of a folder whose tests need nothing that is expensive to have twice. They are begun between the others, most of which wait as much as
+they compute."""
 BESIDE = "the rest"
 """Files that lie in no folder."""
 WIDEST = 300
@@ -36,9 +41,18 @@ WIDEST = 300
 def suites(tests: Path) -> dict[str, list[str]]:
     """Name -> what pytest is given; every test file below `tests` is in exactly one."""
     folders = sorted(folder.name for folder in tests.iterdir() if folder.is_dir() and any(folder.rglob("test_*.py")))
-    ordered = [*(name for name in LONGEST if name in folders), *(name for name in folders if name not in LONGEST)]
-    loose = sorted(str(file) for file in tests.glob("test_*.py"))
-    return {name: [str(tests / name)] for name in ordered} | ({BESIDE: loose} if loose else {})
+    whole = [*(name for name in LONGEST if name in folders), *(name for name in folders if name not in LONGEST and name not in PARTS)]
+    others = [(name, [str(tests / name)]) for name in whole]
+    if loose := sorted(str(file) for file in tests.glob("test_*.py")):
+        others.append((BESIDE, loose))
+    parts = [part for name, count in PARTS.items() if name in folders for part in parts_of(tests / name, count)]
+    return {name: paths for pair in zip_longest(parts, others) for name, paths in filter(None, pair)}
+
+
+def parts_of(folder: Path, count: int) -> list[tuple[str, list[str]]]:
+    """Neighbours, which are often of one kind and about as slow, go to different ones."""
+    files = sorted(str(file) for file in folder.rglob("test_*.py"))
+    return [(f"{folder.name} {n + 1} of {count}", files[n::count]) for n in range(count) if files[n::count]]
 
 
 @dataclass
@@ -58,7 +72,7 @@ def run_all(wanted: Mapping[str, Sequence[str]], lanes: int) -> dict[str, int]:
     try:
         while waiting or running:
             while waiting and len(running) < lanes:
-                running.append(start(*waiting.pop(0)))
+                running.append(start(*waiting.pop(0), threads=max(1, len(os.sched_getaffinity(0)) // lanes)))
             time.sleep(0.1)
             if time.monotonic() - told > MINUTE:
                 told = time.monotonic()
@@ -78,13 +92,14 @@ def run_all(wanted: Mapping[str, Sequence[str]], lanes: int) -> dict[str, int]:
     return codes
 
 
-def start(name: str, paths: Sequence[str]) -> Running:
+def start(name: str, paths: Sequence[str], threads: int) -> Running:
     output = tempfile.TemporaryFile()  # noqa: SIM115  # read once its process has ended
     results = tempfile.NamedTemporaryFile(suffix=".xml")  # noqa: SIM115
     junit = ["-o", "junit_family=xunit1", f"--junit-xml={results.name}"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *junit, *paths]
     say(f"{name}: begun")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    environ = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT)
     return Running(name, process, output, results, time.monotonic())
 
 
