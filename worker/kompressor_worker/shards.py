@@ -1,13 +1,15 @@
 """The output's shards, known to the byte before any weight is read: so headers go first and tensors follow as they are made.
 
-Tensors stand in a shard in the order in which the stream makes them. Format: https://github.com/huggingface/safetensors#format
+In safetensors files they stand in the order in which the stream makes them, without gaps. Format:
+https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from kompressor_worker.formats import bitmask
@@ -25,7 +27,9 @@ class PlacedTensor:
     """A tensor of the output: bytes [start, stop) of its shard's data, which begins after the header."""
 
     name: str
+    """As the model has it, whatever the file calls it."""
     dtype: str
+    """Of the value as the stream makes it, and its shape."""
     shape: tuple[int, ...]
     shard: int
     start: int
@@ -55,29 +59,53 @@ class Shard:
 class OutputPlan:
     shards: tuple[Shard, ...]
     stages: tuple[tuple[tuple[PlacedTensor, ...], ...], ...]
-    """Per unit, per stage: its tensors in file order."""
+    """Per unit, per stage: its tensors as the stream makes them. A unit's follow each other in the files, in any order, and not all of
+    them have to lie where the one before ends."""
     constants: tuple[tuple[PlacedTensor, bytes], ...] = ()
     """Tensors that are known already, which no unit makes; each lies in a gap behind one that a unit does."""
 
     @property
     def tensor_bytes(self) -> int:
-        return sum(t.stop - t.start for unit in self.stages for stage in unit for t in stage)
+        return sum(t.stop - t.start for t in self.tensors())
+
+    def tensors(self) -> Iterator[PlacedTensor]:
+        """All of them, constants too."""
+        yield from (t for unit in self.stages for stage in unit for t in stage)
+        yield from (t for t, _ in self.constants)
 
     def position(self, unit: int) -> Position:
-        """Where a unit's first byte goes; for the number of units: the end."""
+        """Where a unit's first byte goes; for the number of units: the end. What fills the gap behind a unit belongs to it."""
         for stages in self.stages[unit:]:
-            for stage in stages:
-                for t in stage:
-                    header = 0 if t.start == 0 else len(self.shards[t.shard].header)
-                    return Position(t.shard, header + t.start)
+            if placed := [(t.shard, t.start) for stage in stages for t in stage]:
+                shard, start = min(placed)
+                return Position(shard, len(self.shards[shard].header) + start if start else 0)
         return Position(len(self.shards) - 1, self.shards[-1].size)
+
+    @cached_property
+    def filling(self) -> dict[tuple[int, int], bytes]:
+        """By shard and the offset in its data where a tensor ends: the bytes up to the next one, or the end of the file. Zeros, and
+        constants."""
+        found: dict[tuple[int, int], bytes] = {}
+        placed = sorted((t.shard, t.start, t.stop) for unit in self.stages for stage in unit for t in stage if t.stop > t.start)
+        ends = [(shard, start) for shard, start, _ in placed[1:]]
+        for (shard, _, stop), (following, start) in zip(placed, [*ends, (-1, 0)], strict=True):
+            end = start if following == shard else self.shards[shard].size - len(self.shards[shard].header)
+            if end > stop:
+                found[shard, stop] = self._filled(shard, stop, end)
+        return found
+
+    def _filled(self, shard: int, start: int, stop: int) -> bytes:
+        data = bytearray(stop - start)
+        for t, value in self.constants:
+            if t.shard == shard and start <= t.start < stop:
+                data[t.start - start : t.stop - start] = value
+        return bytes(data)
 
     def index(self) -> dict[str, object]:
         """`model.safetensors.index.json`."""
-        tensors = [t for unit in self.stages for stage in unit for t in stage]
         return {
             "metadata": {"total_size": self.tensor_bytes},
-            "weight_map": {t.name: self.shards[t.shard].name for t in sorted(tensors, key=lambda t: t.name)},
+            "weight_map": {t.name: self.shards[t.shard].name for t in sorted(self.tensors(), key=lambda t: t.name)},
         }
 
 

@@ -12,6 +12,7 @@ import xxhash
 
 from kompressor_worker.block import Encoded, Pruned
 from kompressor_worker.errors import Terminated
+from kompressor_worker.in_order import InOrder
 from kompressor_worker.journal import Journal, Upload
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.pipeline import Uploader, results
@@ -69,9 +70,11 @@ class Writer:
         self._linears: dict[str, dict[str, Any]] = {}
         self._pruned: dict[str, dict[str, Any]] = {}
         self._shard = -1
+        self._order = InOrder(plan, self._pass_on)
 
     def __enter__(self) -> Writer:
         position = self._plan.position(self._journal.state.unit)
+        self._order.begin(position)
         if position.offset and self._journal.state.unit < self._units:
             self._shard = position.shard
             upload = self._uploaded[-1]
@@ -85,15 +88,15 @@ class Writer:
                 self._committing.result()
         finally:
             self._commits.shutdown(wait=True, cancel_futures=True)
+            self._order.close()
 
     def write(self, tensor: PlacedTensor, data: memoryview) -> None:
         self._digests[tensor.name] = self._uploads.submit(digest, data)
         self.append(tensor, data)
 
     def append(self, tensor: PlacedTensor, data: memoryview) -> None:
-        if tensor.shard != self._shard:
-            self._open(tensor.shard)
-        self._uploads.write(data)
+        """The next bytes of a tensor; of those of a unit, any may come first."""
+        self._order.put(tensor, data)
 
     def submit(self, name: str, content: Callable[[], bytes]) -> Future[None]:
         """Writes a working object in the background."""
@@ -126,6 +129,7 @@ class Writer:
     def finish(self, unit: int, carry: Carry = NOTHING) -> None:
         """Commits the unit in the background, after the one before it."""
         following = self._plan.position(unit + 1)
+        assert self._order.stands_at(following), f"unit {unit}: not all of its tensors have been written"
         futures, tail = self._uploads.cut(last=following.offset == 0 or unit + 1 == self._units)
         if futures:
             self._parts.append((len(self._uploaded) - 1, futures))
@@ -135,6 +139,11 @@ class Writer:
         if self._committing:
             self._committing.result()
         self._committing = self._commits.submit(self._commit, done)
+
+    def _pass_on(self, shard: int, data: memoryview) -> None:
+        if shard != self._shard:
+            self._open(shard)
+        self._uploads.write(data)
 
     def _open(self, shard: int) -> None:
         if self._shard >= 0:
