@@ -1,5 +1,5 @@
 # Three images:   docker build --target operator .   docker build --target planner .   docker build --target worker .
-# and a fourth, the worker with vLLM beside it for spec.evaluation.runtime:           docker build --target worker-vllm .
+# and the worker with an engine beside it for spec.evaluation.runtime:   docker build --target worker-vllm .   and   --target worker-llama-cpp
 #
 # BASE needs Python 3.11 or newer with venv; CUDA_BASE needs apt. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL,
 # PIP_CERT) may be given as build arguments, or a pip.conf mounted over /etc/pip.conf. `make image-check` builds and starts them.
@@ -106,4 +106,19 @@ RUN python3 -m venv /opt/vllm \
  && /opt/vllm/bin/pip install --no-cache-dir --disable-pip-version-check "${VLLM}"
 ENV KOMPRESSOR_VLLM_PYTHON=/opt/vllm/bin/python \
     VLLM_CACHE_ROOT=/var/cache/kompressor/vllm
+USER 65532:65532
+
+# llama.cpp for GGUF results: a library of some MB for CPUs, in an environment of its own like vLLM's
+FROM worker AS worker-llama-cpp
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_CERT
+# the version is llama.cpp's build; wheels of it for GPUs may be given instead. Its library wants glibc 2.38, which CUDA_BASE has
+ARG LLAMA_CPP=llama-cpp-py-sync==0.11739
+LABEL org.opencontainers.image.title="kompressor worker with llama.cpp"
+USER root
+RUN python3 -m venv /opt/llama-cpp \
+ && /opt/llama-cpp/bin/pip install --no-cache-dir --disable-pip-version-check "${LLAMA_CPP}" \
+ && /opt/llama-cpp/bin/python -c "from llama_cpp_py_sync._cffi_bindings import get_lib; get_lib()"
+ENV KOMPRESSOR_LLAMA_CPP_PYTHON=/opt/llama-cpp/bin/python
 USER 65532:65532

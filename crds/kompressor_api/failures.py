@@ -61,8 +61,8 @@ ADVICE: Mapping[Reason, str] = {
     Reason.BAD_DATA: "correct format, field or samples of the dataset, or its files",
     Reason.DOES_NOT_FIT: f"ask for what the message says would fit (a smaller context or concurrency, more memory), {ANEW}",
     Reason.ENGINE_MISSING: (
-        "name an image that has the engine in spec.worker.image or the operator's worker.image (Dockerfile, target worker-vllm), or leave "
-        f"evaluation.runtime out, {ANEW}"
+        "name an image that has the engine in spec.worker.image or the operator's worker.image (Dockerfile, targets worker-vllm and "
+        f"worker-llama-cpp), or leave evaluation.runtime out, {ANEW}"
     ),
     Reason.ENGINE_FAILED: (
         "read the end of the engine's log in the message; correct what it names and apply the job again, which measures and nothing else, "

@@ -34,7 +34,12 @@ def _each_once(batch: list[int]) -> list[int]:
 class RuntimeSpec(Model):
     """How fast the result is served, and in how much memory: measured beside the original before anything is published."""
 
-    engine: Literal["vllm"] = Field(description="The engine, which the worker's image must have (Dockerfile: target worker-vllm).")
+    engine: Literal["vllm", "llama.cpp"] = Field(
+        description=(
+            "The engine, which the worker's image must have (Dockerfile: targets worker-vllm and worker-llama-cpp). vllm serves "
+            "compressed-tensors, llama.cpp serves gguf."
+        )
+    )
     prompt: Count = Field(
         default=512, ge=1, le=MAX_TOKENS, json_schema_extra=_UNSTORED, description="Tokens of a prompt, out of the evaluation data."
     )

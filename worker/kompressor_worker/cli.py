@@ -47,6 +47,7 @@ the original and the result and says perplexity, KL divergence and top-1 agreeme
         - {metric: perplexity, maxIncrease: 3%}
         - {metric: kl, maxKL: 0.05}
       runtime: {engine: vllm}          # both served before anything is published; KOMPRESSOR_VLLM_PYTHON: a Python that has vLLM
+                                       # (llama.cpp, KOMPRESSOR_LLAMA_CPP_PYTHON: for output.format gguf)
     drift:                             # a warning above the threshold, never a failure
       dataset: {uri: s3://data/requests/, messages: messages}
 

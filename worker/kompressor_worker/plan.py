@@ -24,7 +24,7 @@ from kompressor_worker.publish import bitmask_result, refuse_without_room
 from kompressor_worker.report_sections import duration, size
 from kompressor_worker.run import Summary, judge_published
 from kompressor_worker.runtime import find_engine
-from kompressor_worker.runtime.asked import ENGINE_BYTES, engine_bytes, refuse_unservable, unmeasured
+from kompressor_worker.runtime.asked import engine_bytes, host_bytes, refuse_unservable, unmeasured
 from kompressor_worker.runtime.checkpoints import scratch_bytes
 from kompressor_worker.sample_warnings import size_warnings
 from kompressor_worker.samples import FoundData, find_samples, flows
@@ -240,7 +240,7 @@ def _planned(rung: Rung, original: ModelLayout, limits: Limits) -> Plan:
     operations = flow_operations(spec, layout, passes, schemes)
     around = SCRATCH_BYTES + ahead_and_behind(layout, planned, limits)
     if gpus:
-        host = GPU_IDLE_BYTES + max(around + flow.beside_gpu, ENGINE_BYTES if engine else 0)
+        host = GPU_IDLE_BYTES + max(around + flow.beside_gpu, host_bytes(spec))
         memory = Memory(host, GPU_CONTEXT_BYTES + max(flow.on_gpu, engine))
     else:
         memory = Memory(FLOW_IDLE_BYTES + max(around + flow.peak, engine))

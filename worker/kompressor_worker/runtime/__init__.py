@@ -34,11 +34,32 @@ class Engine:
     driver: str
     variable: str
     """Of the environment, that names its Python; without it the worker's own is looked at."""
+    format: str
+    """Of the results that it serves, as `output.format` has it."""
+    beside: int
+    """Bytes of memory that it takes beside weights and cache: libraries, graphs, activations. Assumed."""
+    loading: float
+    """Times the weights' bytes, while they are loaded. Assumed."""
+    on_host: bool
+    """Whether it may hold models in the host's memory though there is a GPU: which, nobody knows before it has loaded one."""
+
+    @property
+    def image(self) -> str:
+        """Target of the Dockerfile that has it."""
+        return f"worker-{self.name.replace('.', '-')}"
 
 
 ENGINES: Mapping[str, Engine] = {
-    "vllm": Engine("vllm", "vllm", "vllm_driver.py", "KOMPRESSOR_VLLM_PYTHON"),
+    "vllm": Engine("vllm", "vllm", "vllm_driver.py", "KOMPRESSOR_VLLM_PYTHON", "compressed-tensors", 2 << 30, 1.3, on_host=False),
+    "llama.cpp": Engine(
+        "llama.cpp", "llama_cpp_py_sync", "llama_cpp_driver.py", "KOMPRESSOR_LLAMA_CPP_PYTHON", "gguf", 512 << 20, 1.1, on_host=True
+    ),
 }
+
+
+def engine_of(format: str) -> Engine:
+    """The one that serves results of a format."""
+    return next(engine for engine in ENGINES.values() if engine.format == format)
 
 
 @dataclass(frozen=True)
@@ -62,7 +83,7 @@ def find_engine(spec: CompressionJobSpec, environ: Mapping[str, str]) -> Install
     engine = ENGINES[spec.evaluation.runtime.engine]
     named, arguments = environ.get(engine.variable), engine_arguments(environ)
     remedy = (
-        f"run it where {engine.name} is: the worker's image with it is `docker build --target worker-{engine.name} .`, elsewhere "
+        f"run it where {engine.name} is: the worker's image with it is `docker build --target {engine.image} .`, elsewhere "
         f"{engine.variable} names the Python that has it; or leave evaluation.runtime out"
     )
     if named is None:

@@ -12,15 +12,12 @@ from kompressor_worker.architectures import text_config
 from kompressor_worker.assignment import Assignment
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import ModelLayout
+from kompressor_worker.runtime import ENGINES, Engine, engine_of
 from kompressor_worker.target.serving import caches
 
 BLOCK = 256
 """Tokens that an engine's cache is taken to come in: no kernel has larger blocks."""
 LEAST_CACHE = 64 << 20
-ENGINE_BYTES = 2 << 30
-"""Of memory that an engine takes beside weights and cache: libraries, graphs, activations. Assumed."""
-LOADING = 1.3
-"""Times the weights' bytes, while they are loaded. Assumed."""
 
 
 def runtime_of(spec: CompressionJobSpec) -> RuntimeSpec | None:
@@ -40,6 +37,12 @@ def refuse_unservable(spec: CompressionJobSpec, assigned: Assignment) -> None:
     runtime = runtime_of(spec)
     if runtime is None:
         return
+    serves = ENGINES[runtime.engine].format
+    if serves != spec.output.format:
+        raise UserError(
+            f"evaluation.runtime.engine: {runtime.engine} serves {serves}, and output.format is {spec.output.format}; choose "
+            f"{engine_of(spec.output.format).name}, or output.format: {serves}"
+        )
     if any(linear.bitmask is not None for linear in assigned.layout.linears()):
         raise UserError("evaluation.runtime: no engine loads output.sparseStorage: bitmask; store it dense, or leave one of the two out")
     longest = text_config(assigned.source.config).get("max_position_embeddings")
@@ -65,9 +68,15 @@ def cache_bytes(layout: ModelLayout, runtime: RuntimeSpec) -> int:
     return max(LEAST_CACHE, width * max(runtime.batch) * BLOCK * (ceil(runtime.tokens / BLOCK) + 2))
 
 
-def needs(weights: int, cache: int) -> int:
+def needs(engine: Engine, weights: int, cache: int) -> int:
     """Bytes of memory that serving takes."""
-    return round(LOADING * weights) + cache + ENGINE_BYTES
+    return round(engine.loading * weights) + cache + engine.beside
+
+
+def host_bytes(spec: CompressionJobSpec) -> int:
+    """Of the host's memory that the engine takes beside a GPU; 0 where nothing is served."""
+    runtime = runtime_of(spec)
+    return ENGINES[runtime.engine].beside if runtime is not None else 0
 
 
 def engine_bytes(spec: CompressionJobSpec, original: ModelLayout, assigned: Assignment) -> int:
@@ -76,4 +85,4 @@ def engine_bytes(spec: CompressionJobSpec, original: ModelLayout, assigned: Assi
     if runtime is None:
         return 0
     both = (original.source_bytes, original), (assigned.plan.tensor_bytes, assigned.layout)
-    return max(needs(size, cache_bytes(layout, runtime)) for size, layout in both)
+    return max(needs(ENGINES[runtime.engine], size, cache_bytes(layout, runtime)) for size, layout in both)

@@ -42,10 +42,6 @@ class Side:
     """By batch size."""
     memory: int = 0
 
-    @property
-    def needs(self) -> int:
-        return needs(self.weights, self.cache)
-
 
 def timed(
     sides: Sequence[Side],
@@ -58,8 +54,9 @@ def timed(
 ) -> dict[str, Any]:
     """The report's `runtime` but for costs. Raises EngineFailed, Terminated."""
     deadline, arguments = time.monotonic() + runtime.timeout_seconds, installed.arguments
-    free = gpu_free()
-    together = sum(side.needs for side in sides) <= (host_free() if free is None else free)
+    gpu, engine = gpu_free(), installed.engine
+    rooms = [*([] if gpu is None else [gpu]), *([host_free()] if gpu is None or engine.on_host else [])]
+    together = sum(needs(engine, side.weights, side.cache) for side in sides) <= min(rooms)
     log.info("measuring with %s: original and result %s", installed.engine.name, "in turns" if together else "one after the other")
     said: dict[str, Any] = {}
     for group in [list(sides)] if together else [[side] for side in sides]:
