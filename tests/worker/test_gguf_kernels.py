@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ctypes import CDLL
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from kompressor_worker import kernels
 from kompressor_worker.formats.gguf_types import TYPES, fitting, row_bytes, type_of
 from kompressor_worker.grid import integer_range
-from kompressor_worker.kernels import gguf_eager
+from kompressor_worker.kernels import gguf_compiled, gguf_eager
 from kompressor_worker.schemes import COMPRESSED_TENSORS, GGUF, SCHEMES
 
 gguf = pytest.importorskip("gguf")
@@ -140,3 +142,37 @@ def test_odd_rows(name: str) -> None:
     assert kernels.gguf_quantize(weight[:0], name)[0].shape == (0, row_bytes(name, 512))
     weight[3, 7], weight[5, 9] = torch.nan, torch.inf
     assert kernels.gguf_quantize(weight, name)[3] == 2
+
+
+def of_any_bits() -> torch.Tensor:
+    bits = torch.randint(-(1 << 15), 1 << 15, (8, 512), dtype=torch.int16, generator=torch.Generator().manual_seed(3))
+    return bits.view(torch.bfloat16).nan_to_num(0, 0, 0)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_compiled_equals_eager(lib: CDLL, name: str) -> None:
+    for weight in (bell(3, 1792), bell(5, 512).half(), bell(3, 2816).bfloat16(), odd(), of_any_bits()):  # lanes that are not all filled
+        columns = weight.shape[1]
+        for importance in (None, torch.exp(torch.randn(columns, generator=torch.Generator().manual_seed(1)))):
+            data, stats = gguf_eager.quantize(weight, importance, name)
+            ours, figures = gguf_compiled.quantize(lib, weight, importance, name)
+            assert torch.equal(ours, data)
+            assert torch.allclose(figures, stats, rtol=1e-9)
+        made = gguf_compiled.dequantize(lib, data, columns, name, weight.dtype)
+        assert torch.equal(made.view(torch.uint8), gguf_eager.dequantize(data, columns, name, weight.dtype).view(torch.uint8))
+        assert torch.allclose(gguf_compiled.errors(lib, weight, data, name), stats[:2], rtol=1e-9)
+        if TYPES[name].even:
+            found = gguf_compiled.codes(lib, data, columns, name)
+            assert all(map(torch.equal, found, gguf_eager.codes(data, columns, name)))
+            assert torch.equal(gguf_compiled.pack(lib, data, found[0] ^ 1, name), gguf_eager.pack(data, found[0] ^ 1, name))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q3_K", "Q4_0", "MXFP4"])
+def test_threads_change_nothing(lib: CDLL, threads: None, name: str) -> None:
+    weight, results = bell(64, 2048).bfloat16(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        data, stats = gguf_compiled.quantize(lib, weight, None, name)
+        results.append((data, stats, gguf_compiled.dequantize(lib, data, 2048, name, torch.float32)))
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))

@@ -41,6 +41,9 @@ SOURCES = (
     "clip_search.cpp",
     "bitmask.cpp",
     "divergence.cpp",
+    "gguf_blocks.cpp",
+    "gguf_search.cpp",
+    "gguf_encode.cpp",
 )
 # No fast-math and no contraction to FMA: results are to equal the eager reference bit for bit.
 FLAGS = [

@@ -28,7 +28,7 @@ LARGEST = 65504.0
 WIDTHS: dict[str, tuple[float, ...]] = {
     "Q4_0": tuple(-5.5 - 0.25 * k for k in range(16)),
     "Q5_0": tuple(-13.0 - 0.5 * k for k in range(16)),
-    "Q3_K": tuple(-2.5 - 0.2 * k for k in range(14)),
+    "Q3_K": tuple(-2.5 - 0.2 * k for k in range(16)),
     "Q6_K": tuple(-28.0 - 0.5 * k for k in range(16)),
     "IQ4_NL": tuple(-90.0 - 4.0 * k for k in range(16)),
 }
@@ -96,11 +96,11 @@ def _largest(t: Tensor) -> Tensor:
 
 
 def _half(t: Tensor) -> Tensor:
-    return t.clamp(-LARGEST, LARGEST).half()
+    return t.clamp(-LARGEST, LARGEST).half() + 0.0  # no zero below zero
 
 
 def _inverse(step: Tensor) -> Tensor:
-    return torch.where(step == 0, 0.0, 1.0 / step)
+    return torch.where(step == 0, 0.0, step.reciprocal())
 
 
 def _sums(x: Tensor, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,12 +110,12 @@ def _sums(x: Tensor, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _symmetric(x: Tensor, w: Tensor, kind: GgufType) -> Scales:
     scale, most = torch.zeros_like(x[0]), _largest(x)
-    best, live = torch.zeros_like(scale), most.abs() > DEAD
+    best, live, each = torch.zeros_like(scale), most.abs() > DEAD, most.reciprocal()
     for at in WIDTHS[kind.name]:
-        qx, qq = _sums(x, w, rounded(x * torch.where(live, at / most, 0.0), kind))
+        qx, qq = _sums(x, w, rounded(x * torch.where(live, each * at, 0.0), kind))
         fitted = qx / qq
         gain = fitted * qx
-        better = gain > best
+        better = (gain > best) & (gain < torch.inf)
         best, scale = torch.where(better, gain, best), torch.where(better, fitted, scale)
     if kind.small is None:
         outer = _half(scale)
@@ -173,7 +173,7 @@ def _with_minima(x: Tensor, w: Tensor, kind: GgufType) -> Scales:
     line = _Line(_total(w), _total(w * x))
     scale, offset = _lines(x, w, line, kind)
     if kind.small is not None:
-        return _small_lines(x, w, line, scale, -offset, kind)
+        return _small_lines(x, w, line, scale, 0.0 - offset, kind)
     step, start = _half(scale).float(), _half(offset).float()
     q = rounded((x - start) * _inverse(step), kind)
     fitted, moved, cost = line.fit(*line.sums(x, w, q), below_zero=False)
@@ -193,7 +193,7 @@ def _lines(x: Tensor, w: Tensor, line: _Line, kind: GgufType) -> tuple[Tensor, T
     for at_low in CUTS:
         start = low + at_low * step
         for at_high in CUTS:
-            inverse = torch.where(live, top / (span - (at_low + at_high) * step), 0.0)
+            inverse = torch.where(live, (span - (at_low + at_high) * step).reciprocal() * top, 0.0)
             fitted, moved, cost = line.fit(*line.sums(x, w, rounded((x - start) * inverse, kind)), below_zero)
             better = cost < best
             best, scale, offset = (torch.where(better, a, b) for a, b in ((cost, best), (fitted, scale), (moved, offset)))

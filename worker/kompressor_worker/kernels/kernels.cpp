@@ -11,3 +11,6 @@
 #include "clip_search.cpp"
 #include "bitmask.cpp"
 #include "divergence.cpp"
+#include "gguf_blocks.cpp"
+#include "gguf_search.cpp"
+#include "gguf_encode.cpp"

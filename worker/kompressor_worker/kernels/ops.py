@@ -21,6 +21,7 @@ from kompressor_worker.kernels import (
     column_loop,
     compiled,
     eager,
+    gguf_compiled,
     gguf_eager,
     gram,
     pruning,
@@ -32,8 +33,8 @@ LIBRARY = torch.library.Library("kompressor", "DEF")  # type: ignore[no-untyped-
 
 def _register(schema: str, reference: Callable[..., Any], fast: Callable[..., Any], on_gpu: str | None = None) -> None:
     """On the CPU compiled where it could be built, on CUDA by the module `on_gpu` where there is Triton; else eager. Without a
-    kernel for CUDA are the decoders of what is read, which work before anything is moved there, bitmasks, which are of what is written,
-    and the search for a grid."""
+    kernel for CUDA are the decoders of what is read, which work before anything is moved there, bitmasks and GGUF's blocks, which
+    are of what is written, and the search for a grid."""
     name = schema.partition("(")[0]
 
     def on_cpu(*args: Any) -> Any:
@@ -147,12 +148,10 @@ _register(
     compiled.top_k_divergence,
     "triton_divergence",
 )
-for _schema, _reference in (
-    ("gguf_quantize(Tensor weight, Tensor? importance, str type) -> (Tensor, Tensor)", gguf_eager.quantize),
-    ("gguf_dequantize(Tensor data, int columns, str type, ScalarType dtype) -> Tensor", gguf_eager.dequantize),
-    ("gguf_codes(Tensor data, int columns, str type) -> (Tensor, Tensor, Tensor)", gguf_eager.codes),
-    ("gguf_pack(Tensor data, Tensor codes, str type) -> Tensor", gguf_eager.pack),
-    ("gguf_errors(Tensor weight, Tensor data, str type) -> Tensor", gguf_eager.errors),
-):
-    LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
-    LIBRARY.impl(_schema.partition("(")[0], _reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_register("gguf_quantize(Tensor weight, Tensor? importance, str type) -> (Tensor, Tensor)", gguf_eager.quantize, gguf_compiled.quantize)
+_register(
+    "gguf_dequantize(Tensor data, int columns, str type, ScalarType dtype) -> Tensor", gguf_eager.dequantize, gguf_compiled.dequantize
+)
+_register("gguf_codes(Tensor data, int columns, str type) -> (Tensor, Tensor, Tensor)", gguf_eager.codes, gguf_compiled.codes)
+_register("gguf_pack(Tensor data, Tensor codes, str type) -> Tensor", gguf_eager.pack, gguf_compiled.pack)
+_register("gguf_errors(Tensor weight, Tensor data, str type) -> Tensor", gguf_eager.errors, gguf_compiled.errors)
