@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ctypes import CDLL
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,6 @@ from kompressor_worker.grid import integer_range
 from kompressor_worker.kernels import gguf_compiled, gguf_eager
 from kompressor_worker.schemes import COMPRESSED_TENSORS, GGUF, SCHEMES
 
-gguf = pytest.importorskip("gguf")
 PACKED = [name for name, kind in TYPES.items() if kind.planes]
 EVEN = [name for name in PACKED if TYPES[name].even]
 RELATIVE = {
