@@ -189,12 +189,13 @@ def _header(tensors: list[_FileTensor], metadata: Metadata, split: tuple[int, in
         writer.add_int32(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, split[2])
     of_split = writer.kv_data
     first = split is None or split[0] == 0
-    writer.fout, writer.state = [buffer], gguf.gguf_writer.WriterState.EMPTY
+    writer.fout, writer.state = [out := io.BufferedWriter(buffer)], gguf.gguf_writer.WriterState.EMPTY
     writer.kv_data = [{**metadata.values, **of_split[0]}] if first else of_split
     writer.write_header_to_file()
-    buffer.write(metadata.packed if first else b"")
+    out.write(metadata.packed if first else b"")
     writer.kv_data = of_split
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    out.flush()
     data = buffer.getvalue()
     return data + bytes(-len(data) % ALIGNMENT)

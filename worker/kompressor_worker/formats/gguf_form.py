@@ -35,7 +35,7 @@ def formed(value: torch.Tensor, form: Form) -> torch.Tensor:
     import torch
 
     if form.heads:
-        value = value.unflatten(0, (form.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        value = value.reshape(form.heads, 2, -1, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
     if form.offset or form.factor != 1.0:
         value = (value.float() + form.offset) * form.factor
     if value.dtype != torch.uint8:

@@ -41,8 +41,10 @@ class Metadata:
         import gguf
 
         writer, buffer = gguf.GGUFWriter(None, ""), io.BytesIO()
-        writer.fout, writer.kv_data, writer.state = [buffer], [dict(self.values)], gguf.gguf_writer.WriterState.HEADER
+        out = io.BufferedWriter(buffer)
+        writer.fout, writer.kv_data, writer.state = [out], [dict(self.values)], gguf.gguf_writer.WriterState.HEADER
         writer.write_kv_data_to_file()
+        out.flush()
         return buffer.getvalue()
 
     def constants(self, names: Names) -> dict[str, dict[str, list[float]]]:

@@ -92,7 +92,7 @@ def _by_scores(tokenizer: Mapping[str, Any], rows: int) -> Vocabulary:
             types[number] = NORMAL  # it stands for spaces, which merges find
     if tokenizer["model"].get("ignore_merges"):
         raise unsupported("tokenizer.json: model.ignore_merges true beside byte_fallback, which llama.cpp does not have")
-    places = _places([pair for pair in _merges(tokenizer) if types[vocab[pair[0] + pair[1]]] == NORMAL], vocab, types)
+    places = _places([pair for pair in _merges(tokenizer) if types[vocab[pair[0] + pair[1]]] in (NORMAL, BYTE)], vocab, types)
     scores = [
         -float(places[text]) if text in places else 0.0 if kind in (NORMAL, BYTE) else PAD_SCORE if kind == UNUSED else ADDED_SCORE
         for text, kind in zip(tokens, types, strict=True)
