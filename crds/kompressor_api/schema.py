@@ -18,6 +18,7 @@ from kompressor_api.names import MUTABLE
 from kompressor_api.recipe import RecipeSpec
 from kompressor_api.said_once import Said, say_once
 from kompressor_api.structural import PRESERVE, Schema, SchemaError, structural
+from kompressor_api.target import TARGET_RULES
 from kompressor_api.v1alpha1 import CompressionJobSpec, CompressionJobStatus
 
 __all__ = ["SIZE_LIMIT", "SchemaError", "applied_bytes", "crd", "pass_schemas", "recipe_crds", "structural"]
@@ -252,13 +253,15 @@ def _add_rules(spec: Schema) -> None:
 
 
 def _add_target_rules(spec: Schema) -> None:
-    spec["properties"]["target"][RULES] = [
-        {
-            "rule": "has(self.gpu) != has(self.hardware)",
-            "message": "give either gpu (a name) or hardware (what it has), exactly one of them",
-        }
-    ]
+    spec["properties"]["target"][RULES] = [{"rule": rule, "message": message} for rule, message in TARGET_RULES]
+    elsewhere = "(has(self.target.device) || has(self.target.memory) || (has(self.target.engine) && self.target.engine == 'llama.cpp'))"
+    gguf = "(has(self.output.format) && self.output.format == 'gguf')"
     spec[RULES] += [
+        {
+            "rule": f"!has(self.target) || {elsewhere} == {gguf}",
+            "message": "llama.cpp (any device) serves output.format gguf, vllm compressed-tensors; correct one",
+            "fieldPath": ".target",
+        },
         {
             "rule": "!has(self.target) || has(self.evaluation)",
             "message": "target.maxPerplexityIncrease is measured on evaluation, which is missing; add held-out data",

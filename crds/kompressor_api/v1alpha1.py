@@ -115,8 +115,8 @@ class CompressionJobSpec(Model):
     target: TargetSpec | None = Field(
         default=None,
         description=(
-            "A GPU that the result is to fit, and what it may lose; passes are chosen from that (status.plan, before any GPU works). It "
-            "needs evaluation, and has more to choose from with calibration. Either this, passes or recipeRef."
+            "A GPU or device that the result is to fit, and what it may lose; passes are chosen from that (status.plan, before any GPU "
+            "works). It needs evaluation, and has more to choose from with calibration. Either this, passes or recipeRef."
         ),
     )
     calibration: CalibrationSpec | None = Field(
@@ -182,6 +182,11 @@ class CompressionJobSpec(Model):
             raise ValueError("target.maxPerplexityIncrease is measured on evaluation, which is missing; add held-out data")
         if any(gate.metric == "perplexity" for gate in self.evaluation.gates):
             raise ValueError("evaluation has a gate on perplexity beside target.maxPerplexityIncrease; say it once, in the target")
+        if self.target.format != self.output.format:
+            raise ValueError(
+                f"spec.target: {self.target.on.engine} on {self.target.on.name} serves {self.target.format}, and output.format is "
+                f"{self.output.format}; set output.format: {self.target.format}"
+            )
         return self
 
     @model_validator(mode="after")

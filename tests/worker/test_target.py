@@ -252,8 +252,8 @@ def test_what_is_most_likely_to_miss_is_not_begun(layouts: dict[str, ModelLayout
     "target, says",
     [
         ({"gpu": "RTX-409"}, "gpu 'RTX-409' is not known; did you mean RTX-4090"),
-        ({"hardware": {"memory": "24Gi", "computeCapability": "8.9", "bandwidth": "1T"}}, "either gpu (a name) or hardware"),
-        ({"gpu": None}, "either gpu (a name) or hardware"),
+        ({"hardware": {"memory": "24Gi", "computeCapability": "8.9", "bandwidth": "1T"}}, "either gpu or device (a name), hardware"),
+        ({"gpu": None}, "either gpu or device (a name), hardware"),
     ],
 )
 def test_what_is_refused_with_the_spec(target: dict[str, Any], says: str) -> None:
@@ -281,7 +281,8 @@ def test_fit_prints_the_table_and_ends_by_it(headers: dict[str, Path], capfd: py
         ("--gpu", "RTX-4099"): "did you mean RTX-4090",
         ("--gpu", "T4", "--context", "131073"): "131,073 is above the 131,072 tokens",
         ("--gpu", "T4", "--context", "131072", "--concurrency", "64"): "nothing fits T4",
-        ("--memory", "24Gi"): "computeCapability: Field required",
+        ("--memory", "24Gi"): "memory and bandwidth describe a device together",
+        ("--memory", "24Gi", "--compute-capability", "8.9"): "hardware.bandwidth: Field required",
     }
     for arguments, says in wrong.items():
         assert run_cli(["fit", uri, *arguments]) == 64

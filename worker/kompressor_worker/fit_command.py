@@ -11,7 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kompressor_api.hardware import ENGINES
 from kompressor_api.names import ExitCode
+from kompressor_api.target import TargetSpec
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.errors import UserError
 from kompressor_worker.reading import read_layout
@@ -19,21 +21,25 @@ from kompressor_worker.storage.locations import open_source
 from kompressor_worker.target.planner import Fit, fit, longest_context
 
 FIT = """\
-Says which plans there are to serve a model on one GPU: what each takes of its memory, whether that fits, and how fast a roofline predicts
-it to be. From config.json and headers alone, in seconds, without a GPU.
+Says which plans there are to serve a model on one GPU or edge device: what each takes of its memory, whether that fits, and how fast a
+roofline predicts it to be. From config.json and headers alone, in seconds, without a GPU.
 
   kompressor fit hf://meta-llama/Llama-3.1-8B-Instruct --gpu RTX-4090 --context 32768
   kompressor fit s3://models/qwen3-30b-a3b --gpu L40S --context 40960 --concurrency 8 --price-per-hour 0.90
   kompressor fit ./model --memory 16Gi --compute-capability 8.9 --bandwidth 672G --context 8192
   kompressor fit ./model --gpu T4 --context 8192 --json | jq '.plans[] | select(.fits)'
+  kompressor fit ./model --device Raspberry-Pi-5-8GB --context 8192
+  kompressor fit ./model --memory 4Gi --bandwidth 50G --context 8192
 
 Plans go from the safest to the boldest. > is what a job with spec.target would carry out; where the measured loss is too large it goes on
-with those marked 2 and 3. They are chosen among what the GPU runs (in vLLM), what this model's passes take, and what calibration allows
-(--data-free: none). `expected` is by how much perplexity usually rises, a class to order plans by and no promise; `tokens/s` is what the
-memory's bandwidth allows to all requests together, each at its full context: no server reaches it.
+with those marked 2 and 3. They are chosen among what the GPU runs (in vLLM; in llama.cpp, which devices have, its mixes of GGUF types),
+what this model's passes take, and what calibration allows (--data-free: none). `expected` is by how much perplexity usually rises, a class
+to order plans by and no promise; `tokens/s` is what the memory's bandwidth allows to all requests together, each at its full context: no
+server reaches it.
 
 What is counted: the result's tensors to the byte; keys and values of --concurrency requests of --context tokens; the largest step of a
-prefill; 1.5 GiB for driver, libraries and graphs; and 8 % of the memory that stay free.
+prefill; 1.5 GiB for driver, libraries and graphs (llama.cpp: 128 MiB); and what stays free: 8 % of a GPU's memory, what a device's system
+keeps, nothing of --memory without --compute-capability.
 
 exit codes: 0 something fits, 64 nothing does (it says what would), or the model or the GPU is not known
 """
@@ -45,9 +51,11 @@ WIDTH = 132
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpu", help="name of the GPU, such as RTX-4090, L40S or H100")
-    command.add_argument("--memory", metavar="SIZE", help="another GPU's memory, such as 24Gi")
-    command.add_argument("--compute-capability", metavar="X.Y", help="its CUDA compute capability, such as 8.9")
+    command.add_argument("--device", help="name of an edge device with llama.cpp, such as Raspberry-Pi-5-8GB or Apple-M4-16GB")
+    command.add_argument("--memory", metavar="SIZE", help="another GPU's memory, such as 24Gi, or what llama.cpp may take of a device's")
+    command.add_argument("--compute-capability", metavar="X.Y", help="another GPU's CUDA compute capability, such as 8.9")
     command.add_argument("--bandwidth", metavar="RATE", help="bytes a second of its memory, such as 1008G")
+    command.add_argument("--engine", choices=tuple(ENGINES), help="Default: vllm on a GPU, else llama.cpp")
     command.add_argument("--context", type=int, metavar="TOKENS", help="tokens of the longest request. Default: all that the model takes")
     command.add_argument("--concurrency", type=int, metavar="N", help="requests of that length at a time. Default: 1")
     command.add_argument("--prefer", choices=("quality", "latency"), help="the safest plan that fits, or the fastest. Default: quality")
@@ -79,7 +87,9 @@ def asked(args: argparse.Namespace, location: Mapping[str, Any], context: int) -
     given = {name: value for name, value in described.items() if value is not None}
     target = {
         "gpu": args.gpu,
-        "hardware": given or None,
+        "device": args.device,
+        "engine": args.engine,
+        **({"hardware": given or None} if args.compute_capability is not None else given),
         "context": context,
         "concurrency": args.concurrency,
         "prefer": args.prefer,
@@ -87,15 +97,16 @@ def asked(args: argparse.Namespace, location: Mapping[str, Any], context: int) -
         "pricePerHour": args.price_per_hour,
     }
     data = {"dataset": {"uri": "s3://data/none"}}
+    target = {name: value for name, value in target.items() if value is not None}
     spec = {
         "model": {"source": dict(location)},
-        "output": {"uri": "s3://nowhere/result"},
-        "target": {name: value for name, value in target.items() if value is not None},
+        "target": target,
         "evaluation": data,
         **({} if args.data_free else {"calibration": data}),
     }
     try:
-        return CompressionJobSpec.model_validate(spec)
+        output = {"uri": "s3://nowhere/result", "format": TargetSpec.model_validate(target).format}
+        return CompressionJobSpec.model_validate(spec | {"output": output})
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise UserError("; ".join(lines)) from error

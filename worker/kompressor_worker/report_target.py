@@ -34,7 +34,7 @@ def _memory(found: Mapping[str, Any]) -> str:
     need, memory = found["need"], found["memoryBytes"]
     rows = [(NAMES[part], size(need[part]), percent(need[part] / memory)) for part in PARTS]
     rows.append(("Together", size(need["total"]), percent(need["total"] / memory)))
-    return "<h3>Memory, by the plan</h3>" + table(("", "Bytes", "Of the GPU"), rows, (1, 2))
+    return "<h3>Memory, by the plan</h3>" + table(("", "Bytes", "Of all"), rows, (1, 2))
 
 
 def _decode(found: Mapping[str, Any]) -> str:

@@ -28,27 +28,80 @@ class Weights:
     calibrated: bool = False
     """Whether it cannot be done without calibration."""
 
+    fed: bool = False
+    """Whether GPTQ makes it where there is data."""
+    grouped: bool = False
+
     def variants(self, data: bool) -> tuple[Passes, ...]:
         """Passes that make it, the first that a model takes is meant."""
         if self.scheme is None:
             return ((),)
-        by = "gptq" if data and self.scheme in ("W4A16", "W8A8") else "rtn"
-        if self.scheme == "W4A16":
+        by = "gptq" if data and self.fed else "rtn"
+        if self.grouped:
             return tuple(({by: {"scheme": self.scheme, "groupSize": size}},) for size in GROUPS)
         return (({by: {"scheme": self.scheme}},),)
 
 
-WEIGHTS = (
-    Weights("16 bits", None, 0.0, 0.0),
-    Weights("W8A16", "W8A16", 0.001, 0.001),
-    Weights("FP8", "FP8_DYNAMIC", 0.003, 0.003),
-    Weights("W8A8", "W8A8", 0.005, 0.007),
-    Weights("W4A16", "W4A16", 0.018, 0.04),
-    Weights("NVFP4", "NVFP4", 0.03, 0.03, calibrated=True),
-    Weights("MXFP4", "MXFP4", 0.05, 0.05),
-)
-EIGHT = ("W8A16", "FP8")
-SMALL, LARGE = "W4A16", "W8A16"
+@dataclass(frozen=True)
+class Pair:
+    """What is mixed by measured sensitivity."""
+
+    small: Weights
+    large: Weights
+    candidates: tuple[str, ...]
+    """As autoScheme has them."""
+
+    def schemes(self, group: int | None) -> list[str]:
+        return [name.format(group=group) for name in self.candidates]
+
+
+@dataclass(frozen=True)
+class Palette:
+    """What there is to choose from for an engine."""
+
+    weights: tuple[Weights, ...]
+    reduced: tuple[str, ...]
+    """Those that are tried with windows and with fewer experts."""
+    kv: bool
+    """Whether a cache in FP8 is."""
+    adaptive: Pair | None
+
+
+W8A16 = Weights("W8A16", "W8A16", 0.001, 0.001)
+W4A16 = Weights("W4A16", "W4A16", 0.018, 0.04, fed=True, grouped=True)
+PALETTES: Mapping[str, Palette] = {
+    "vllm": Palette(
+        weights=(
+            Weights("16 bits", None, 0.0, 0.0),
+            W8A16,
+            Weights("FP8", "FP8_DYNAMIC", 0.003, 0.003),
+            Weights("W8A8", "W8A8", 0.005, 0.007, fed=True),
+            W4A16,
+            Weights("NVFP4", "NVFP4", 0.03, 0.03, calibrated=True),
+            Weights("MXFP4", "MXFP4", 0.05, 0.05),
+        ),
+        reduced=("W8A16", "FP8", "W4A16"),
+        kv=True,
+        adaptive=Pair(W4A16, W8A16, ("W4A16:{group}", "W8A16")),
+    ),
+    # llama.cpp's mixes, most bits first; without data about what its own tables say of models of 7 and 8 billion parameters
+    "llama.cpp": Palette(
+        weights=(
+            Weights("16 bits", None, 0.0, 0.0),
+            Weights("Q8_0", "Q8_0", 0.0005, 0.0005),
+            Weights("Q6_K", "Q6_K", 0.002, 0.003),
+            Weights("Q5_K_M", "Q5_K_M", 0.005, 0.008, fed=True),
+            Weights("Q4_K_M", "Q4_K_M", 0.015, 0.025, fed=True),
+            Weights("Q4_K_S", "Q4_K_S", 0.02, 0.033, fed=True),
+            Weights("Q3_K_M", "Q3_K_M", 0.045, 0.08, fed=True),
+            Weights("Q3_K_S", "Q3_K_S", 0.08, 0.15, fed=True),
+            Weights("Q2_K", "Q2_K", 0.15, 0.35, fed=True),
+        ),
+        reduced=("Q8_0", "Q4_K_M"),
+        kv=False,
+        adaptive=None,
+    ),
+}
 KV: Passes = ({"kvCache": {"scheme": "FP8"}},)
 KV_LOSS = 0.001
 
@@ -78,18 +131,20 @@ class Candidate:
             yield (*before, *passes, *(KV if self.kv else ()))
 
 
-def candidates(reductions: Sequence[Reduction], data: bool) -> list[Candidate]:
+def candidates(reductions: Sequence[Reduction], data: bool, engine: str) -> list[Candidate]:
     """All of them, from the safest to the boldest. `data`: whether there is calibration."""
-    made = [_candidate(weights, kv, None, data) for weights in WEIGHTS for kv in (False, True)]
-    made += [_candidate(w, kv, r, data) for r in reductions for w in WEIGHTS if w.name in (*EIGHT, SMALL) for kv in (False, True)]
+    palette = PALETTES[engine]
+    caches = (False, True) if palette.kv else (False,)
+    made = [_candidate(weights, kv, None, data) for weights in palette.weights for kv in caches]
+    made += [_candidate(w, kv, r, data) for r in reductions for w in palette.weights if w.name in palette.reduced for kv in caches]
     return sorted(made, key=lambda c: c.loss)
 
 
-def adaptive(kv: bool, share: float) -> Candidate:
-    """4 bits in as few linears as a budget allows, `share` of them: those come first that lose least, so loss grows with its square."""
-    small, large = (next(w for w in WEIGHTS if w.name == name) for name in (SMALL, LARGE))
-    loss = large.loss + (small.loss - large.loss) * min(1.0, max(0.0, share)) ** 2
-    return _candidate(Weights("W4A16 and W8A16 by sensitivity", SMALL, round(loss, 5), 0.0, calibrated=True), kv, None, True)
+def adaptive(pair: Pair, kv: bool, share: float) -> Candidate:
+    """Few bits in as few linears as a budget allows, `share` of them: those come first that lose least, so loss grows with its square."""
+    loss = pair.large.loss + (pair.small.loss - pair.large.loss) * min(1.0, max(0.0, share)) ** 2
+    name = f"{pair.small.name} and {pair.large.name} by sensitivity"
+    return _candidate(Weights(name, pair.small.scheme, round(loss, 5), 0.0, calibrated=True), kv, None, True)
 
 
 def _candidate(weights: Weights, kv: bool, reduction: Reduction | None, data: bool) -> Candidate:

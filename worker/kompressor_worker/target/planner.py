@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from kompressor_api.hardware import Hardware
+from kompressor_api.hardware import ENGINES, Hardware
 from kompressor_api.names import Reason
 from kompressor_api.target import TargetSpec, passes_as_text
 from kompressor_api.v1alpha1 import CompressionJobSpec
@@ -20,7 +20,7 @@ from kompressor_worker.layout import ModelLayout
 from kompressor_worker.report_sections import size
 from kompressor_worker.target.candidates import candidates
 from kompressor_worker.target.reductions import reductions
-from kompressor_worker.target.serving import RESERVE, Need
+from kompressor_worker.target.serving import Need
 from kompressor_worker.target.weighing import Row, Weighing, need_as_json
 
 HOPELESS = 4
@@ -84,7 +84,7 @@ class Fit:
         return (
             f"spec.target: what fits {self.on.name} ({size(self.on.memory)}) loses too much: the safest plan, {safest.name}, is expected "
             f"to cost about {expected} % perplexity, and maxPerplexityIncrease is {allowed} %; raise it to {expected}%, or ask for a "
-            "smaller context or concurrency, or a larger GPU"
+            f"smaller context or concurrency, or a larger {self.on.kind}"
         )
 
     def _too_large(self) -> str:
@@ -102,7 +102,7 @@ class Fit:
             changes.append(f"with context {context:,}")
         if target.requests > 1 and (requests := served.most_requests(on, target.context, target.requests)):
             changes.append(f"with concurrency {requests}")
-        changes.append(f"on a GPU with {size(memory_for(need))}")
+        changes.append(f"on a {on.kind} with {size(memory_for(need, on))}")
         return (
             f"spec.target: nothing fits {on.name} ({size(on.memory)}) at {asked}: the smallest plan, {smallest.name}, takes "
             f"{size(need.total)} ({parts}); it would fit {', or '.join(changes)}"
@@ -125,6 +125,7 @@ class Fit:
         """What `kompressor fit --json` says, and the report."""
         return {
             "gpu": self.on.name,
+            "engine": self.on.engine,
             "memoryBytes": self.on.memory,
             "bandwidth": round(self.on.bandwidth),
             "context": self.target.context,
@@ -146,7 +147,7 @@ def fit(spec: CompressionJobSpec, source: ModelLayout) -> Fit:
         raise UserError(
             f"spec.target.context: {target.context:,} is above the {longest:,} tokens that the model was made for; ask for less"
         )
-    rows = Weighing(spec, source).rows(candidates(reductions(source, spec), spec.calibration is not None))
+    rows = Weighing(spec, source).rows(candidates(reductions(source, spec), spec.calibration is not None, target.on.engine))
     found = Fit(target, rows)
     while unproved := next((row for row in found.ladder if not row.proved), None):
         found = Fit(target, tuple(Weighing(spec, source).proved(row) if row is unproved else row for row in found.rows))
@@ -168,9 +169,11 @@ def longest_context(layout: ModelLayout) -> int | None:
     return positions
 
 
-def memory_for(need: Need) -> int:
-    """Of a GPU that this would fit, with its own reserve."""
-    return round((need.total - need.reserve) / (1 - RESERVE)) + 1
+def memory_for(need: Need, on: Hardware) -> int:
+    """Of other hardware of its kind that this would fit, with its own reserve."""
+    if on.kept is not None:
+        return need.total
+    return round((need.total - need.reserve) / (1 - ENGINES[on.engine].reserve)) + 1
 
 
 def _speed(row: Row) -> float:

@@ -1,8 +1,10 @@
-"""What a model takes of a GPU's memory while it is served there, and how fast a roofline says that it is. Headers only, no torch.
+"""What a model takes of a GPU's or a device's memory while it is served there, and how fast a roofline says that it is. Headers only, no
+torch.
 
-Memory is what vLLM asks for: weights as planned to the byte; the KV cache of all requests at their full context, in blocks of 16 tokens,
-of a sliding window what it keeps while a chunk of a prompt is on its way; the activations of the largest step of a prefill, and logits; and
-an assumed overhead. What is left free on purpose is what vLLM leaves by default (`gpu_memory_utilization` 0.92).
+Memory is what the engine asks for: weights as planned to the byte; the KV cache of all requests at their full context, in 16 bits and in
+blocks (vLLM: of 16 tokens, llama.cpp: of 256), of a sliding window what it keeps while a chunk of a prompt is on its way; the activations
+of the largest step of a prefill, and logits; and an assumed overhead. What is left free of a GPU on purpose is what vLLM leaves by default
+(`gpu_memory_utilization` 0.92); of a device, what its system keeps.
 
 At decode each step reads all weights once for all requests (of experts, those that so many tokens are expected to be routed to) and each
 request's cache. Steps a second are bandwidth over bytes, or arithmetic where that takes longer (Williams et al. 2009, "Roofline"). No
@@ -16,28 +18,26 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from kompressor_api.hardware import ENGINES, Hardware
+from kompressor_api.hardware import ENGINES, Engine, Hardware
 from kompressor_worker.architectures import FAMILIES, text_config
 from kompressor_worker.assignment import Assignment
 from kompressor_worker.estimate import is_block, steps_of, top_k
 from kompressor_worker.layout import ModelLayout
-from kompressor_worker.shards import stage_tensors
 from kompressor_worker.structure import operations
 from kompressor_worker.windows import SWITCHED, windows_of
 
-RESERVE = 0.08
-"""Share of a GPU's memory that is left free."""
-KV_BLOCK = 16
-"""Tokens of a block of the cache."""
 ELEMENT = 2
-"""Bytes of what flows, and of keys and values that are left as they are: engines serve in 16 bits."""
+"""Bytes of what flows, and of keys and values that are left as they are: engines serve in 16 bits. What flows through llama.cpp has twice
+as many."""
+FLOWS = 5
+"""Hidden states of a token that are there at once in llama.cpp."""
 LARGE = ((160 << 30, 16384), (70 << 30, 8192))
 """Memory from which on vLLM takes so many tokens into a step of prefill."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of a GPU's memory."""
+    """Bytes of memory."""
 
     weights: int
     kv: int
@@ -70,11 +70,16 @@ class Cache:
     window: int | None
     """Tokens that they look back; None: all."""
 
-    def held(self, context: int, batch: int) -> int:
-        """Bytes of a request."""
+    def tokens(self, context: int, batch: int, engine: Engine) -> int:
+        """Of a request, that there is room for. `batch`: tokens of a step of prefill."""
+        block = engine.kv_block
         if self.window is None or self.window + batch > context:
-            return self.width * KV_BLOCK * ceil(context / KV_BLOCK)
-        return self.width * KV_BLOCK * (ceil((self.window - 1 + batch) / KV_BLOCK) + 1)
+            return block * ceil(context / block)
+        return block * (ceil((self.window - 1 + batch) / block) + engine.spare_blocks)
+
+    def held(self, context: int, batch: int, engine: Engine) -> int:
+        """Bytes of a request."""
+        return self.width * self.tokens(context, batch, engine)
 
     def read(self, context: int) -> int:
         return self.width * (context if self.window is None else min(self.window, context))
@@ -92,6 +97,9 @@ class Served:
     caches: tuple[Cache, ...]
     step: int
     """Bytes of a token on its way through the largest step."""
+    hidden: int
+    made: int
+    """Numbers that the step with the most of them makes of a token."""
     vocabulary: int
     operations: float
     """Multiply-adds a token."""
@@ -104,10 +112,15 @@ class Served:
         config = text_config(layout.config)
         stays = [replace(unit, stages=tuple(s for s in unit.stages if not s.dropped)) for unit in layout.units if not unit.dropped]
         rows, dense, experts = 0, 0, []
+        sizes = {
+            stage.name: sum(t.stop - t.start for t in placed)
+            for unit, stages in zip(layout.units, assigned.plan.stages, strict=True)
+            for stage, placed in zip(unit.stages, stages, strict=True)
+        }
         for unit in stays:
             routed = 0
             for stage in unit.stages:
-                size = sum(t.nbytes for t in stage_tensors(stage, assigned.schemes))
+                size = sizes[stage.name]
                 if is_expert(stage.name):
                     routed += size
                 elif any(x.kind == "embedding" for x in stage.linears):
@@ -117,8 +130,9 @@ class Served:
             if routed:
                 count = sum(x.shape[0] for stage in unit.stages for x in stage.linears if x.kind == "router")
                 experts.append((routed, min(1.0, top_k(layout) / max(1, count))))
-        blocks = [steps_of(unit, layout) for unit in stays if is_block(unit)]
-        flowing = [sum(s.share * (s.columns + sum(x.shape[0] for x in s.linears)) for s in sites) for steps in blocks for sites in steps]
+        steps = [step for unit in stays if is_block(unit) for step in steps_of(unit, layout)]
+        made = [sum(s.share * sum(x.shape[0] for x in s.linears) for s in step) for step in steps]
+        flowing = [out + sum(s.share * s.columns for s in step) for out, step in zip(made, steps, strict=True)]
         hidden = int(config.get("hidden_size") or 0)
         inputs = [scheme.inputs for scheme in assigned.schemes.values()]
         return cls(
@@ -127,6 +141,8 @@ class Served:
             experts=tuple(experts),
             caches=caches(layout),
             step=round(ELEMENT * (2 * hidden + max(flowing, default=0.0))),
+            hidden=hidden,
+            made=round(max(made, default=0.0)),
             vocabulary=int(config.get("vocab_size") or 0),
             operations=operations(stays, config),
             low=bool(inputs) and all(kind != "none" for kind in inputs),
@@ -143,14 +159,24 @@ class Served:
         return replace(self, weights=self.weights + more, dense=self.dense + more) if more else self
 
     def need(self, on: Hardware, context: int, requests: int) -> Need:
-        batch = batch_tokens(on)
+        batch, engine = batch_tokens(on), ENGINES[on.engine]
         return Need(
             weights=self.weights,
-            kv=requests * sum(cache.held(context, batch) for cache in self.caches),
-            activations=batch * self.step + 2 * 4 * requests * self.vocabulary,
-            overhead=ENGINES[on.engine].overhead,
-            reserve=round(RESERVE * on.memory),
+            kv=requests * sum(cache.held(context, batch, engine) for cache in self.caches),
+            activations=self.activations(on, context, requests),
+            overhead=engine.overhead,
+            reserve=on.reserve,
         )
+
+    def activations(self, on: Hardware, context: int, requests: int) -> int:
+        """Of the largest step of a prefill, and logits. llama.cpp has room for those of each token of a step, computes in fp32 (a gate,
+        what it lets through and their product at once), and keeps a mask for each kind of cache."""
+        batch, engine = batch_tokens(on), ENGINES[on.engine]
+        if on.engine == "vllm":
+            return batch * self.step + 2 * 4 * requests * self.vocabulary
+        flows = FLOWS * self.hidden + max(self.vocabulary, 3 * self.made // 2)
+        masks = sum(cache.tokens(context, batch, engine) for cache in self.caches)
+        return 4 * (batch * flows + requests * self.vocabulary) + 2 * batch * masks
 
     def fits(self, on: Hardware, context: int, requests: int) -> bool:
         return self.need(on, context, requests).total <= on.memory
@@ -180,6 +206,8 @@ class Served:
 
 
 def batch_tokens(on: Hardware) -> int:
+    if on.engine != "vllm":
+        return ENGINES[on.engine].batch_tokens
     return next((tokens for memory, tokens in LARGE if on.memory >= memory), ENGINES[on.engine].batch_tokens)
 
 

@@ -12,7 +12,7 @@ from kompressor_worker.assignment import Assignment
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import REGISTRY
-from kompressor_worker.target.candidates import KV, LARGE, SMALL, Candidate, Passes, adaptive
+from kompressor_worker.target.candidates import KV, PALETTES, Candidate, Passes, adaptive
 from kompressor_worker.target.serving import Need, Served, Speed
 
 LEAST_ROOM = 0.03
@@ -101,9 +101,9 @@ class Weighing:
     def _row(self, candidate: Candidate, known: Assignment | None) -> Row:
         if known is not None:
             return self._weighed(Row(candidate, (), "", Served.of(known), proved=True))
-        engine, scheme = ENGINES[self.on.engine], candidate.weights.scheme
-        if scheme is not None and (scheme not in engine.schemes or not engine.schemes[scheme].on(self.on.capability)):
-            runs = engine.schemes.get(scheme)
+        schemes, scheme = ENGINES[self.on.engine].schemes, candidate.weights.scheme
+        if schemes is not None and scheme is not None and (scheme not in schemes or not schemes[scheme].on(self.on)):
+            runs = schemes.get(scheme)
             return Row(candidate, refused=runs.says(scheme, self.on) if runs else f"{self.on.engine} does not run {scheme}")
         if candidate.calibrated and not self.data:
             return Row(candidate, refused=NO_DATA)
@@ -117,11 +117,12 @@ class Weighing:
 
     def _adaptive(self, weighed: Mapping[tuple[str, bool], Row]) -> list[Row]:
         """4 bits and 8, by measured sensitivity, under the budget that the rest leaves: where 4 bits fit and 8 do not."""
-        if "autoScheme" not in REGISTRY or not self.data:
+        both = PALETTES[self.on.engine].adaptive
+        if both is None or "autoScheme" not in REGISTRY or not self.data:
             return []
         found = []
-        for kv in (False, True):
-            small, large = weighed[SMALL, kv], weighed[LARGE, kv]
+        for kv in sorted({kv for _, kv in weighed}):
+            small, large = weighed[both.small.name, kv], weighed[both.large.name, kv]
             if small.need is None or large.need is None or not (small.fits and not large.fits):
                 continue
             budget = self.on.memory - (small.need.total - small.need.weights)
@@ -129,8 +130,8 @@ class Weighing:
             if budget < (1 + LEAST_ROOM) * low:
                 continue
             params = next(iter(small.passes[0].values()))
-            candidate = adaptive(kv, (high - budget) / (high - low))
-            made = {"budget": {"bytes": budget - (self.scales if kv else 0)}, "candidates": [f"{SMALL}:{params['groupSize']}", LARGE]}
+            candidate = adaptive(both, kv, (high - budget) / (high - low))
+            made = {"budget": {"bytes": budget - (self.scales if kv else 0)}, "candidates": both.schemes(params.get("groupSize"))}
             row = self.proved(Row(candidate, ({"autoScheme": made}, *(KV if kv else ())), budget=budget))
             found.append(row)
         return found
@@ -138,7 +139,9 @@ class Weighing:
     def _kv(self, plain: Assignment) -> tuple[int, str]:
         """Bytes of the scales of an FP8 cache, or why there is none."""
         runs = ENGINES[self.on.engine].kv_fp8
-        if not runs.on(self.on.capability):
+        if runs is None:
+            return 0, "files say nothing of the cache"
+        if not runs.on(self.on):
             return 0, runs.says("a KV cache in FP8", self.on)
         if not self.data:
             return 0, NO_DATA
