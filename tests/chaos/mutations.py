@@ -273,6 +273,13 @@ MUTATIONS = (
         "test_work.py::test_a_key_is_never_in_work_twice_and_an_event_meanwhile_is_not_lost",
     ),
     Mutation(
+        "events about children are asked for once for all",
+        "bulletin.py",
+        "        if board.since is None and self.clock() >= board.due:\n",
+        "        if True:\n",
+        "test_bulletin.py::test_one_answer_serves_all_until_it_is_old",
+    ),
+    Mutation(
         "a node ends what runs of a pod that is forgotten",
         "../../tools/agent/pod.py",
         "        if any(container.running for container in self.containers):\n            return self._next_kill()\n",
