@@ -88,7 +88,10 @@ class Gptq(Pass):
     def take(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """These linears, by name, each in its scheme: what `assign` answers where nobody else decides them."""
         ordered = self.params.act_order == "static"
-        self._assigned = {name: replace(x, actorder=ordered and x.strategy == "group") for name, x in schemes.items()}
+        flagged = {
+            name for name, x in schemes.items() if ordered and x.strategy == "group" and x.format != "gguf"
+        }  # which has no such flag
+        self._assigned = {name: replace(x, actorder=name in flagged) for name, x in schemes.items()}
         return dict(self._assigned)
 
     def apply(self, stage: Stage) -> None:
@@ -125,13 +128,20 @@ class Gptq(Pass):
         if factor.dead:
             notes.setdefault("deadColumns", {})[site.name] = factor.dead
         for linear in linears:
-            stage.encoded[linear.name] = self._linear(linear, stage.weights[linear.weight], factor, stage.heard)
+            weight = stage.weights[linear.weight]
+            if self._assigned[linear.name].format == "gguf":
+                stage.encoded[linear.name] = self._blocks(linear, weight, factor, hessian.diagonal(), stage.heard, notes)
+            else:
+                stage.encoded[linear.name] = self._linear(linear, weight, factor, stage.heard)
             stage.heard()
 
     def _round(self, stage: Stage, linear: LinearLayout, reason: str, notes: dict[str, Any]) -> None:
         from kompressor_worker.passes.encoding import round_to_nearest
+        from kompressor_worker.passes.gguf_encoding import to_nearest
 
-        stage.encoded[linear.name] = round_to_nearest(linear, stage.weights[linear.weight], self._assigned[linear.name])
+        scheme = self._assigned[linear.name]
+        rounded = to_nearest if scheme.format == "gguf" else round_to_nearest
+        stage.encoded[linear.name] = rounded(linear, stage.weights[linear.weight], scheme)
         notes.setdefault("roundedToNearest", {})[linear.name] = reason
 
     def _linear(self, linear: LinearLayout, weight: torch.Tensor, factor: Factor, heard: Heard) -> Encoded:
@@ -153,3 +163,17 @@ class Gptq(Pass):
         mask = None if zeros is None else factor.ordered(zeros)
         ordered, _ = kernels.gptq(factor.ordered(source), factor.inverse, found, scheme, tiles, heard, mask=mask)
         return encode(linear, weight, factor.as_they_lay(ordered), found, scheme)
+
+    def _blocks(
+        self, linear: LinearLayout, weight: torch.Tensor, factor: Factor, diagonal: torch.Tensor, heard: Heard, notes: dict[str, Any]
+    ) -> Encoded:
+        from kompressor_worker.formats.gguf_types import type_of
+        from kompressor_worker.passes.encoding import refuse_nonfinite
+        from kompressor_worker.passes.gguf_encoding import by_gptq, to_nearest
+
+        scheme, zeros = self._assigned[linear.name], weight == 0 if linear.pruned is not None else None
+        refuse_nonfinite(linear, weight)
+        if type_of(scheme).even:
+            return by_gptq(linear, weight, scheme, factor, diagonal, heard, zeros)
+        notes.setdefault("roundedToNearest", {})[linear.name] = f"{scheme.name}'s levels are no even steps"
+        return to_nearest(linear, weight, scheme, diagonal, heard)
