@@ -3,10 +3,12 @@ out of it what was put in."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,10 @@ from kompressor_worker.reading import read_layout
 from kompressor_worker.schemes import SCHEMES
 from kompressor_worker.shards import OutputPlan
 from kompressor_worker.windows import recipe_for, with_windows
+from models import cached
 
+VERSION = 1
+"""Part of the cache's key: raise it when what a model is made of changes below."""
 LENGTH = 60
 WINDOW = 16
 LLAMA3 = {
@@ -84,26 +89,33 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: loud_model(family, extra, tmp_path_factory.mktemp(name)) for name, (family, _, extra) in CASES.items()}
+def written() -> dict[str, Path]:
+    return {name: loud_model(family, extra) for name, (family, _, extra) in CASES.items()}
 
 
-def loud_model(family: str, extra: Mapping[str, Any], folder: Path) -> Path:
-    """A random checkpoint of which every tensor counts: norms and biases too are not what they begin as."""
-    import transformers
+def loud_model(family: str, extra: Mapping[str, Any]) -> Path:
+    """A random checkpoint of which every tensor counts: norms and biases too are not what they begin as. In the cache, with what
+    transformers says of `tokens_of()`: not to be written to."""
+    recipe = [family, FAMILIES[family], BASE, extra, LENGTH, VERSION, version("transformers")]
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
-    name, more = FAMILIES[family]
-    config = getattr(transformers, name)(**{**BASE, **more, **extra})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: Any = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.data += 0.3 * torch.randn_like(parameter)
-            else:
-                parameter.data.normal_(std=0.12)
-    model.save_pretrained(folder)
-    return folder
+    def make(folder: Path) -> None:
+        import transformers
+
+        name, more = FAMILIES[family]
+        config = getattr(transformers, name)(**{**BASE, **more, **extra})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model: Any = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.data += 0.3 * torch.randn_like(parameter)
+                else:
+                    parameter.data.normal_(std=0.12)
+        model.save_pretrained(folder)
+        numpy.save(folder / "expected.npy", log_probabilities(folder, tokens_of(), table=family.startswith("gemma")).numpy())
+
+    return cached("tiny", f"gguf-{family}-{digest}", make)
 
 
 def planned(layout: ModelLayout, max_shard: int | None = None) -> tuple[OutputPlan, Metadata]:
@@ -111,14 +123,25 @@ def planned(layout: ModelLayout, max_shard: int | None = None) -> tuple[OutputPl
     return plan_gguf(layout, {}, metadata, "model-F32.gguf", **({} if max_shard is None else {"max_shard": max_shard})), metadata
 
 
+class Table(torch.nn.Module):
+    """GELU as ggml computes it: looked up, from halves to halves."""
+
+    def __init__(self, gelu: torch.nn.Module) -> None:
+        super().__init__()
+        self.gelu = gelu
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.gelu(x.half().float())
+        return found.half().float()
+
+
 def log_probabilities(folder: Path, tokens: list[int], table: bool = False) -> torch.Tensor:
-    """[tokens, vocabulary] by transformers. `table`: with GELU as ggml computes it, by a table of halves."""
+    """[tokens, vocabulary] by transformers. `table`: with GELU as ggml has it."""
     import transformers
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     for layer in model.model.layers if table else ():
-        gelu = layer.mlp.act_fn
-        layer.mlp.act_fn = lambda x, gelu=gelu: gelu(x.half().float()).half().float()
+        layer.mlp.act_fn = Table(layer.mlp.act_fn)
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
     return logits.float().log_softmax(-1)
@@ -136,12 +159,13 @@ def test_llama_cpp_says_what_transformers_says(written: dict[str, Path], tmp_pat
         assert metadata.decoder.architecture.name == CASES[name][1]
         assert not metadata.warnings
         requests.append(Request(write_whole(plan, load_file(folder / "model.safetensors"), place)[0], tokens))
-    worst = {}
+    worst: dict[bool, dict[str, float]] = {True: {}, False: {}}
     for (name, folder), (logits, _) in zip(written.items(), llama_cpp(requests, tmp_path), strict=True):
-        expected = log_probabilities(folder, tokens, table=name.startswith("gemma"))
+        expected = torch.from_numpy(numpy.load(folder / "expected.npy"))
         assert expected.std() > 0.5, name
-        worst[name] = float((torch.from_numpy(logits).log_softmax(-1) - expected).abs().max())
-    assert max(worst.values()) < 1e-4, worst
+        worst[name.startswith("gemma")][name] = float((torch.from_numpy(logits).log_softmax(-1) - expected).abs().max())
+    assert max(worst[False].values()) < 1e-4, worst
+    assert max(worst[True].values()) < 1e-3, worst  # a sum in another order may round to another half in GELU's table
 
 
 def test_the_gguf_library_reads_what_was_put_in(written: dict[str, Path], tmp_path: Path) -> None:
@@ -215,7 +239,7 @@ def test_windows_that_a_pass_gives_are_kept(written: dict[str, Path], tmp_path: 
     file = write_whole(plan, values, tmp_path)[0]
     ((logits, _),) = llama_cpp([Request(file, tokens_of())], tmp_path)
     expected = log_probabilities(published, tokens_of(), table=name == "gemma2")
-    assert float((torch.from_numpy(logits).log_softmax(-1) - expected).abs().max()) < 1e-4
+    assert float((torch.from_numpy(logits).log_softmax(-1) - expected).abs().max()) < (1e-3 if name == "gemma2" else 1e-4)
 
 
 def changed(layout: ModelLayout, **changes: Any) -> ModelLayout:

@@ -189,7 +189,8 @@ def _header(tensors: list[_FileTensor], metadata: Metadata, split: tuple[int, in
         writer.add_int32(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, split[2])
     of_split = writer.kv_data
     first = split is None or split[0] == 0
-    writer.fout, writer.state = [out := io.BufferedWriter(buffer)], gguf.gguf_writer.WriterState.EMPTY
+    out: io.BufferedWriter = io.BufferedWriter(buffer)
+    writer.fout, writer.state = [out], gguf.gguf_writer.WriterState.EMPTY
     writer.kv_data = [{**metadata.values, **of_split[0]}] if first else of_split
     writer.write_header_to_file()
     out.write(metadata.packed if first else b"")

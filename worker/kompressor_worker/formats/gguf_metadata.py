@@ -41,7 +41,7 @@ class Metadata:
         import gguf
 
         writer, buffer = gguf.GGUFWriter(None, ""), io.BytesIO()
-        out = io.BufferedWriter(buffer)
+        out: io.BufferedWriter = io.BufferedWriter(buffer)
         writer.fout, writer.kv_data, writer.state = [out], [dict(self.values)], gguf.gguf_writer.WriterState.HEADER
         writer.write_kv_data_to_file()
         out.flush()
