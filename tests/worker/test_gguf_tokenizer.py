@@ -21,10 +21,12 @@ from kompressor_worker.formats.gguf_tokenizer import TokenizerMetadata, tokenize
 
 KINDS: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     "llama3": (tokenizer_files.llama3, "llama-bpe", "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"),
+    "phi4": (tokenizer_files.phi4, "smaug-bpe", "<|im_sep|>{}<|endoftext|>"),
     "qwen2": (tokenizer_files.qwen2, "qwen2", "<|im_start|>user\n{}<|im_end|>\n<tool_call> {{}}</tool_call>"),
     "gpt2": (tokenizer_files.gpt2, "gpt-2", "{}<|endoftext|> a"),
     "smollm": (tokenizer_files.smollm, "smollm", "<|im_start|>{}<|endoftext|>"),
     "llama2": (tokenizer_files.llama2, "default", "<|im_start|>user {}</s> [TOOL]x[TOOL] <s>y"),
+    "metaspace": (tokenizer_files.metaspace, "default", "{}</s>a <s> b"),
     "gemma": (tokenizer_files.gemma, "default", "<start_of_turn>user\n{}<end_of_turn>\n<table>"),
     "phi3": (tokenizer_files.phi3, "default", "<|user|>\n {}<|end|> \n<|assistant|>  x</s>  y<|endoftext|>\n z<s> w"),
 }

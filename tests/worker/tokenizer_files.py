@@ -11,7 +11,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from kompressor_worker.formats.gguf_pre_tokenizers import LLAMA3, QWEN2
 
-__all__ = ["TEXT", "byte_level", "gemma", "gpt2", "llama2", "llama3", "phi3", "piece_file", "qwen2", "sentencepiece", "smollm"]
+__all__ = [
+    "TEXT", "byte_level", "gemma",
+    "gpt2", "llama2", "llama3", "metaspace", "phi3", "phi4", "piece_file", "qwen2", "sentencepiece", "smollm",
+]  # fmt: skip
 
 TEXT = """def fib(n: int) -> int:
 \treturn n if n < 2 else fib(n - 1) + fib(n - 2)   # O(2**n)!!
@@ -74,6 +77,11 @@ def llama3() -> dict[str, Any]:
     return byte_level(split(LLAMA3), specials, begin="<|begin_of_text|>", ignore_merges=True)
 
 
+def phi4() -> dict[str, Any]:
+    parts = [pre_tokenizers.Split(Regex(LLAMA3), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    return byte_level(pre_tokenizers.Sequence(parts), ["<|endoftext|>", "<|im_sep|>"])
+
+
 def qwen2() -> dict[str, Any]:
     return byte_level(
         split(QWEN2), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>", "</tool_call>"], normalizer=normalizers.NFC()
@@ -125,6 +133,12 @@ def sentencepiece(
 
 def llama2() -> dict[str, Any]:
     return sentencepiece(["<unk>", "<s>", "</s>"], added=[{"content": "<|im_start|>", "special": True}, {"content": "[TOOL]"}])
+
+
+def metaspace() -> dict[str, Any]:
+    """Spaces marked by the pre-tokenizer, none in front."""
+    words = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
+    return {**sentencepiece(["<unk>", "<s>", "</s>"]), "normalizer": None, "pre_tokenizer": words}
 
 
 def gemma() -> dict[str, Any]:

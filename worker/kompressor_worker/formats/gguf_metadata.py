@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kompressor_worker.architectures import text_config
 from kompressor_worker.formats.gguf_architectures import NO_SINK, Decoder, decoder_of, period_of
-from kompressor_worker.formats.gguf_tokenizer import FILES, TokenizerMetadata, tokenizer_metadata
+from kompressor_worker.formats.gguf_tokenizer import TokenizerMetadata
 from kompressor_worker.layout import ModelLayout
 
 if TYPE_CHECKING:
     from kompressor_worker.formats.gguf_names import Names
 
-__all__ = ["Metadata", "metadata_from", "metadata_of"]
+__all__ = ["Metadata", "metadata_of"]
 
 PHI = re.compile("phi-?3", re.IGNORECASE)
 
@@ -89,13 +88,6 @@ def metadata_of(layout: ModelLayout, tokenizer: TokenizerMetadata, name: str, fi
     for key, value in d.architecture.keys.items():
         writer.add_float32(f"{d.architecture.name}.{key}", value)
     return Metadata(d, {**writer.kv_data[0], **tokenizer.values}, (*d.warnings, *tokenizer.warnings))
-
-
-def metadata_from(layout: ModelLayout, read: Callable[[str], bytes], name: str, file_type: int | None = None) -> Metadata:
-    """The same, with the tokenizer that `read` finds among the source's files. Raises UserError, CorruptSource."""
-    files = {file: read(file) for file in FILES if file in layout.file_sizes}
-    rows = next(linear.shape[0] for linear in layout.linears() if linear.kind == "embedding")
-    return metadata_of(layout, tokenizer_metadata(files, rows, text_config(layout.config)), name, file_type)
 
 
 def _name(name: str, strips: bool) -> str:

@@ -145,7 +145,10 @@ def _space_prefix(tokenizer: Mapping[str, Any]) -> bool:
             "first": "before the first word alone, and llama.cpp puts one behind every special token too",
             "always": "before a text that does not begin with one, and llama.cpp before any",
         }.get(scheme, "as no rule of llama.cpp's does")
-        raise unsupported(f"tokenizer.json: pre_tokenizer Metaspace with prepend_scheme {scheme!r} puts a space {why}")
+        raise unsupported(
+            f"tokenizer.json: pre_tokenizer Metaspace with prepend_scheme {scheme!r} puts a space {why}; give it the normalizers Prepend "
+            "and Replace instead, if the model may see what those make"
+        )
     found = ", ".join(kind for kind, _ in (*steps, *words)) or "nothing"
     raise unsupported(
         f"tokenizer.json: {found} before merges of BPE with byte_fallback, and llama.cpp puts {SPACE} for spaces, with one in front or not"
