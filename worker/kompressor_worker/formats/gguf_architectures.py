@@ -206,10 +206,16 @@ def decoder_of(layout: ModelLayout) -> Decoder:
         )
         for candidate in CANDIDATES[name]
     ]
-    for decoder in found:
-        if _unable(decoder) is None:
-            return decoder
-    return _within_window(found[0], layout)
+    own, *others = found
+    if (unable := _unable(own)) is None:
+        return own
+    if (other := next((decoder for decoder in others if _unable(decoder) is None), None)) is not None:
+        warning = (
+            f"a {model_type} with {unable} is not computed by llama.cpp's architecture {own.architecture.name}: the file says "
+            f"{other.architecture.name}, which computes the same; old releases of llama.cpp do not know that (b11739 does)"
+        )
+        return replace(other, warnings=(warning,))
+    return _within_window(own, layout)
 
 
 def _unable(d: Decoder) -> str | None:
