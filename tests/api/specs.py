@@ -260,7 +260,7 @@ MISSPELT: dict[str, tuple[Spec, str, str]] = {
     "in the spec": ({"supend": True}, "supend", "spec: no such name: supend; known are model,"),
     "in the model": ({"model": {"source": {"uri": "s3://a/b"}, "revision": "x"}}, "revision", "spec.model: no such name"),
     "in the source": ({"model": {"source": {"uri": "s3://a/b", "path_style": True}}}, "path_style", "pathStyle"),
-    "in a target": (aimed(gpus=2), "gpus", "spec.target: no such name: gpus; known are gpu, hardware, context"),
+    "in a target": (aimed(gpus=2), "gpus", "spec.target: no such name: gpus; known are gpu, device, memory, bandwidth, engine"),
     "in hardware": (aimed(gpu=None, hardware=HARDWARE | {"cores": 9}), "cores", "spec.target.hardware: no such name: cores"),
     "in a runtime": (
         timed(batches=[4]),
