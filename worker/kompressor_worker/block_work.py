@@ -13,6 +13,7 @@ from kompressor_worker.activations import Activations
 from kompressor_worker.batch import Batch
 from kompressor_worker.block import Encoded, Pruned
 from kompressor_worker.decoder_block import Block
+from kompressor_worker.ending import Ending
 from kompressor_worker.evaluate import BlockError
 from kompressor_worker.forward import KvObserver
 from kompressor_worker.layout import StageLayout, UnitLayout
@@ -107,6 +108,8 @@ class BlockWork:
     """In a mixture, where something is measured: calibration tokens routed to each expert."""
     unrouted: frozenset[int] = frozenset()
     """Experts that are measured on all tokens, since too few are routed to them."""
+    ending: Ending | None = None
+    """Where it is tuned, and the last one: what reads its output."""
 
     def count(self, tokens: Mapping[int, int], least: int) -> None:
         """`tokens` that each expert gets; those with fewer than `least` are measured on all."""

@@ -35,6 +35,7 @@ from kompressor_worker.block_work import (
 )
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Block, Cache, Step
+from kompressor_worker.ending import FindEnding
 from kompressor_worker.formats.stored import decode
 from kompressor_worker.forward import KvObserver, Projection, Published, kv_rounding
 from kompressor_worker.layout import StageLayout, UnitLayout
@@ -43,7 +44,7 @@ from kompressor_worker.memory import give_back_freed_memory, peak_bytes
 from kompressor_worker.pace import Pace, unheard
 from kompressor_worker.parts import Part, held, parts_of, plain, together
 from kompressor_worker.passes import Pass
-from kompressor_worker.recovering import Recovery, Rows
+from kompressor_worker.recovering import Judge, Recovery, Rows
 from kompressor_worker.reshaping import Reshaper
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.segments import Segment, segments_of
@@ -99,9 +100,11 @@ class Engine:
         write: Write,
         tell: Callable[[int], None] = unheard,
         beyond: Sequence[Beyond] = (),
+        find_ending: FindEnding | None = None,
     ) -> dict[str, Any]:
         """Takes a block from `load` to `write`; what there is to say of it. `tell` hears of the unit's source bytes, batch by batch, and
-        may raise. `beyond`: where it is tuned, the blocks behind it that the result lacks; they are loaded after it. Raises BadNumerics."""
+        may raise. `beyond`: where it is tuned, the blocks behind it that the result lacks; they are loaded after it. `find_ending`: of
+        the last one that is tuned, called after that. Raises BadNumerics."""
         began = time.monotonic()
         block = Block(self.decoder, at.result, unit, self.together(unit))
         self._pace = self._paced(block, unit, tell, replayed=False)
@@ -112,6 +115,7 @@ class Engine:
         for part in parts:
             stored = self._loaded(unit, part, load, norms)
             aims = self._aims(original, stored, beyond, load)
+            work.ending = find_ending() if find_ending is not None else None
             self._original(original, part, stored, reference=reshaper is None)
             self._part(work, unit, part, stored, reshaper, aims, write)
             passed += sum(unit.stages[number].source_bytes for number in part.stages)
@@ -252,11 +256,10 @@ class Engine:
         calibration, reference = self.streams.calibration, self.streams.reference
         assert calibration is not None and reference is not None and segment.recover is not None
         inputs = [state["hidden"] for state in states]
-        rows = Rows(calibration.batches, inputs, aims or [batch.state["hidden"] for batch in reference.batches], self._turned)
-        number = self._segments.index(segment)
-        recovery = Recovery(
-            segment.recover.params, work.block, part, rows, self.decoder, self._pace, work.block.layer * len(self._segments) + number
-        )
+        rows = Rows(calibration.batches, inputs, aims or [batch.state["hidden"] for batch in reference.batches])
+        seed = work.block.layer * len(self._segments) + self._segments.index(segment)
+        judge = Judge(self._turned, work.ending)
+        recovery = Recovery(segment.recover.params, work.block, part, rows, self.decoder, judge, self._pace, seed)
         work.note(work.block.prefix[:-1], {"recover": [recovery.run(before)]})
         for name, encoded in part.encoded.items():
             self._take(part, name, encoded)

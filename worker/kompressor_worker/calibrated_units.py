@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import xxhash
 from torch import Tensor
@@ -12,8 +13,10 @@ from kompressor_worker import kernels, tensors
 from kompressor_worker.block import Encoded, Stage
 from kompressor_worker.block_work import Finished, Place
 from kompressor_worker.calibrated import Engine
+from kompressor_worker.ending import Ending, Reader, stages_of_ending
 from kompressor_worker.formats import bitmask
 from kompressor_worker.formats.stored import decode as decode_linear
+from kompressor_worker.forward import Projection
 from kompressor_worker.journal import Journal
 from kompressor_worker.last_hidden import LastHidden
 from kompressor_worker.layout import LinearLayout, SourceTensor, StageLayout, UnitLayout
@@ -101,16 +104,45 @@ class Calibrated:
             yield from self.row_loads(tied)
         for _, gone in self._beyond(unit):
             yield from (whole(stage) for stage in gone.stages if self._read(stage))
+        yield from (whole(stage) for stage in self._ending(unit))
 
     def _beyond(self, unit: int) -> list[tuple[Place, UnitLayout]]:
         """The blocks behind this one that the result lacks, where blocks are tuned, so that it says what they have said."""
         units, found = self.work.layout.units, list[tuple[Place, UnitLayout]]()
-        if self.engine.tunes and self.engine.streams.reference is not None and kind_of(units[unit]) == "block":
+        if self._tuned(unit):
             for number in range(unit + 1, len(units)):
                 if not units[number].dropped:
                     break
                 found.append((self._places[number], units[number]))
         return found
+
+    def _tuned(self, unit: int) -> bool:
+        layout = self.work.layout.units[unit]
+        return self.engine.tunes and self.engine.streams.reference is not None and kind_of(layout) == "block" and not layout.dropped
+
+    def _ending(self, unit: int) -> list[StageLayout]:
+        """Of the norm and the head, where this is the last block that is tuned."""
+        if not self._tuned(unit) or any(self._tuned(later) for later in range(unit + 1, len(self.work.layout.units))):
+            return []
+        return stages_of_ending(self.work.layout)
+
+    def _find_ending(self, stages: Sequence[StageLayout], incoming: Iterator[Loaded]) -> Ending:
+        """As `loads` asked for it."""
+        norm, engine = FinalNorm(), self.engine
+        heads: list[Tensor] = []
+        for stage in stages:
+            views, matrix = next(incoming).views, matrix_of(stage)
+            found = {t.name: decode(t, views) for t in stage.tensors}
+            if matrix is None:
+                norm.stored, norm.changed = dict(found), dict(found)
+                self._change_norm(next(unit for unit in self.work.layout.units if stage in unit.stages), norm)
+                continue
+            head = found[matrix.weight]
+            heads = [head, self._changed(matrix.weight, 0, head, norm.met if matrix.kind == "head" else [None for _ in self.work.passes])]
+        device = engine.decoder.device
+        sides = zip((engine.source, engine.decoder), (norm.stored, norm.changed), heads, strict=True)
+        original, result = (Reader(decoder, final_norm(x).to(device), head.to(device)) for decoder, x, head in sides)
+        return Ending(original, result, Projection.as_a_runtime({}, engine.decoder.dtype, device).dtype)
 
     def row_loads(self, source: SourceTensor) -> Iterator[Load]:
         """Whole rows, as many as fit into a slice; a tensor that must be decoded comes in one."""
@@ -158,6 +190,8 @@ class Calibrated:
                 for _, gone in self._beyond(unit):
                     for _ in filter(self._read, gone.stages):
                         next(incoming)
+                for _ in self._ending(unit):
+                    next(incoming)
             case _:
                 for _ in self._plain.loads(unit):
                     next(incoming)
@@ -272,7 +306,9 @@ class Calibrated:
             if pieces is not None:
                 pieces.add(number, {place.name: made[place.name] for place in placed[number]})
 
-        record = self.engine.block(self._places[unit], layout, self.reader(incoming), write, step, self._beyond(unit))
+        stages = self._ending(unit)
+        find = partial(self._find_ending, stages, incoming) if stages else None
+        record = self.engine.block(self._places[unit], layout, self.reader(incoming), write, step, self._beyond(unit), find)
         return self.snapshots.carry(unit, {"block": record}, pieces)
 
     # ---- the head

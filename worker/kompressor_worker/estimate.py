@@ -38,6 +38,8 @@ TUNED_TOKENS = 2048
 TUNED_BYTES = 26
 """A weight that is tuned, beside those that are there anyway: in fp32 itself, its gradient and what the steps before have left, the best so
 far, and as the forward has rounded it."""
+JUDGED_BYTES = 128 << 20
+"""As kernels.divergence.CPU_SCRATCH_BYTES: logits while the last block is tuned."""
 SCORED_BYTES = 104
 """A position of the evaluation: sums of its logits, and token ids."""
 
@@ -185,6 +187,8 @@ def flow_bytes(
     changed = any(p.transforms or p.prunes or p.reduces or (p.statistics and (p.whole_block or not p.products)) for p in passes)
     reducing = {name for p in passes for name in p.reduces}
     hidden = int(text_config(layout.source_config)["hidden_size"])
+    tuned = any(p.tuned_rows for p in passes)
+    ending = (2 if changed else 1) * head_size(layout) * size + JUDGED_BYTES
     between = block = step = statistics = mixture = 0
     surveyed = any(p.surveys_whole_blocks for p in passes)
     for unit, placed in zip(layout.units, planned.stages, strict=True):
@@ -199,8 +203,9 @@ def flow_bytes(
             loaded, decoded = sum(s.source_bytes for s in stages), sum(t.nbytes for s in stages for t in s.tensors)
             quantised = sum(prod(x.shape) for s in stages for x in s.linears if x.name in schemes)
             recoded = decoded if any(t.encoding != "plain" for s in stages for t in s.tensors) else 0
-            block = max(block, loaded + recoded + (decoded if changed else 0) + quantised * size + made)
             steps = steps_in(part.of(stored), experts, layout)
+            learned = TUNED_BYTES * sum(s.weights for sites in steps for s in sites) + ending if tuned else 0
+            block = max(block, loaded + recoded + (decoded if changed else 0) + quantised * size + made + learned)
             if not steps:
                 continue
             # between two steps flows what the output projections read: theirs are the steps of one linear
@@ -210,8 +215,7 @@ def flow_bytes(
             trials = 4 * TRIAL_COPIES * max(s.weights for sites in steps for s in sites)
             widened = sum(wide[:-1]) + trials if whole else max(wide)
             step = max(step, widened + max(batch_bytes(sites, tokens.length) for sites in steps))
-            if any(p.tuned_rows for p in passes):
-                block += TUNED_BYTES * sum(s.weights for sites in steps for s in sites)
+            if tuned:
                 step = max(step, sum(tuned_bytes(sites, tokens.length) for sites in steps))
             if hessians:
                 factors = 4 * COPIES * max(s.columns for sites in steps for s in sites) ** 2
@@ -280,9 +284,15 @@ def flow_operations(spec: CompressionJobSpec, layout: ModelLayout, passes: Seque
                 sums += s.share * tokens.calibration * s.columns**2 / 2 if hessians else 0
                 taken = sum(prod(x.shape) for x in s.linears if x.name in schemes or x.pruned)
                 encoding += (products * taken * s.columns + s.columns**3) if products and taken else 0
-    config = text_config(layout.config)
-    head = 2.0 * tokens.evaluation * int(config["hidden_size"]) * int(config["vocab_size"])
+    head = 2.0 * tokens.evaluation * head_size(layout)
+    tuning += 3.0 * sum(p.tuned_rows for p in passes) * tokens.length * head_size(layout)  # both models' logits, and a gradient of one
     return FlowOperations(forward, sums, encoding, head, surveys, tuning)
+
+
+def head_size(layout: ModelLayout) -> int:
+    """Elements."""
+    config = text_config(layout.config)
+    return int(config["hidden_size"]) * int(config["vocab_size"])
 
 
 def surveyed_states(passes: Sequence[Pass]) -> int:

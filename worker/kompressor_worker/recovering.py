@@ -1,14 +1,15 @@
 """A block tuned as a whole: gradients of its output's error, a few rows at a time, by what calibration rows have become before it.
 
 The error is a position's squared distance from the original's output, as a share of that output's square: what reads it normalises it, so
-every position counts alike, however loud. Some rows are held out: they say what has become better, so data that was learned by heart is not
-taken for it, and the best that they have seen is what is kept.
+every position counts alike, however loud. Behind the last block it is the divergence of the logits (`ending`). Some rows are held out: they
+say what has become better, so data that was learned by heart is not taken for it, and the best that they have seen is what is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
@@ -19,6 +20,7 @@ from kompressor_worker.batch import Batch
 from kompressor_worker.block_work import PartWork, size_of
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Block
+from kompressor_worker.ending import Ending
 from kompressor_worker.errors import BadNumerics
 from kompressor_worker.forward import Projection
 from kompressor_worker.passes.recover import RecoverParams
@@ -38,11 +40,9 @@ WARM_UP = 0.05
 class Rows:
     """What flows into the block, and what shall come out of it."""
 
-    def __init__(
-        self, batches: Sequence[Batch], inputs: Sequence[Tensor], aims: Sequence[Tensor], turn: Callable[[Tensor], Tensor]
-    ) -> None:
-        """`inputs` and `aims` [rows, length, hidden] by batch; `turn` brings aims [positions, hidden] into the basis of the result."""
-        self._inputs, self._aims, self._turn = inputs, aims, turn
+    def __init__(self, batches: Sequence[Batch], inputs: Sequence[Tensor], aims: Sequence[Tensor]) -> None:
+        """`inputs` and `aims` [rows, length, hidden] by batch."""
+        self._inputs, self._aims = inputs, aims
         self._places = [
             (number, row, length)
             for number, batch in enumerate(batches)
@@ -73,18 +73,45 @@ class Rows:
         for at, (number, row, length) in enumerate(places):
             hidden[at, :length] = self._inputs[number][row, :length]
         aims = torch.cat([self._aims[number][row, :length] for number, row, length in places])
-        return Batch(tuple(length for _, _, length in places), {"hidden": hidden}), self._turn(aims).float()
+        return Batch(tuple(length for _, _, length in places), {"hidden": hidden}), aims
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Of what a block puts out."""
+
+    turn: Callable[[Tensor], Tensor]
+    """Brings aims [positions, hidden] into the basis of the result."""
+    ending: Ending | None = None
+    """Behind the last block."""
+
+    def __call__(self, said: Tensor, aims: Tensor) -> Tensor:
+        """Sum over positions, fp32, of what a block says instead of its aims, each [positions, hidden] in its own basis: of the divergence
+        behind the last one, of squared errors as shares behind all others."""
+        if self.ending is not None:
+            return self.ending.divergence(said, aims)
+        aims = self.turn(aims).float()
+        errors = (said.float() - aims).square().sum(-1) / aims.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        return errors.sum()
 
 
 class Recovery:
     """Of one block."""
 
     def __init__(
-        self, params: RecoverParams, block: Block, part: PartWork, rows: Rows, decoder: Decoder, heard: Callable[[float], None], seed: int
+        self,
+        params: RecoverParams,
+        block: Block,
+        part: PartWork,
+        rows: Rows,
+        decoder: Decoder,
+        judge: Judge,
+        heard: Callable[[float], None],
+        seed: int,
     ) -> None:
         """`part`: all of the block, as passes have left it. `heard` hears of multiply-adds, and may raise. `seed`: beside that of
         `params`."""
-        self.params, self.block, self.rows, self.decoder, self.heard = params, block, rows, decoder, heard
+        self.params, self.block, self.rows, self.decoder, self.judge, self.heard = params, block, rows, decoder, judge, heard
         self._size = sum(size_of(step.layout) for step in block.steps)
         linears = [x for step in block.steps for x in step.layout.linears]
         dtype = Projection.as_a_runtime({}, decoder.dtype, decoder.device).dtype
@@ -124,7 +151,7 @@ class Recovery:
         chosen = self._next()
         tokens, loss = self.rows.tokens(chosen), 0.0
         for batch, aims in self.rows.pieces(chosen):
-            error = self._errors(batch, aims, as_published=False).sum() / tokens
+            error = self._error(batch, aims, as_published=False) / tokens
             error.backward()  # type: ignore[no-untyped-call]
             loss += float(error.detach())
             self.heard(2.0 * self._size * len(aims))
@@ -144,15 +171,15 @@ class Recovery:
 
     @torch.no_grad()
     def _judged(self) -> float:
-        errors = [self._errors(batch, aims, as_published=True).sum(dtype=torch.float64) for batch, aims in self.rows.pieces(self._judges)]
-        return float(sum(errors)) / self.rows.tokens(self._judges)
+        errors = [float(self._error(batch, aims, as_published=True)) for batch, aims in self.rows.pieces(self._judges)]
+        return sum(errors) / self.rows.tokens(self._judges)
 
     def _hear(self, _: Tensor) -> None:
         """In the midst of a backward, which takes long, too."""
         self.heard(0)
 
-    def _errors(self, batch: Batch, aims: Tensor, as_published: bool) -> Tensor:
-        """fp32 [positions]"""
+    def _error(self, batch: Batch, aims: Tensor, as_published: bool) -> Tensor:
+        """fp32 scalar, over the positions of these rows."""
         linear = self.learned.linear(as_published)
         for step in self.block.steps:
             self.block.advance(step, batch, linear.weights, linear)
@@ -162,8 +189,7 @@ class Recovery:
             self.heard(size_of(step.layout) * len(aims))
         hidden = batch.state["hidden"]
         valid = batch.valid(hidden.shape[1], hidden.device)
-        said = (hidden.flatten(0, 1) if valid is None else hidden[valid]).float()
-        return (said - aims).square().sum(-1) / aims.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        return self.judge(hidden.flatten(0, 1) if valid is None else hidden[valid], aims)
 
 
 def exact_in(block: Block, part: PartWork) -> set[str]:
