@@ -171,11 +171,18 @@ class Distilling:
 
 
 def warnings_of(history: History) -> tuple[str, ...]:
+    """Where a training has been of no use, with what to change."""
     if history.steps == 0 or history.best_step > 0:
         return ()
+    said = f"distil: {history.steps} steps have made the student no better on the rows held out, so it is published as it was before"
+    measured = [(int(each["step"]), each["kl"]) for each in history.evaluations if "kl" in each]
+    rate = max((each["learningRate"] for each in history.curve), default=0.0)
+    if len(measured) < 2 or measured[1][1] <= measured[0][1]:
+        return (f"{said}; set another learningRate, more rows or more steps",)
+    (_, before), (step, behind) = measured[:2]
     return (
-        f"distil: {history.steps} steps have made the student no better on the rows held out, so it is published as it was before; set "
-        "another learningRate, more rows or more steps",
+        f"{said}: steps at a learning rate of {rate:.2g} undo more than they teach (KL {before:.3g} at first, {behind:.3g} behind step "
+        f"{step}, {measured[-1][1]:.3g} at the end); set learningRate to {rate / 3:.1g}, or many more steps",
     )
 
 
