@@ -83,7 +83,7 @@ def check_operator(image: Image, scratch: Path) -> None:
 def check_planner(image: Image, scratch: Path) -> None:
     """Plans a job and cleans up after none, as a pod of the preflight does; has neither torch nor the operator, is not root."""
     check_user(image, scratch)
-    check_lacks(image, scratch, "torch", "gguf", "transformers", "kubernetes", "rich", "kompressor_operator", "pip")
+    check_lacks(image, scratch, "torch", "transformers", "kubernetes", "rich", "kompressor_operator", "pip")
     write_checkpoint(scratch / "source")
     source, output = {"uri": "file:///tmp/source"}, {"uri": "file:///tmp/out"}
     spec = {"model": {"source": source}, "output": output, "passes": [{"rtn": {"scheme": "W4A16", "groupSize": 32}}]}
