@@ -4,10 +4,10 @@
     python benchmarks/recovery.py --cases 2:4 W2A16 --ways recover --rows 256 --steps 100
     python benchmarks/recovery.py --model llama_learned --ways distil labels
 
-Each case is a real job on a trained model of the suite by itself, and one with each way behind its passes: `recover`, `distil`, `both`
-(recover, then distil) and `labels` (as `both`, but a training on the text alone). All are judged by their own evaluation on held-out rows.
-Shares are of the mean KL to the original, and of the rise in perplexity, that the job by itself has. Blocks are tuned on the calibration
-rows; trainings have rows of their own.
+Each case is a real job on a trained model of the suite by itself, and one with each way behind its passes: `recover`, `distil` (logits and
+hidden states), `logits` (these alone), `labels` (the text alone) and `both` (recover, then distil). All are judged by their own evaluation
+on held-out rows. Shares are of the mean KL to the original, and of the rise in perplexity, that the job by itself has. Blocks are tuned on the
+calibration rows; trainings have rows of their own.
 """
 
 from __future__ import annotations
@@ -95,11 +95,13 @@ def ways(asked: argparse.Namespace, training: Path) -> dict[str, tuple[Passes, i
     how = {"sequenceLength": LENGTH, "batch": 16, "steps": asked.distil_steps, "learningRate": asked.learning_rate}
     distil = {"dataset": {"uri": training.as_uri(), "tokens": "ids"}, "packing": False, **how}
     tuned, trained = asked.steps * asked.batch_rows, 16 * asked.distil_steps
+    taught = {**distil, "hiddenStates": {}}
     return {
         "recover": ([recover], tuned),
-        "distil": ([{"distil": distil}], trained),
+        "distil": ([{"distil": taught}], trained),
+        "logits": ([{"distil": distil}], trained),
         "labels": ([{"distil": {**distil, "divergence": {"labels": 1}}}], trained),
-        "both": ([recover, {"distil": distil}], tuned + trained),
+        "both": ([recover, {"distil": taught}], tuned + trained),
     }
 
 
