@@ -103,7 +103,7 @@ class CalibrationSpec(Sample):
         le=2**31 - 1,
         json_schema_extra={UNSTORED: True},
         description=(
-            "In a mixture of experts: one that fewer tokens of the data are routed to is measured on all of them; what is computed follows "
+            "In a mixture of experts: one that fewer tokens are routed to is measured on all of them; what is computed follows "
             "the true routing. 0: none is."
         ),
     )

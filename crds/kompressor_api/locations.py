@@ -16,7 +16,7 @@ class CaBundle(Model):
     """A certificate authority for a private endpoint."""
 
     config_map: Name = Field(description="ConfigMap in the job's namespace that holds the PEM bundle.")
-    key: Short = Field(default="ca.crt", description="Key of the bundle in the ConfigMap.")
+    key: Short = Field(default="ca.crt", description="Key of the bundle.")
 
 
 class Location(Model):
@@ -31,12 +31,12 @@ class Location(Model):
         default=None,
         description="Address buckets as endpoint/bucket rather than bucket.endpoint. Default: true with an endpoint.",
     )
-    ca_bundle: CaBundle | None = Field(default=None, description="Certificate authority of the endpoint, if it is a private one.")
+    ca_bundle: CaBundle | None = Field(default=None, description="Certificate authority of a private endpoint.")
     credentials_secret: Name | None = Field(
         default=None,
         description=(
             "Secret in the job's namespace with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN), "
-            "or HF_TOKEN. Default: the identity of the worker's pod."
+            "or HF_TOKEN. Default: the pod's identity."
         ),
     )
 

@@ -45,6 +45,10 @@ _WRITABLE = {
     "message": "a hub is read-only here; use s3:// or pvc://",
     "fieldPath": ".uri",
 }
+_OF_GGUF = {
+    "rule": "(has(self.format) && self.format == 'gguf') || (!has(self.name) && !has(self.maxFileBytes))",
+    "message": "name and maxFileBytes are of GGUF; set format: gguf",
+}
 _COLUMNS = "[has(self.field), has(self.messages), has(self.tokens)].filter(c, c).size()"
 _COLUMN_RULES = (
     {"rule": f"{_COLUMNS} < 2", "message": "field, messages and tokens exclude each other; keep the one to be read"},
@@ -224,7 +228,7 @@ def _add_rules(spec: Schema) -> None:
             "rule": f"self.{name} == oldSelf.{name}"
             if name in spec["required"]
             else f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})",
-            "message": f"cannot change once the job exists; create another CompressionJob (only {_mutable()} may change)",
+            "message": f"cannot change once the job exists; create another (only {_mutable()} may change)",
             "reason": "FieldValueForbidden",
             "fieldPath": f".{name}",
         }
@@ -248,7 +252,7 @@ def _add_rules(spec: Schema) -> None:
     )
     _add_target_rules(spec)
     spec["properties"]["model"]["properties"]["source"][RULES] = [_IN_CLUSTER, _ONE_NAME]
-    spec["properties"]["output"][RULES] = [_IN_CLUSTER, _WRITABLE, _ONE_NAME]
+    spec["properties"]["output"][RULES] = [_IN_CLUSTER, _WRITABLE, _ONE_NAME, _OF_GGUF]
     _add_data_rules(spec)
 
 

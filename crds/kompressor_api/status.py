@@ -128,7 +128,7 @@ class PlanStatus(BaseModel):
     ratio: Text | None = Field(default=None, description="sourceBytes / outputBytes, such as 3.6x.")
     hostMemoryBytes: int | None = Field(default=None, description="Peak of the worker's memory on the host.")
     gpuMemoryBytes: int | None = Field(default=None, description="Peak of the worker's memory on the GPU; absent without one.")
-    scratchBytes: int | None = Field(default=None, description="With evaluation.runtime: copies of checkpoints in the worker's /tmp.")
+    scratchBytes: int | None = Field(default=None, description="In the worker's /tmp: copies of checkpoints, experts for GGUF.")
     seconds: int | None = Field(default=None, description="Wall-clock seconds that the worker will take.")
     trainingSteps: int | None = Field(default=None, description="With the pass distil: training steps, where they are known beforehand.")
     trainingTokens: int | None = Field(default=None, description="Tokens that they take, at most.")

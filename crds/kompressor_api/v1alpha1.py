@@ -8,9 +8,9 @@ object.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from kompressor_api.datasets import CalibrationSpec, DriftSpec, EvaluationSpec, Sample
 from kompressor_api.fields import UNSTORED, Count, Flag, Model, Name, Short, Uri
@@ -65,16 +65,26 @@ class ModelSpec(Model):
 class OutputSpec(Location):
     """Where the result is written. Readers see nothing there until all of it is there."""
 
-    format: Literal["compressed-tensors"] = Field(
+    format: Literal["compressed-tensors", "gguf"] = Field(
         default="compressed-tensors",
-        description="File format of the result: compressed-tensors (vLLM, SGLang, transformers).",
+        description="Of the result: compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp).",
+    )
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.gguf$", max_length=200)] | None = Field(
+        default=None,
+        description="Of a GGUF file. Default: model-<scheme>.gguf.",
+    )
+    max_file_bytes: Count | None = Field(
+        default=None,
+        ge=1 << 20,
+        le=10**11,
+        description="GGUF is split above it. Default: 45 GB.",
     )
     sparse_storage: Literal["dense", "bitmask"] = Field(
         default="dense",
         json_schema_extra={UNSTORED: True},
         description=(
-            "How pruned linears that are not quantised are stored. dense: with their zeros, as every loader reads them. bitmask: what is "
-            "left, little more than half the size at 50%; no current loader reads it, kompressor expand makes it dense."
+            "How pruned linears that are not quantised are stored. dense: with their zeros. bitmask: what is left, little more than half "
+            "the size at 50%; no loader reads it, kompressor expand makes it dense."
         ),
     )
 
@@ -84,6 +94,14 @@ class OutputSpec(Location):
         if uri.startswith("hf://"):
             raise ValueError(f"output {uri}: a hub is read-only here; use s3:// or pvc://")
         return uri
+
+    @model_validator(mode="after")
+    def _of_its_format(self) -> OutputSpec:
+        if self.format != "gguf" and (self.name is not None or self.max_file_bytes is not None):
+            raise ValueError("name and maxFileBytes are of GGUF; set format: gguf")
+        if self.format == "gguf" and self.sparse_storage == "bitmask":
+            raise ValueError("GGUF knows no sparseStorage: bitmask; leave it out, or choose format compressed-tensors")
+        return self
 
 
 class RetrySpec(Model):

@@ -37,8 +37,8 @@ class WorkerSpec(Model):
     allow_device_change: Flag | None = Field(
         default=None,
         description=(
-            "Whether a calibrated job that was cut off may go on with another kind of GPU or processor, or number of threads: the result "
-            "is as good, not the same to the byte, and says which units were made on what. Default: false."
+            "Whether a calibrated job that was cut off may go on with another kind of GPU or processor, or number of threads: as good, not "
+            "the same to the byte; the report says what was made on what. Default: false."
         ),
     )
     parallelism: Count | None = Field(

@@ -51,7 +51,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_spec_is_immutable(server: Server, job: Job, change: str) -> None:
     refusal = server.patch(job, {"spec": CHANGES[change]}).refusal
-    assert "cannot change once the job exists; create another CompressionJob (only suspend, retry and" in refusal
+    assert "cannot change once the job exists; create another (only suspend, retry and" in refusal
     assert f'"field":"spec.{next(iter(CHANGES[change]))}"' in refusal
     assert refusal.startswith("422 ") and '"reason":"Invalid"' in refusal, "what kubectl and Flux take for an immutable field"
 

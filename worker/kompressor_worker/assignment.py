@@ -10,6 +10,7 @@ from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.architectures import refuse_unknown_forward
 from kompressor_worker.formats import bitmask
 from kompressor_worker.formats.readers import reader_warnings, storage_warnings
+from kompressor_worker.gguf_result import gguf_plan, gguf_warnings, refuse_impossible
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.parts import mixture_warnings
 from kompressor_worker.passes import Pass, build_passes
@@ -33,7 +34,8 @@ class Assignment:
 
     @cached_property
     def plan(self) -> OutputPlan:
-        return plan_output(self.layout, self.schemes)
+        gguf = self.layout.file_format == "gguf"
+        return gguf_plan(self.spec, self.layout, self.schemes) if gguf else plan_output(self.layout, self.schemes)
 
     @classmethod
     def of(cls, spec: CompressionJobSpec, source: ModelLayout) -> Assignment:
@@ -59,9 +61,12 @@ class Assignment:
             layout = bitmask.marked(layout, schemes)
         if flows(spec, passes):
             refuse_unknown_forward(layout.family, layout.config)
+        gguf = layout.file_format == "gguf"
+        if gguf:
+            refuse_impossible(spec, passes, schemes, layout)
         warnings = (
             *layout.warnings,
-            *reader_warnings(layout, schemes),
+            *(gguf_warnings(layout, schemes) if gguf else reader_warnings(layout, schemes)),
             *(storage_warnings(layout, schemes) if spec.output.sparse_storage == "bitmask" else ()),
             *unused_samples(spec, passes),
             *(shape_warnings(spec, layout, passes, schemes) if flows(spec, passes) else ()),

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import xxhash
 from torch import Tensor
 
-from kompressor_worker import kernels, tensors
+from kompressor_worker import kernels
 from kompressor_worker.block import Encoded, Stage
 from kompressor_worker.block_work import Finished, Place
 from kompressor_worker.calibrated import Engine
@@ -19,14 +18,15 @@ from kompressor_worker.formats.stored import decode as decode_linear
 from kompressor_worker.forward import Projection
 from kompressor_worker.journal import Journal
 from kompressor_worker.last_hidden import LastHidden
-from kompressor_worker.layout import LinearLayout, SourceTensor, StageLayout, UnitLayout
+from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
+from kompressor_worker.matrix_rows import RowCodes, matrix_rows, row_loads
 from kompressor_worker.pace import Pace
 from kompressor_worker.pipeline import Load, Loaded
 from kompressor_worker.shards import PlacedTensor
 from kompressor_worker.snapshots import Snapshots
-from kompressor_worker.stream import DataFree, Step, Work, refuse_nonfinite, whole
-from kompressor_worker.tensors import as_bytes, decode
-from kompressor_worker.unit_kinds import final_norm, in_file_order, kind_of, matrix_of, matrix_tensor, row_bytes
+from kompressor_worker.stream import DataFree, Step, Work, loaded_whole, whole
+from kompressor_worker.tensors import as_bytes, decode, refuse_nonfinite
+from kompressor_worker.unit_kinds import final_norm, in_file_order, kind_of, matrix_of, matrix_tensor
 from kompressor_worker.writer import NOTHING, Carry, Writer
 
 Meet = Callable[[int, Tensor, Tensor], None]
@@ -93,15 +93,13 @@ class Calibrated:
                 yield from [whole(stage)] if self._read(stage) else []
                 continue
             matrix = matrix_of(stage)
-            if matrix is None or matrix.name in self.work.schemes:
+            if matrix is None or self._whole(matrix):
                 yield from (whole(stage) for _ in [0] if any(t.stored for t in stage.tensors))
                 continue
             for tensor in in_file_order(stage, placed):
-                yield from (
-                    self.row_loads(tensor) if tensor.name == matrix.weight else [Load(tuple((s, 0, s.nbytes) for s in tensor.stored))]
-                )
-        if kind == "head" and (tied := self._tied_matrix(layout)):
-            yield from self.row_loads(tied)
+                yield from row_loads(tensor, self.work.limits) if tensor.name == matrix.weight else [loaded_whole(tensor)]
+        if kind == "head" and (tied := self._tied(layout)):
+            yield from row_loads(matrix_tensor(*tied), self.work.limits)
         for _, gone in self._beyond(unit):
             yield from (whole(stage) for stage in gone.stages if self._read(stage))
         yield from (whole(stage) for stage in self._ending(unit))
@@ -144,36 +142,17 @@ class Calibrated:
         original, result = (Reader(decoder, final_norm(x).to(device), head.to(device)) for decoder, x, head in sides)
         return Ending(original, result, Projection.as_a_runtime({}, engine.decoder.dtype, device).dtype)
 
-    def row_loads(self, source: SourceTensor) -> Iterator[Load]:
-        """Whole rows, as many as fit into a slice; a tensor that must be decoded comes in one."""
-        if source.encoding != "plain":
-            yield Load(tuple((s, 0, s.nbytes) for s in source.stored))
-            return
-        (stored,) = source.stored
-        row = stored.nbytes // max(1, source.shape[0])
-        size = max(1, self.work.limits.slice // max(1, row)) * row
-        for start in range(0, stored.nbytes, size):
-            yield Load(((stored, start, min(start + size, stored.nbytes)),))
+    def _whole(self, matrix: LinearLayout) -> bool:
+        """Whether it is quantised in one go."""
+        scheme = self.work.schemes.get(matrix.name)
+        return scheme is not None and scheme.format != "gguf"
 
-    def rows(self, source: SourceTensor, incoming: Iterator[Loaded]) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of a matrix, as `row_loads` asked for them."""
-        first = 0
-        for _ in self.row_loads(source):
-            views = next(incoming).views
-            if source.encoding != "plain":
-                rows = decode(source, views)
-            else:
-                rows = tensors.tensor(views[source.stored[0].name], source.dtype, (-1, *source.shape[1:]))
-            refuse_nonfinite(source.name, kernels.nonfinite(rows))
-            yield first, rows
-            first += len(rows)
-
-    def _tied_matrix(self, layout: UnitLayout) -> SourceTensor | None:
+    def _tied(self, layout: UnitLayout) -> tuple[StageLayout, LinearLayout] | None:
         """The embeddings, where they are the head and evaluation needs one."""
         if not self.comparing or any(m.kind == "head" for s in layout.stages for m in s.linears):
             return None
         found = [(s, m) for u in self.work.layout.units for s in u.stages for m in s.linears if m.kind == "embedding"]
-        return matrix_tensor(*found[0]) if found else None
+        return found[0] if found else None
 
     # ---- units
 
@@ -250,16 +229,14 @@ class Calibrated:
                 if writer is not None:
                     writer.write(places[source.name], as_bytes(value.contiguous(), places[source.name]))
                 continue
-            hasher = xxhash.xxh3_128()
-            for first, rows in self.rows(source, incoming):
-                changed = self._changed(source.name, first, rows, norms)
-                meet(first, rows, changed)
+            codes = RowCodes.of(matrix, self.work.schemes, placed)
+            for first, rows in matrix_rows(source, incoming, self.work.limits):
+                stored = codes.stored(self._changed(source.name, first, rows, norms))
+                meet(first, rows, codes.seen(stored))
                 if writer is not None:
-                    data = row_bytes(changed)
-                    hasher.update(data)
-                    writer.append(places[source.name], data)
+                    codes.write(stored, writer)
             if writer is not None:
-                writer.record_digest(source.name, hasher.hexdigest())
+                codes.finish(writer)
 
     def reader(self, incoming: Iterator[Loaded]) -> Callable[[StageLayout], dict[str, Tensor]]:
         """The stages of a block as `loads` asked for them, one after the other."""
@@ -324,15 +301,16 @@ class Calibrated:
                 step(stage.source_bytes)
             else:
                 hidden = self._last_hidden(norm, stage.source_bytes, step)
-                if matrix.name in self.work.schemes:
+                if self._whole(matrix):
                     self._encoded_head(stage, matrix, placed, norm.met, next(incoming), writer, hidden.add, step)
                 else:
                     self._matrix(stage, matrix, placed, incoming, writer, norm.met, hidden.add)
                 hidden.pace.finish()
-        if tied := self._tied_matrix(layout):
-            hidden = self._last_hidden(norm, 0, step)
-            for first, rows in self.rows(tied, incoming):
-                hidden.add(first, rows, self._changed(tied.name, first, rows, [None for _ in self.work.passes]))
+        if tied := self._tied(layout):
+            hidden, codes = self._last_hidden(norm, 0, step), RowCodes.of(tied[1], self.work.schemes)
+            for first, rows in matrix_rows(matrix_tensor(*tied), incoming, self.work.limits):
+                changed = self._changed(tied[1].weight, first, rows, [None for _ in self.work.passes])
+                hidden.add(first, rows, codes.seen(codes.stored(changed)))
         return Carry({"evaluation": hidden.result()}) if hidden is not None and hidden.comparing else NOTHING
 
     def _final_norm(

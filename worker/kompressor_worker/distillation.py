@@ -17,6 +17,7 @@ from kompressor_worker.calibration import check_dataset
 from kompressor_worker.digests import digest
 from kompressor_worker.distil.lesson import StoredModel
 from kompressor_worker.errors import UserError
+from kompressor_worker.gguf_result import prepared
 from kompressor_worker.headers import load_json
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass, build_passes
@@ -118,7 +119,7 @@ def open_models(spec: CompressionJobSpec, environ: Mapping[str, str], stop: thre
     told = spec.model_copy(update={"passes": in_place_of_sizes(spec.passes)}) if spec.passes else spec
     passes = build_passes(told.passes)
     source = open_source(spec.model.source, environ, stop)
-    layout = read_layout(source)
+    layout = prepared(spec.output, source, read_layout(source))
     found = Distillation.of(passes, source, layout, environ, stop)
     if found is not None and found.student is not None:
         return Models(told, found.student.source, found.student.layout, found)

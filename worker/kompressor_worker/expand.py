@@ -126,7 +126,13 @@ def read_result(source: Source) -> tuple[Checkpoint, dict[str, Any]]:
             f"{source.uri}: no {REPORT}, so this is no result of Kompressor; name the output.uri of a job that is Complete",
             Reason.UNSUPPORTED_MODEL,
         )
-    checkpoint, result = read_checkpoint(source), load_json(REPORT, source.read(REPORT))
+    result = load_json(REPORT, source.read(REPORT))
+    if "gguf" in result:
+        raise UserError(
+            f"{source.uri}: a GGUF file, which llama.cpp reads as it is; for a plain checkpoint take the model that it was made from",
+            Reason.UNSUPPORTED_MODEL,
+        )
+    checkpoint = read_checkpoint(source)
     try:
         check_names(checkpoint, result)
         if missing := sorted(set(result["files"]) - set(checkpoint.file_sizes)):

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import heapq
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO
 
+from kompressor_worker.errors import NoSpaceLeft
 from kompressor_worker.shards import OutputPlan, PlacedTensor, Position
 from kompressor_worker.storage.posix import explained, write_at
 
-__all__ = ["InOrder", "spool_bytes"]
+__all__ = ["InOrder", "refuse_without_spool", "spool_bytes"]
 
 PIECE = 8 << 20
 """Bytes that are read back at once."""
@@ -124,3 +127,13 @@ def spool_bytes(plan: OutputPlan) -> int:
             turn += 1
         size = size if waiting else 0
     return peak
+
+
+def refuse_without_spool(needed: int) -> None:
+    """Raises NoSpaceLeft."""
+    place = Path(tempfile.gettempdir())
+    if needed and (room := shutil.disk_usage(place).free) < needed:
+        raise NoSpaceLeft(
+            f"a layer's experts, on their way into a GGUF file, take {needed:,} bytes in {place}, {room:,} are free; enlarge the volume "
+            "there (a worker's is replaced by the volume `tmp` of worker.podTemplate), or set TMPDIR to a larger one"
+        )

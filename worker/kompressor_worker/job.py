@@ -35,7 +35,12 @@ class Job:
         who = {"name": self.name, "namespace": self.namespace, "uid": self.uid}
         output = self.spec.output
         stored = {} if output.sparse_storage == "dense" else {"sparseStorage": output.sparse_storage}
-        return {**who, "passes": spec["passes"], "format": output.format, **stored}
+        return {**who, "passes": spec["passes"], "format": output.format, **of_the_file(self.spec), **stored}
+
+
+def of_the_file(spec: CompressionJobSpec) -> dict[str, Any]:
+    """What is asked of the name and size of the files, if anything is."""
+    return spec.output.model_dump(by_alias=True, exclude_none=True, include={"name", "max_file_bytes"})
 
 
 def load_job(path: Path, environ: Mapping[str, str]) -> Job:

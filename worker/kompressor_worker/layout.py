@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    from kompressor_worker.formats.gguf_tokenizer import TokenizerMetadata
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -18,6 +21,7 @@ DTYPE_BYTES = {
 
 Encoding = Literal["plain", "fp8_block", "mxfp4", "quantized", "bitmask", "made"]
 Kind = Literal["linear", "router", "embedding", "head"]
+FileFormat = Literal["compressed-tensors", "gguf"]
 KvStrategy = Literal["tensor", "head"]
 """Keys, and values, of a layer that share a scale in the cache: all of them, or those of a KV head."""
 
@@ -178,6 +182,10 @@ class ModelLayout:
     """Whether a pass has given layers a sliding window."""
     source_config: Mapping[str, Any] = field(default_factory=dict)
     """config.json of the source."""
+    file_format: FileFormat = "compressed-tensors"
+    """Of the result; passes take schemes of it alone."""
+    tokenizer: TokenizerMetadata | None = None
+    """What a GGUF file says of it."""
 
     def stages(self) -> Iterator[StageLayout]:
         """Of the result: without those of blocks and experts that are dropped."""

@@ -14,6 +14,7 @@ from kompressor_api.pod import accelerators
 from kompressor_api.v1alpha1 import WorkerSpec
 from kompressor_worker.distillation import Distillation, open_models
 from kompressor_worker.estimate import FlowBytes, FlowOperations, flow_bytes, flow_operations
+from kompressor_worker.in_order import spool_bytes
 from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_unusable_journal
 from kompressor_worker.kv_memory import kv_change, kv_status
@@ -29,7 +30,7 @@ from kompressor_worker.runtime.checkpoints import scratch_bytes
 from kompressor_worker.sample_warnings import size_warnings
 from kompressor_worker.samples import FoundData, find_samples, flows
 from kompressor_worker.schemes import Scheme
-from kompressor_worker.shards import OutputPlan
+from kompressor_worker.shards import OutputPlan, row_by_row
 from kompressor_worker.storage.locations import open_output
 from kompressor_worker.structure import structure
 from kompressor_worker.target.ladder import Ladder, Rung, published_by, standing
@@ -89,7 +90,7 @@ class Plan:
     """By pass: what it says of what only a survey can decide."""
     training: TrainingEstimate | None = None
     scratch: int | None = None
-    """Bytes of copies that an engine opens; None where nothing is served."""
+    """Bytes of copies that an engine opens, or before it of experts on their way into a GGUF file; None where there is neither."""
 
     @property
     def rate(self) -> float:
@@ -203,7 +204,8 @@ def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None
         refuse_without_room(output, ladder.rungs[number].assigned.plan)
     plans = [_trained(_planned(rung, models.original.layout, limits or Limits()), rung, models.distillation, data) for rung in ladder.rungs]
     memory = Memory(max(plan.memory.host for plan in plans), max(plan.memory.gpu or 0 for plan in plans) or None)
-    scratch = max(scratch_bytes(models.original, rung.assigned.plan, output) for rung in ladder.rungs) if serving else None
+    copies = max(scratch_bytes(models.original, rung.assigned.plan, output) for rung in ladder.rungs) if serving else 0
+    scratch = max(copies, *(spool_bytes(rung.assigned.plan) for rung in ladder.rungs)) or (0 if serving else None)
     warnings = (*notes, *size_warnings(data), *plans[number].warnings)
     return replace(plans[number], memory=memory, published=published, warnings=warnings, target=ladder.fit, scratch=scratch)
 
@@ -264,9 +266,13 @@ def peak_memory(layout: ModelLayout, planned: OutputPlan, schemes: Mapping[str, 
     largest = 2 * limits.slice
     for unit, stages in zip(layout.units, planned.stages, strict=True):
         for stage, placed in zip(unit.stages, stages, strict=True):
+            if row_by_row(stage, schemes):
+                continue
             if any(x.name in schemes or x.pruned for x in stage.linears) or any(t.encoding != "plain" for t in stage.tensors):
                 decoded = sum(t.nbytes for t in stage.tensors if t.encoding != "plain")
                 largest = max(largest, stage.source_bytes + decoded + sum(t.stop - t.start for t in placed))
-    changed = [s.source_bytes for s in layout.stages() if any(x.name in schemes or x.pruned for x in s.linears)]
+    changed = [
+        s.source_bytes for s in layout.stages() if not row_by_row(s, schemes) and any(x.name in schemes or x.pruned for x in s.linears)
+    ]
     ahead = max([limits.lookahead, *changed])
     return IDLE_BYTES + SCRATCH_BYTES + largest + ahead + limits.pending

@@ -21,7 +21,7 @@ from kompressor_worker.formats.compressed_tensors import other_modules, quantiza
 from kompressor_worker.journal import Journal, differing
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.report_html import UnitTime, render
-from kompressor_worker.shards import OutputPlan
+from kompressor_worker.shards import OutputPlan, PlacedTensor
 from kompressor_worker.storage import JOURNAL, Output, Source
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def publish(
     copied = {name: carry_over(source, output, name, work.layout.file_sizes[name]) for name in work.layout.other_files}
     journal.commit(journal.state)  # the fence once more: what follows is seen by readers
     config = dumps(published_config(work))
-    if len(work.plan.shards) > 1:
+    if indexed(work):
         output.write(INDEX, dumps(work.plan.index()))
     for name, data in (beside or {}).items():
         output.write(name, data)
@@ -63,7 +63,7 @@ def complete_shards(output: Output, journal: Journal, files: Sequence[str]) -> N
     """Makes the shards whole; done already is fine. `files`: all that publishing writes. Raises ClaimLost, StorageError, UploadLost."""
     if not journal.state.publishing:
         journal.commit(replace(journal.state, publishing=True, files=tuple(files)))
-    for upload in journal.state.uploads:
+    for upload in reversed(journal.state.uploads):  # whoever finds the first one finds all
         try:
             output.complete(upload.name, upload.id, upload.parts)
         except UploadLost:
@@ -98,6 +98,8 @@ def published_config(work: Work) -> dict[str, Any]:
     if isinstance(text := config.get("text_config"), dict):
         config["text_config"] = {k: v for k, v in text.items() if k not in QUANTIZATION}
     layout, linears = work.layout, list(work.layout.linears())
+    if layout.file_format == "gguf":  # which says all itself
+        return config
     if work.schemes or layout.kv_cache is not None or any(x.bitmask is not None for x in linears):
         described = quantization_config(linears, work.schemes, other_modules(layout), layout.kv_cache)
         config["quantization_config"] = bitmask.described(described, linears)
@@ -126,6 +128,7 @@ def build_report(
             errors.append(error)
             norms.append(norm)
         pruned |= record.get("pruned", {})
+    digests |= {t.name: digest(value).removeprefix("xxh3-128:") for t, value in work.plan.constants}
     return {
         "kompressor": version("kompressor"),
         "versions": {"python": platform.python_version(), "torch": version("torch")},
@@ -146,12 +149,29 @@ def build_report(
         "linears": linears,
         **({"pruned": {name: pruned_entry(entry) for name, entry in pruned.items()}} if pruned else {}),
         **allocation(pruned, [unit.name for unit in work.layout.units]),
+        **({"gguf": places(work.plan)} if work.layout.file_format == "gguf" else {}),
         "tensors": {k: f"xxh3-128:{v}" for k, v in sorted(digests.items())},
         "files": sorted(
             [s.name for s in work.plan.shards] + list(work.layout.other_files) + [REPORT, PAGE, CONFIG]
-            + ([INDEX] if len(work.plan.shards) > 1 else [])
+            + ([INDEX] if indexed(work) else [])
         ),
     }  # fmt: skip
+
+
+def indexed(work: Work) -> bool:
+    return len(work.plan.shards) > 1 and work.layout.file_format != "gguf"
+
+
+def places(plan: OutputPlan) -> dict[str, Any]:
+    """Where everything lies in GGUF files, for whoever checks them: of each file its size and that of its header, which has a digest of its
+    own; of each tensor (an expert's slice of a stack by itself, under its name in the model) its file, its bytes, and their type."""
+    files = [{"name": s.name, "size": s.size, "header": len(s.header), "digest": digest(s.header)} for s in plan.shards]
+    return {"files": files, "places": {t.name: place(plan, t) for t in sorted(plan.tensors(), key=lambda t: t.name)}}
+
+
+def place(plan: OutputPlan, t: PlacedTensor) -> list[Any]:
+    begin = len(plan.shards[t.shard].header)
+    return [t.shard, begin + t.start, begin + t.stop, t.form.type if t.form is not None else t.dtype]
 
 
 def pruned_result(pruned: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

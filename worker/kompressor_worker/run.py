@@ -15,6 +15,7 @@ from kompressor_worker.assignment import Assignment
 from kompressor_worker.calibration import Rows
 from kompressor_worker.distillation import open_models
 from kompressor_worker.errors import ClaimLost
+from kompressor_worker.in_order import refuse_without_spool, spool_bytes
 from kompressor_worker.job import Job
 from kompressor_worker.journal import refuse_usurped
 from kompressor_worker.kv_memory import kv_status
@@ -112,6 +113,7 @@ def run(
         return Summary(told, time.monotonic() - began, already=True, warnings=tuple(warnings))
     number = standing(output, prints)
     refuse_without_room(output, ladder.rungs[number].assigned.plan)
+    refuse_without_spool(max(spool_bytes(rung.assigned.plan) for rung in ladder.rungs))
     if bench is not None:
         refuse_without_scratch(max(scratch_bytes(models.original, rung.assigned.plan, output) for rung in ladder.rungs))
     if not output.probe():
@@ -169,6 +171,6 @@ def measured_later(
     """The report of a published result with what this job measures of it, for the status: what is published stays as it is."""
     sizes = {name: info.size for name, info in bench.output.existing().items() if name in report["files"]}
     refuse_without_scratch(scratch_bytes(bench.original, assigned.plan, bench.output))
-    shards = Files({n: size for n, size in sizes.items() if n.endswith(".safetensors")}, bench.output.read_published(CONFIG))
+    shards = Files({n: size for n, size in sizes.items() if n.endswith((".safetensors", ".gguf"))}, bench.output.read_published(CONFIG))
     found, warnings = bench.measured(spec, assigned, shards, rows)
     return {**report, "runtime": found}, warnings

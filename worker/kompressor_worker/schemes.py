@@ -25,6 +25,8 @@ class Scheme:
     inputs: Inputs = "none"
     actorder: bool = False
     """Whether GPTQ took the columns in the order of their activations; groups are of neighbouring columns all the same ("static")."""
+    instead_of: str = ""
+    """In a GGUF file, what was asked for, where a row is not made of whole blocks of that."""
 
     @property
     def calibrated(self) -> Literal["histogram", "range"] | None:

@@ -15,7 +15,7 @@ from math import prod
 from kompressor_worker.formats import bitmask
 from kompressor_worker.formats.gguf_form import Form
 from kompressor_worker.formats.stored import PlannedTensor, planned_tensors
-from kompressor_worker.layout import DTYPE_BYTES, ModelLayout, StageLayout
+from kompressor_worker.layout import DTYPE_BYTES, LinearLayout, ModelLayout, StageLayout
 from kompressor_worker.schemes import Scheme
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -35,7 +35,12 @@ class PlacedTensor:
     start: int
     stop: int
     form: Form | None = None
-    """What becomes of the value on its way into the bytes, in a GGUF file."""
+    """What becomes of the value in the file; None: its bytes stand there."""
+
+    @property
+    def sliced(self) -> bool:
+        """Whether its rows may be written slice by slice."""
+        return self.form is None or not self.form.heads
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,15 @@ def stage_tensors(stage: StageLayout, schemes: Mapping[str, Scheme]) -> list[Pla
         else:
             tensors.append(PlannedTensor(t.name, t.dtype, t.result_shape))
     return sorted(tensors, key=lambda t: -DTYPE_BYTES[t.dtype])
+
+
+def row_by_row(stage: StageLayout, schemes: Mapping[str, Scheme]) -> LinearLayout | None:
+    """Its matrix, where that is quantised a slice of rows at a time: embeddings and head in a GGUF file."""
+    if len(stage.linears) != 1:
+        return None
+    (matrix,) = stage.linears
+    scheme = schemes.get(matrix.name)
+    return matrix if scheme is not None and scheme.format == "gguf" and matrix.kind in ("embedding", "head") else None
 
 
 def nbytes(tensor: PlannedTensor) -> int:

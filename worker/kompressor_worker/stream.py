@@ -16,17 +16,19 @@ import xxhash
 
 from kompressor_worker import kernels
 from kompressor_worker.block import Stage
-from kompressor_worker.errors import BadNumerics, Terminated
+from kompressor_worker.errors import Terminated
 from kompressor_worker.formats import bitmask
 from kompressor_worker.journal import Journal
-from kompressor_worker.layout import ModelLayout, StageLayout, StoredTensor
+from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, StoredTensor
+from kompressor_worker.matrix_rows import RowCodes, matrix_rows, row_loads
 from kompressor_worker.memory import keep_freed_memory
 from kompressor_worker.passes import Pass
 from kompressor_worker.pipeline import Limits, Load, Loaded, Prefetcher, Uploader
 from kompressor_worker.schemes import Scheme
-from kompressor_worker.shards import OutputPlan, PlacedTensor
+from kompressor_worker.shards import OutputPlan, PlacedTensor, row_by_row
 from kompressor_worker.storage import Output, Source
-from kompressor_worker.tensors import as_bytes, decode, float_view
+from kompressor_worker.tensors import as_bytes, decode, float_view, refuse_nonfinite, slice_bytes, tensor
+from kompressor_worker.unit_kinds import in_file_order
 from kompressor_worker.writer import NOTHING, Carry, Writer
 
 log = logging.getLogger(__name__)
@@ -120,8 +122,10 @@ class DataFree:
         for layout, placed in zip(self.work.layout.units[unit].stages, self.work.plan.stages[unit], strict=True):
             if layout.dropped:
                 pass  # nothing of it is read
-            elif is_plain(layout, self.work.schemes):
+            elif is_plain(layout, placed, self.work.schemes):
                 copy(layout, placed, incoming, writer, self.work)
+            elif (matrix := row_by_row(layout, self.work.schemes)) is not None:
+                compress_rows(layout, matrix, placed, incoming, writer, self.work, step)
             else:
                 compress(layout, placed, next(incoming), writer, self.work, step)
             step(layout.source_bytes)
@@ -135,19 +139,43 @@ def compress(layout: StageLayout, placed: Sequence[PlacedTensor], loaded: Loaded
     stage = Stage(layout, weights, schemes, heard=lambda: step(0))
     for p in work.passes:
         p.apply(stage)
-    made = {name: tensor for e in stage.encoded.values() for name, tensor in e.tensors.items()}
+    made = {name: value for e in stage.encoded.values() for name, value in e.tensors.items()}
     for linear in layout.linears:
         if pruned := stage.pruned.get(linear.name):
             writer.record_pruned(linear, pruned)
         if encoded := stage.encoded.get(linear.name):
             writer.record_linear(linear, stage.schemes[linear.name], encoded)
             del weights[linear.weight]
-    for name, tensor in weights.items():
-        refuse_nonfinite(name, kernels.nonfinite(tensor))
-        made[name] = tensor.contiguous()
+    for name, weight in weights.items():
+        refuse_nonfinite(name, kernels.nonfinite(weight))
+        made[name] = weight.contiguous()
     bitmask.pack_linears(layout.linears, made)
     for t in placed:
         writer.write(t, as_bytes(made[t.name], t))
+
+
+def compress_rows(
+    layout: StageLayout,
+    matrix: LinearLayout,
+    placed: Sequence[PlacedTensor],
+    incoming: Iterator[Loaded],
+    writer: Writer,
+    work: Work,
+    step: Step,
+) -> None:
+    """Embeddings or head, slice by slice."""
+    places = {t.name: t for t in placed}
+    for source in in_file_order(layout, placed):
+        if source.name != matrix.weight:
+            value = decode(source, next(incoming).views)
+            refuse_nonfinite(source.name, kernels.nonfinite(value))
+            writer.write(places[source.name], as_bytes(value, places[source.name]))
+            continue
+        codes = RowCodes.of(matrix, work.schemes, placed)
+        for _, rows in matrix_rows(source, incoming, work.limits):
+            codes.write(codes.stored(rows), writer)
+            step(0)
+        codes.finish(writer)
 
 
 def copy(layout: StageLayout, placed: Sequence[PlacedTensor], incoming: Iterator[Loaded], writer: Writer, work: Work) -> None:
@@ -160,30 +188,34 @@ def copy(layout: StageLayout, placed: Sequence[PlacedTensor], incoming: Iterator
         for _ in slices(stored, work.limits):
             view = next(incoming).views[stored.name]
             bad += kernels.nonfinite(values) if (values := float_view(view, t.dtype)) is not None else 0
-            hasher.update(view)
-            writer.append(t, view)
+            data = view if t.form is None else slice_bytes(tensor(view, t.dtype, (-1,)), t)
+            hasher.update(data)
+            writer.append(t, data)
         refuse_nonfinite(t.name, bad)
         writer.record_digest(t.name, hasher.hexdigest())
 
 
-def refuse_nonfinite(name: str, count: int) -> None:
-    if count:
-        raise BadNumerics(f"{name}: {count} values are NaN or Inf; the checkpoint is damaged or its training diverged, fetch it again")
-
-
-def is_plain(stage: StageLayout, schemes: Mapping[str, Scheme]) -> bool:
-    """Whether a stage's tensors pass through unchanged."""
-    return not any(x.name in schemes or x.pruned for x in stage.linears) and all(t.encoding == "plain" for t in stage.tensors)
+def is_plain(stage: StageLayout, placed: Sequence[PlacedTensor], schemes: Mapping[str, Scheme]) -> bool:
+    """Whether a stage's tensors pass through unchanged, or value by value."""
+    untouched = not any(x.name in schemes or x.pruned for x in stage.linears) and all(t.encoding == "plain" for t in stage.tensors)
+    return untouched and all(t.sliced for t in placed)
 
 
 def stage_loads(layout: StageLayout, placed: Sequence[PlacedTensor], work: Work) -> Iterator[Load]:
-    """Plain tensors in slices, others together."""
-    if is_plain(layout, work.schemes):
-        by_name = {t.name: t for t in layout.tensors}
-        for t in placed:
-            yield from slices(by_name[t.name].stored[0], work.limits)
+    """Plain tensors in slices, embeddings and head that are quantised by rows too; others together."""
+    matrix = row_by_row(layout, work.schemes)
+    if is_plain(layout, placed, work.schemes):
+        for source in in_file_order(layout, placed):
+            yield from slices(source.stored[0], work.limits)
+    elif matrix is not None:
+        for source in in_file_order(layout, placed):
+            yield from row_loads(source, work.limits) if source.name == matrix.weight else [loaded_whole(source)]
     else:
         yield whole(layout)
+
+
+def loaded_whole(source: SourceTensor) -> Load:
+    return Load(tuple((s, 0, s.nbytes) for s in source.stored))
 
 
 def whole(layout: StageLayout) -> Load:

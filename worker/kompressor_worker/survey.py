@@ -28,6 +28,7 @@ from kompressor_worker.errors import Terminated
 from kompressor_worker.forward import Projection, trial
 from kompressor_worker.journal import Journal
 from kompressor_worker.layout import ModelLayout, SourceTensor, StageLayout, UnitLayout
+from kompressor_worker.matrix_rows import matrix_rows, row_loads
 from kompressor_worker.pace import Pace
 from kompressor_worker.parts import parts_of, whole_block
 from kompressor_worker.passes import Pass
@@ -130,11 +131,11 @@ class Survey:
                     matrix = matrix_of(stage)
                     for tensor in stage.tensors:
                         if matrix is not None and tensor.name == matrix.weight:
-                            yield from self.units.row_loads(tensor)
+                            yield from row_loads(tensor, self.units.work.limits)
                         else:
                             yield Load(tuple((s, 0, s.nbytes) for s in tensor.stored))
                 if (tied := self._tied(unit)) is not None:
-                    yield from self.units.row_loads(tied)
+                    yield from row_loads(tied, self.units.work.limits)
 
     def _tied(self, unit: UnitLayout) -> SourceTensor | None:
         """The embeddings, where they are the head."""
@@ -236,7 +237,7 @@ class Survey:
         step(unit.source_bytes)
 
     def _head_rows(self, tensor: SourceTensor, incoming: Iterator[Loaded], norm: Tensor, step: Step) -> None:
-        for first, rows in self.units.rows(tensor, incoming):
+        for first, rows in matrix_rows(tensor, incoming, self.units.work.limits):
             for surveyor in (s for s in self.surveyors.values() if s.reads_head):
                 surveyor.head(first, rows, norm)
             step(0)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from kompressor_worker import kernels
-from kompressor_worker.errors import CorruptSource
+from kompressor_worker.errors import BadNumerics, CorruptSource
 from kompressor_worker.formats import bitmask
+from kompressor_worker.formats.gguf_form import formed
 from kompressor_worker.formats.stored import decode as decode_linear
 from kompressor_worker.layout import SourceTensor
 from kompressor_worker.shards import PlacedTensor
@@ -63,7 +64,19 @@ def _decode_ours(source: SourceTensor, stored: Mapping[str, torch.Tensor]) -> to
 
 def as_bytes(value: torch.Tensor, placed: PlacedTensor) -> memoryview:
     """The bytes of a result, after making sure that they are what the header promised."""
-    assert value.dtype == DTYPES[placed.dtype], f"{placed.name}: planned {placed.dtype}, made {value.dtype}"
     assert tuple(value.shape) == placed.shape, f"{placed.name}: planned {placed.shape}, made {tuple(value.shape)}"
-    assert value.is_contiguous(), f"{placed.name}: not contiguous"
-    return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer
+    data = slice_bytes(value, placed)
+    assert data.nbytes == placed.stop - placed.start, f"{placed.name}: planned {placed.stop - placed.start} bytes, made {data.nbytes}"
+    return data
+
+
+def slice_bytes(rows: torch.Tensor, placed: PlacedTensor) -> memoryview:
+    """The same of some of its rows, or of some values as they follow each other."""
+    assert rows.dtype == DTYPES[placed.dtype], f"{placed.name}: planned {placed.dtype}, made {rows.dtype}"
+    rows = rows.cpu().contiguous() if placed.form is None else formed(rows.cpu(), placed.form)
+    return memoryview(rows.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer
+
+
+def refuse_nonfinite(name: str, count: int) -> None:
+    if count:
+        raise BadNumerics(f"{name}: {count} values are NaN or Inf; the checkpoint is damaged or its training diverged, fetch it again")

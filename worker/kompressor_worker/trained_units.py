@@ -28,8 +28,8 @@ from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
 from kompressor_worker.pipeline import Load, Loaded
 from kompressor_worker.shards import PlacedTensor
 from kompressor_worker.storage import Output
-from kompressor_worker.stream import DataFree, Step, Work, refuse_nonfinite
-from kompressor_worker.tensors import as_bytes
+from kompressor_worker.stream import DataFree, Step, Work
+from kompressor_worker.tensors import as_bytes, refuse_nonfinite
 from kompressor_worker.unit_kinds import kind_of
 from kompressor_worker.writer import NOTHING, Carry, Writer
 

@@ -16,7 +16,7 @@ from kompressor_worker.assignment import Assignment
 from kompressor_worker.calibration import Rows
 from kompressor_worker.digests import digest
 from kompressor_worker.distillation import Distillation
-from kompressor_worker.job import Job
+from kompressor_worker.job import Job, of_the_file
 from kompressor_worker.journal import RELEASE, Journal, open_journal
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.measured import measured
@@ -216,6 +216,7 @@ def make_fingerprint(spec: CompressionJobSpec, layout: ModelLayout, data: Mappin
         "source": layout.source_digest,
         "passes": digest(spec.passes),
         "format": spec.output.format,
+        **{key: str(value) for key, value in of_the_file(spec).items()},
         **({} if spec.target is None else {"target": digest(spec.target.model_dump(by_alias=True, exclude_none=True))}),
         **({} if spec.output.sparse_storage == "dense" else {"sparseStorage": spec.output.sparse_storage}),
         **({"minTokensPerExpert": str(least)} if (least := least_tokens(spec)) != MIN_TOKENS_PER_EXPERT and has_experts(layout) else {}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from kompressor_worker.layout import LinearLayout, SourceTensor, StageLayout, UnitLayout
@@ -37,7 +36,3 @@ def in_file_order(stage: StageLayout, placed: Sequence[PlacedTensor]) -> list[So
 
 def final_norm(tensors: Mapping[str, Tensor]) -> Tensor:
     return next(tensor for name, tensor in tensors.items() if name.endswith("norm.weight"))
-
-
-def row_bytes(rows: Tensor) -> memoryview:
-    return memoryview(rows.cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]

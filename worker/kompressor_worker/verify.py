@@ -23,6 +23,7 @@ from kompressor_worker.schemes import SCHEMES, Scheme
 from kompressor_worker.storage import Source
 from kompressor_worker.storage.locations import named, open_source
 
+FLOATS = ("F32", "F16", "BF16")
 SCALES = ("_scale", "_scale_inv", "_global_scale")
 E8M0_NAN = 255
 
@@ -31,17 +32,19 @@ def verify(uri: str, endpoint: str | None, region: str | None, environ: Mapping[
     """Counts of what was checked. Raises CorruptSource (missing or damaged tensor), BadNumerics (a scale is NaN or Inf), UserError."""
     source = open_source(wanted_source(uri, endpoint, region), environ, threading.Event())
     uri = source.uri
+    if (found := gguf_report(source)) is not None:
+        return verify_gguf(source, found)
     checkpoint = read_checkpoint(source)
     report = read_report(source, checkpoint)
     try:
-        check_files(source, checkpoint, report)
+        check_files(source, checkpoint.file_sizes, report)
         check_names(checkpoint, report)
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptSource(
             f"{source.uri}: {REPORT} lacks what Kompressor writes ({type(error).__name__}: {error}); upload the result again"
         ) from error
     seen = {"tensors": 0, "bytes": 0, "digests": 0, "scales": 0}
-    for tensor, digest, bad in read_all(source, checkpoint):
+    for tensor, digest, bad in read_all(source, checkpoint.tensors.values()):
         seen["tensors"] += 1
         seen["bytes"] += tensor.nbytes
         if tensor.name.endswith(SCALES):
@@ -53,6 +56,55 @@ def verify(uri: str, endpoint: str | None, region: str | None, environ: Mapping[
             if recorded != f"xxh3-128:{digest}":
                 raise CorruptSource(f"{uri}: {tensor.name} in {tensor.file} is not what was written ({recorded}); upload it again")
     return {"uri": uri, **seen, "quantizedLinears": len(report.get("linears", {}))}
+
+
+def gguf_report(source: Source) -> dict[str, Any] | None:
+    """Of a result in GGUF; None: it is none."""
+    if REPORT not in source.list():
+        return None
+    report = load_json(REPORT, source.read(REPORT))
+    return report if "gguf" in report else None
+
+
+def verify_gguf(source: Source, report: Mapping[str, Any]) -> dict[str, Any]:
+    """By ranges, as all is read: of each file its header, then tensor by tensor, of a stack of experts each by itself. Raises
+    CorruptSource, BadNumerics."""
+    try:
+        tensors = gguf_tensors(source, report)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise CorruptSource(
+            f"{source.uri}: {REPORT} lacks what Kompressor writes ({type(error).__name__}: {error}); upload the result again"
+        ) from error
+    seen = {"tensors": 0, "bytes": 0, "digests": 0, "scales": 0}
+    for tensor, digest, bad in read_all(source, tensors):
+        seen["tensors"] += 1
+        seen["bytes"] += tensor.nbytes
+        seen["digests"] += 1
+        if bad:
+            raise BadNumerics(f"{source.uri}: {tensor.name}: {bad} values are NaN or Inf; compress the model again")
+        if (recorded := report["tensors"][tensor.name]) != f"xxh3-128:{digest}":
+            raise CorruptSource(f"{source.uri}: {tensor.name} in {tensor.file} is not what was written ({recorded}); upload it again")
+    return {"uri": source.uri, **seen, "quantizedLinears": len(report.get("linears", {}))}
+
+
+def gguf_tensors(source: Source, report: Mapping[str, Any]) -> list[StoredTensor]:
+    """Where they lie in files whose headers are those that were written. Raises CorruptSource, and whatever a report that is none of ours
+    makes of this."""
+    sizes = {name: info.size for name, info in source.list().items()}
+    check_files(source, sizes, report)
+    files, placed = report["gguf"]["files"], report["gguf"]["places"]
+    for file in files:
+        name = file["name"]
+        if sizes[name] != file["size"]:
+            raise CorruptSource(f"{source.uri}: {name} has {sizes[name]:,} bytes, not {file['size']:,}; upload it again")
+        if digest_of(source, name, file["header"]) != file["digest"]:
+            raise CorruptSource(f"{source.uri}: the header of {name} is not what was written; upload it again")
+    if missing := sorted(set(report["tensors"]) ^ set(placed)):
+        raise CorruptSource(f"{source.uri}: {REPORT} does not say where {missing[0]!r} lies, or what it is; upload the result again")
+    return [
+        StoredTensor(name, kind if kind in FLOATS else "U8", (stop - start,), files[number]["name"], start, stop)
+        for name, (number, start, stop, kind) in sorted(placed.items(), key=lambda item: item[1][:2])
+    ]
 
 
 def wanted_source(uri: str, endpoint: str | None, region: str | None) -> SourceLocation:
@@ -70,14 +122,14 @@ def read_report(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
     return load_json(REPORT, source.read(REPORT))
 
 
-def check_files(source: Source, checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
+def check_files(source: Source, sizes: Mapping[str, int], report: Mapping[str, Any]) -> None:
     """Every file that the report names is there, and those that are not weights are byte for byte what was written, config.json first."""
     if not report:
         return
-    if missing := sorted(set(report["files"]) - set(checkpoint.file_sizes)):
+    if missing := sorted(set(report["files"]) - set(sizes)):
         raise CorruptSource(f"{source.uri}: {missing[0]} is missing; upload the result again")
     for name, recorded in sorted(report.get("digests", {}).items(), key=lambda item: item[0] != CONFIG):
-        found = digest_of(source, name, checkpoint.file_sizes[name])
+        found = digest_of(source, name, sizes[name])
         if found != recorded:
             raise CorruptSource(f"{source.uri}: {name} is not what was written ({recorded}); upload it again")
 
@@ -120,13 +172,11 @@ def check_stored(checkpoint: Checkpoint, tensors: Iterable[PlannedTensor], what:
             raise CorruptSource(f"{planned.name}: {found}; {what} has {planned.dtype} {list(planned.shape)} there")
 
 
-def read_all(source: Source, checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, str, int]]:
+def read_all(source: Source, tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, str, int]]:
     """Every tensor with its digest and its number of non-finite values, read in slices."""
     limits = Limits()
     loads = [
-        Load(((t, start, min(start + limits.slice, t.nbytes)),))
-        for t in checkpoint.tensors.values()
-        for start in range(0, max(1, t.nbytes), limits.slice)
+        Load(((t, start, min(start + limits.slice, t.nbytes)),)) for t in tensors for start in range(0, max(1, t.nbytes), limits.slice)
     ]
     hasher, bad = xxhash.xxh3_128(), 0
     with Prefetcher(source, loads, limits) as prefetched:

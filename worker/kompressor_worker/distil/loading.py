@@ -18,8 +18,8 @@ from kompressor_worker.errors import UserError
 from kompressor_worker.expand import KV_SCALES
 from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
 from kompressor_worker.pipeline import Limits, Load, Prefetcher
-from kompressor_worker.stream import refuse_nonfinite, whole
-from kompressor_worker.tensors import DTYPES, decode, tensor
+from kompressor_worker.stream import whole
+from kompressor_worker.tensors import DTYPES, decode, refuse_nonfinite, tensor
 from kompressor_worker.unit_kinds import kind_of
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from kompressor_api.fields import Number
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.passes import Pass
 from kompressor_worker.passes.inputs import InputParams, input_tensors, needed_statistics
-from kompressor_worker.passes.linear_params import LinearParams, scheme_in_groups
+from kompressor_worker.passes.linear_params import LinearParams, fitted, scheme_in_groups
 from kompressor_worker.passes.selection import select
 from kompressor_worker.passes.shapes import check_shapes
 from kompressor_worker.schemes import SCHEMES, Scheme
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 SchemeName = Literal[
     "W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W2A16_ASYM", "W8A16", "W8A8", "W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8_DYNAMIC",
+    "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q4_0",
 ]  # fmt: skip
 
 
@@ -48,7 +49,7 @@ class GptqParams(LinearParams, InputParams):
     act_order: Literal["static", "none"] = Field(
         default="static",
         description=(
-            "static: columns of large activations first, group scales from the original weights (no g_idx). none: as they lie; with "
+            "static: columns of large activations first, group scales from the original weights. none: as they lie; with "
             "observer minmax, group scales as a group is reached."
         ),
     )
@@ -80,10 +81,10 @@ class Gptq(Pass):
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Raises UserError that names the tensor, the value and the remedy."""
-        scheme = scheme_in_groups(self.params.scheme, self.params.group_size, "gptq")
+        scheme = scheme_in_groups(self.params.scheme, self.params.group_size, "gptq", layout.file_format)
         chosen = select(layout, taken, self.params.targets, self.params.ignore)
         check_shapes(layout, chosen, scheme)
-        return self.take({linear.name: scheme for linear in chosen})
+        return self.take({linear.name: fitted(scheme, linear) for linear in chosen})
 
     def take(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """These linears, by name, each in its scheme: what `assign` answers where nobody else decides them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field, StringConstraints, field_validator
@@ -10,6 +11,8 @@ from pydantic import Field, StringConstraints, field_validator
 from kompressor_api.fields import Count
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.errors import UserError
+from kompressor_worker.formats.gguf_types import fitting, type_of
+from kompressor_worker.layout import FileFormat, LinearLayout
 from kompressor_worker.schemes import SCHEMES, Scheme
 
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
@@ -30,7 +33,7 @@ class TargetParams(Model):
     ignore: list[Pattern] = Field(
         default_factory=list,
         max_length=1024,
-        description="What to leave as it is, in the form of targets. Embeddings, the head and routers are left anyway.",
+        description="What to leave as it is, in the form of targets. Embeddings, the head (unless GGUF) and routers are left anyway.",
     )
 
     @field_validator("targets", "ignore")
@@ -66,9 +69,23 @@ class LinearParams(TargetParams):
         return value
 
 
-def scheme_in_groups(name: str, group_size: int | None, asked_by: str) -> Scheme:
+def scheme_named(name: str, file_format: FileFormat) -> Scheme:
+    """MXFP4 is stored in two ways under one name."""
+    return SCHEMES[f"{name}_GGUF" if file_format == "gguf" and f"{name}_GGUF" in SCHEMES else name]
+
+
+def fitted(scheme: Scheme, linear: LinearLayout) -> Scheme:
+    """The scheme, or what llama.cpp takes in its place where the linear's rows are not made of whole blocks."""
+    if scheme.format != "gguf":
+        return scheme
+    asked = type_of(scheme).name
+    found = fitting(asked, linear.shape[1])
+    return scheme if found == asked else replace(scheme_named(found, "gguf"), instead_of=asked)
+
+
+def scheme_in_groups(name: str, group_size: int | None, asked_by: str, file_format: FileFormat = "compressed-tensors") -> Scheme:
     """The scheme of this name, in groups of `group_size` if that is given. Raises UserError where its groups are fixed."""
-    scheme = SCHEMES[name]
+    scheme = scheme_named(name, file_format)
     if group_size is None:
         return scheme
     if not scheme.choosable_groups:

@@ -29,7 +29,7 @@ class PruneExpertsParams(FewerExpertsParams):
     importance: Literal["reap", "frequency"] = Field(
         default="reap",
         description=(
-            "Which go. reap: those that add least to the tokens routed to them (mean of gate times norm of the output). frequency: those "
+            "Which go. reap: those that add least to the tokens routed to them (mean gate times norm of output). frequency: those "
             "that fewest are routed to."
         ),
     )
@@ -39,7 +39,7 @@ class PruneExpertsParams(FewerExpertsParams):
         le=1_000_000,
         description=(
             "An expert with fewer calibration tokens is judged partly by its layer's average, the more the fewer it got; one with none "
-            "goes first. The report names them."
+            "goes first."
         ),
     )
 

@@ -43,7 +43,7 @@ class PruneHiddenParams(StructuredParams):
     correction: Literal["leastSquares", "none"] = Field(
         default="leastSquares",
         description=(
-            "leastSquares: output projections of attention and feed-forward (not of experts) are fitted to the original's outputs on "
+            "leastSquares: output projections (not of experts) are fitted to the original's outputs on "
             "calibration data. none: they lose their rows."
         ),
     )

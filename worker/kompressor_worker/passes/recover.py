@@ -22,8 +22,8 @@ from kompressor_worker.schemes import Scheme
 
 
 class RecoverParams(Model):
-    """Tunes each block, as the passes before have left it, until its output on the calibration data is the original's again as far as it
-    goes. Behind any pass that prunes or quantises; several times in a list."""
+    """Tunes each block, as the passes before left it, until its output on the calibration data is the original's as far as it goes; several
+    times in a list."""
 
     steps: Count = Field(default=200, ge=1, le=100_000, description="Updates of a block.")
     batch_rows: Count = Field(default=8, ge=1, le=4096, description="Calibration rows that an update goes by.")

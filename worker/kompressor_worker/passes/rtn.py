@@ -16,7 +16,7 @@ from kompressor_api.v1alpha1 import Model
 from kompressor_worker.errors import BadNumerics, UserError
 from kompressor_worker.passes import Pass
 from kompressor_worker.passes.inputs import InputParams, input_tensors, needed_statistics
-from kompressor_worker.passes.linear_params import LinearParams, scheme_in_groups
+from kompressor_worker.passes.linear_params import LinearParams, fitted, scheme_in_groups
 from kompressor_worker.passes.selection import select
 from kompressor_worker.passes.shapes import check_shapes
 from kompressor_worker.schemes import SCHEMES, Scheme
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SchemeName = Literal[
     "W8A8", "W8A8_STATIC", "W8A8_STATIC_ASYM", "W8A16", "W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W2A16_ASYM",
     "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP4", "NVFP4A16", "NVFP4",
+    "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q4_0", "BF16", "F16",
 ]  # fmt: skip
 
 
@@ -42,7 +43,8 @@ class RtnParams(LinearParams, InputParams):
         description=(
             "W8A16 to W2A16: packed integers, weights only; behind 2 bits belongs a recover. W8A8: INT8, activations per token; _STATIC: "
             "by one calibrated scale, _ASYM: with a zero point. FP8: one scale a weight, one calibrated of activations; _DYNAMIC: per "
-            "channel, activations per token; _BLOCK: 128x128. MXFP4, NVFP4A16: groups of 32, 16, weights only; NVFP4: activations too."
+            "channel, activations per token; _BLOCK: 128x128. MXFP4, NVFP4A16: groups of 32, 16, weights only; NVFP4: activations too. "
+            "MXFP4, Q8_0 to F16: output.format gguf."
         )
     )
     observer: Literal["minmax", "mse"] = Field(
@@ -66,12 +68,12 @@ class Rtn(Pass):
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Linear name to scheme, from headers alone. Raises UserError that names the tensor, the value and the
         remedy."""
-        scheme = scheme_in_groups(self.params.scheme, self.params.group_size, "rtn")
-        if self.params.observer == "mse" and scheme.type != "int":
+        scheme = scheme_in_groups(self.params.scheme, self.params.group_size, "rtn", layout.file_format)
+        if self.params.observer == "mse" and (scheme.type != "int" or scheme.format == "gguf"):
             raise UserError(f"rtn: observer mse with scheme {scheme.name}, whose steps grow with the values; leave observer out")
         chosen = select(layout, taken, self.params.targets, self.params.ignore)
         check_shapes(layout, chosen, scheme)
-        return self.take({linear.name: scheme for linear in chosen})
+        return self.take({linear.name: fitted(scheme, linear) for linear in chosen})
 
     def take(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """These linears, by name, each in its scheme: what `assign` answers where nobody else decides them."""
@@ -87,6 +89,11 @@ class Rtn(Pass):
         for linear in linears:
             scheme, common = self._assigned[linear.name], shared.get(linear.name)
             stage.heard()
+            if scheme.format == "gguf":
+                from kompressor_worker.passes.gguf_encoding import to_nearest
+
+                stage.encoded[linear.name] = to_nearest(linear, stage.weights[linear.weight], scheme, heard=stage.heard)
+                continue
             result = self._quantize(stage.weights[linear.weight], scheme, common, stage.heard)
             stage.encoded[linear.name] = _encoded(linear, result, scheme, common, inputs[linear.name])
 

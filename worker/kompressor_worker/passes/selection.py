@@ -8,26 +8,47 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from kompressor_worker.errors import UserError
 from kompressor_worker.formats.targets import matches
-from kompressor_worker.layout import LinearLayout, ModelLayout
+from kompressor_worker.layout import Kind, LinearLayout, ModelLayout
 from kompressor_worker.schemes import Scheme
 
 LINEAR = "Linear"
+LINEARS: tuple[Kind, ...] = ("linear",)
+MATRICES: tuple[Kind, ...] = ("linear", "embedding", "head")
 
 
 def select(layout: ModelLayout, taken: Mapping[str, Scheme], targets: Sequence[str], ignore: Sequence[str]) -> list[LinearLayout]:
-    """What a pass that quantises takes: as `choose`. Raises UserError, also where a fused group would be split."""
-    chosen = choose(layout, taken, targets, ignore, "quantise")
-    refuse_split(list(layout.linears()), {linear.name for linear in chosen}, taken)
+    """What a pass that quantises takes: as `choose`, and for a GGUF file embeddings and head like any other linear. Raises UserError, also
+    where a fused group would be split."""
+    gguf = layout.file_format == "gguf"
+    chosen = choose(layout, taken, targets, ignore, "quantise", MATRICES if gguf else LINEARS)
+    linears = list(layout.linears())
+    refuse_split([stacked(x) for x in linears] if gguf else linears, {linear.name for linear in chosen}, taken)
     return chosen
 
 
-def choose(layout: ModelLayout, taken: Collection[str], targets: Sequence[str], ignore: Sequence[str], what: str) -> list[LinearLayout]:
+def stacked(linear: LinearLayout) -> LinearLayout:
+    """As a GGUF file fuses linears: the same matrix of all experts of a layer, and nothing else."""
+    place, inside, rest = linear.name.rpartition(".experts.")
+    matrix = rest.rpartition(".")[2]
+    return replace(linear, fused=f"{place}.experts.{matrix}" if inside else None)
+
+
+def choose(
+    layout: ModelLayout,
+    taken: Collection[str],
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    what: str,
+    kinds: Collection[Kind] = LINEARS,
+) -> list[LinearLayout]:
     """The linears that match `targets`, less those that match `ignore` or are in `taken`, in the model's order.
 
-    Embeddings, heads and MoE routers are left out; a head is taken if `targets` has its exact name. `what` is done to them, for the words.
+    Those of other `kinds` (embeddings, heads, MoE routers) are left out; a head is taken if `targets` has its exact name. `what` is done to
+    them, for the words.
     Raises UserError: a pattern that matches nothing, an embedding or router asked for by name, nothing left.
     """
     linears = list(layout.linears())
@@ -36,7 +57,7 @@ def choose(layout: ModelLayout, taken: Collection[str], targets: Sequence[str], 
     chosen = [
         linear
         for linear in linears
-        if linear.name not in taken and _targeted(linear, targets) and not any(_match(pattern, linear) for pattern in ignore)
+        if linear.name not in taken and _targeted(linear, targets, kinds) and not any(_match(pattern, linear, kinds) for pattern in ignore)
     ]
     if not chosen:
         raise UserError(
@@ -47,13 +68,13 @@ def choose(layout: ModelLayout, taken: Collection[str], targets: Sequence[str], 
     return chosen
 
 
-def _match(pattern: str, linear: LinearLayout) -> bool:
-    return matches(pattern, linear.name) or (pattern == LINEAR and linear.kind == "linear")
+def _match(pattern: str, linear: LinearLayout, kinds: Collection[Kind]) -> bool:
+    return matches(pattern, linear.name) or (pattern == LINEAR and linear.kind in kinds)
 
 
-def _targeted(linear: LinearLayout, targets: Sequence[str]) -> bool:
-    if linear.kind == "linear":
-        return any(_match(pattern, linear) for pattern in targets)
+def _targeted(linear: LinearLayout, targets: Sequence[str], kinds: Collection[Kind]) -> bool:
+    if linear.kind in kinds:
+        return any(_match(pattern, linear, kinds) for pattern in targets)
     if linear.name not in targets:
         return False
     if linear.kind == "head":

@@ -16,6 +16,7 @@ USUAL_GROUPS = (128, 64, 32)
 
 def check_shapes(layout: ModelLayout, linears: Sequence[LinearLayout], scheme: Scheme) -> None:
     """Raises UserError for the first linear that `scheme` cannot hold in a form that its loaders read."""
+    refuse_other_format(layout, scheme)
     for linear in linears:
         if 0 in linear.shape:
             raise UserError(f"{linear.name}: weight {list(linear.shape)} is empty; list it under ignore")
@@ -38,6 +39,15 @@ def check_shapes(layout: ModelLayout, linears: Sequence[LinearLayout], scheme: S
             )
     if scheme.block is not None:
         _check_blocks(layout, linears, scheme.block)
+
+
+def refuse_other_format(layout: ModelLayout, scheme: Scheme) -> None:
+    """Raises UserError where the result's files know nothing of it."""
+    if (scheme.format == "gguf") == (layout.file_format == "gguf"):
+        return
+    if layout.file_format == "gguf":
+        raise UserError(f"{scheme.name}: no type of GGUF files; choose one such as Q4_K, or output.format compressed-tensors")
+    raise UserError(f"{scheme.name}: a type of GGUF files alone; set output.format gguf, or choose a scheme such as W4A16")
 
 
 def _check_group(linear: LinearLayout, scheme: Scheme) -> None:
