@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from kompressor_worker import grid, kernels
-from kompressor_worker.kernels import activations, bitmask, butterflies, column_loop, eager, gram, token_divergence
+from kompressor_worker.formats.gguf_types import TYPES
+from kompressor_worker.kernels import activations, bitmask, butterflies, column_loop, eager, gguf_eager, gram, token_divergence
 from kompressor_worker.schemes import COMPRESSED_TENSORS, SCHEMES
 
 
@@ -80,6 +81,39 @@ def codes(weight: torch.Tensor) -> Iterator[Case]:
             weight.nbytes + chosen.nbytes,
             8 * each,
         )
+
+
+def blocks(weight: torch.Tensor) -> Iterator[Case]:
+    """Of GGUF files, on the CPU, whatever the device: searched and rounded, given other codes, decoded. In each pass of its search an
+    element takes 10 operations, 13 where there are minima."""
+    weight = weight.cpu()
+    importance, columns = torch.rand(weight.shape[1]) + 0.1, weight.shape[1]
+    few = weight[: max(1, len(weight) // 8)].contiguous()
+    for name, passes in (("Q8_0", 1), ("Q4_0", 18), ("Q3_K", 19), ("Q4_K", 43)):
+        given, each = (few, importance, name), 10 if TYPES[name].minimum is None else 13
+        yield Case(
+            f"search {name}",
+            partial(torch.ops.kompressor.gguf_quantize, *given),
+            partial(gguf_eager.quantize, *given),
+            few.nbytes,
+            each * passes * few.numel(),
+        )
+    data = kernels.gguf_quantize(weight, "Q4_K")[0]
+    found, held = kernels.gguf_codes(data, "Q4_K", columns)
+    yield Case(
+        "codes to Q4_K",
+        partial(kernels.gguf_pack, found, held, "Q4_K"),
+        partial(gguf_eager.pack, data, found, "Q4_K"),
+        found.nbytes,
+        3.0 * weight.numel(),
+    )
+    yield Case(
+        "decode Q4_K",
+        partial(kernels.gguf_dequantize, data, "Q4_K", columns, weight.dtype),
+        partial(gguf_eager.dequantize, data, columns, "Q4_K", weight.dtype),
+        data.nbytes,
+        5.0 * weight.numel(),
+    )
 
 
 def reading(shapes: Shapes) -> Iterator[Case]:
@@ -258,6 +292,7 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[
     if device.type == "cpu":
         yield from reading(shapes)
         yield from bitmasks(weight)
+        yield from blocks(weight)
     yield from inputs((torch.randn(shapes.tokens, shapes.columns, device=device)).to(dtype))
     yield from transforms(shapes, device)
     yield from hessians(shapes, device)

@@ -56,53 +56,83 @@ inline void group_scales(const uint8_t* p, const GgufKind& kind, GroupScales& ou
     }
 }
 
-template <int bits, int width> inline void read_plane(const uint8_t* p, int64_t block, int position, uint8_t* codes) {
-    for (int64_t at = 0; at < block; at += 8 / bits * width, p += width)
-        for (int shift = 0; shift < 8; shift += bits)
-            for (int64_t j = 0; j < width; j++) codes[at + shift / bits * width + j] |= (p[j] >> shift & ((1 << bits) - 1)) << position;
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+inline Bytes bytes_at(const uint8_t* p) {
+    Bytes made;
+    std::memcpy(&made, p, sizeof made);
+    return made;
 }
 
-template <int bits, int width> inline void write_plane(uint8_t* p, int64_t block, int position, const uint8_t* codes) {
-    for (int64_t at = 0; at < block; at += 8 / bits * width, p += width) {
-        uint8_t held[width] = {};
-        for (int shift = 0; shift < 8; shift += bits)
-            for (int64_t j = 0; j < width; j++) held[j] |= (codes[at + shift / bits * width + j] >> position & ((1 << bits) - 1)) << shift;
-        std::memcpy(p, held, width);
+// Planes as `gguf_types.Plane` has them; `position`: of their bits in a code.
+template <int bits, int width, int position> struct CodeBits {
+    static constexpr uint8_t mask = (1 << bits) - 1;
+    static void read(const uint8_t* p, int64_t block, uint8_t* codes) {
+        for (int64_t at = 0; at < block; at += 8 / bits * width, p += width)
+            for (int shift = 0; shift < 8; shift += bits)
+                for (int64_t j = 0; j < width; j += 16) {
+                    uint8_t* to = codes + at + shift / bits * width + j;
+                    const Bytes part = (bytes_at(p + j) >> shift & mask) << position, both = position ? bytes_at(to) | part : part;
+                    std::memcpy(to, &both, sizeof both);
+                }
     }
-}
+    static void write(uint8_t* p, int64_t block, const uint8_t* codes) {
+        for (int64_t at = 0; at < block; at += 8 / bits * width, p += width)
+            for (int64_t j = 0; j < width; j += 16) {
+                Bytes held{};
+                for (int shift = 0; shift < 8; shift += bits)
+                    held |= (bytes_at(codes + at + shift / bits * width + j) >> position & mask) << shift;
+                std::memcpy(p + j, &held, sizeof held);
+            }
+    }
+};
 
-// The planes that there are, with their widths known when they are compiled.
+template <int position> struct CodeBits<1, 1, position> {  // eight neighbours in a byte
+    static void read(const uint8_t* p, int64_t block, uint8_t* codes) {
+        for (int64_t i = 0; i < block; i++) codes[i] |= (p[i / 8] >> i % 8 & 1) << position;
+    }
+    static void write(uint8_t* p, int64_t block, const uint8_t* codes) {
+        for (int64_t at = 0; at < block; at += 8) {
+            uint64_t eight;
+            std::memcpy(&eight, codes + at, 8);
+            p[at / 8] = uint8_t((eight >> position & 0x0101010101010101u) * 0x0102040810204080u >> 56);
+        }
+    }
+};
+
+template <int position> struct CodeBits<8, 32, position> {  // signed bytes, of whose places the first is -128
+    static void read(const uint8_t* p, int64_t block, uint8_t* codes) { write(codes, block, p); }
+    static void write(uint8_t* p, int64_t block, const uint8_t* codes) {
+        for (int64_t i = 0; i < block; i += 16) {
+            const Bytes turned = bytes_at(codes + i) ^ uint8_t(0x80);
+            std::memcpy(p + i, &turned, sizeof turned);
+        }
+    }
+};
+
+// visit(bits, where): the planes that there are, first to last, with all that is known of them known when they are compiled.
 template <class Visit> inline void each_plane(const GgufKind& kind, Visit visit) {
-    int position = 0;
-    for (int i = 0; i < kind.planes; i++) {
-        const int32_t *plane = kind.plane[i], at = plane[0], bits = plane[1], width = plane[2];
-        if (bits == 4 && width == 16) visit(std::integral_constant<int, 4>(), std::integral_constant<int, 16>(), at, position);
-        else if (bits == 4 && width == 32) visit(std::integral_constant<int, 4>(), std::integral_constant<int, 32>(), at, position);
-        else if (bits == 4 && width == 64) visit(std::integral_constant<int, 4>(), std::integral_constant<int, 64>(), at, position);
-        else if (bits == 2 && width == 32) visit(std::integral_constant<int, 2>(), std::integral_constant<int, 32>(), at, position);
-        else if (bits == 1 && width == 32) visit(std::integral_constant<int, 1>(), std::integral_constant<int, 32>(), at, position);
-        else if (bits == 1 && width == 1) visit(std::integral_constant<int, 1>(), std::integral_constant<int, 1>(), at, position);
-        else if (bits == 8 && width == 32) visit(std::integral_constant<int, 8>(), std::integral_constant<int, 32>(), at, position);
-        position += bits;
-    }
+    const auto is = [&](int i, int bits, int width) { return kind.plane[i][1] == bits && kind.plane[i][2] == width; };
+    const int first = kind.plane[0][0], second = kind.plane[1][0];
+    if (is(0, 8, 32)) visit(CodeBits<8, 32, 0>(), first);
+    else if (is(0, 4, 16)) visit(CodeBits<4, 16, 0>(), first);
+    else if (is(0, 4, 32)) visit(CodeBits<4, 32, 0>(), first);
+    else if (is(0, 4, 64)) visit(CodeBits<4, 64, 0>(), first);
+    else visit(CodeBits<2, 32, 0>(), first);
+    if (kind.planes < 2) return;
+    if (is(1, 2, 32)) visit(CodeBits<2, 32, 4>(), second);
+    else if (is(1, 1, 1)) visit(CodeBits<1, 1, 4>(), second);
+    else if (is(0, 4, 32)) visit(CodeBits<1, 32, 4>(), second);
+    else visit(CodeBits<1, 32, 2>(), second);
 }
 
-// Places among the levels. A byte is a signed number, of whose places the first is -128.
+// Places among the levels.
 inline void read_codes(const uint8_t* p, const GgufKind& kind, uint8_t* codes) {
-    std::memset(codes, 0, kind.block);
-    each_plane(kind, [&](auto bits, auto width, int at, int position) {
-        read_plane<decltype(bits)::value, decltype(width)::value>(p + at, kind.block, position, codes);
-    });
-    if (kind.bits == 8)
-        for (int64_t i = 0; i < kind.block; i++) codes[i] ^= 0x80;
+    each_plane(kind, [&](auto bits, int at) { bits.read(p + at, kind.block, codes); });
 }
 
 inline void write_codes(uint8_t* p, const GgufKind& kind, const uint8_t* codes) {
-    uint8_t bytes[WIDEST];
-    for (int64_t i = 0; i < kind.block; i++) bytes[i] = kind.bits == 8 ? codes[i] ^ 0x80 : codes[i];
-    each_plane(kind, [&](auto bits, auto width, int at, int position) {
-        write_plane<decltype(bits)::value, decltype(width)::value>(p + at, kind.block, position, bytes);
-    });
+    each_plane(kind, [&](auto bits, int at) { bits.write(p + at, kind.block, codes); });
 }
 
 // A block's values, fp32.

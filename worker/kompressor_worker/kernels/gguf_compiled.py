@@ -34,10 +34,10 @@ class Tries(ctypes.Structure):
     """GgufTries in gguf_search.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("form", "widths", "outers")),
+        *((name, ctypes.c_int32) for name in ("form", "widths", "outers", "cuts")),
         ("width", ctypes.c_float * 16),
         ("outer", ctypes.c_float * 8),
-        ("cut", ctypes.c_double * 4),
+        ("cut", ctypes.c_double * 6),
     )
 
 
@@ -57,13 +57,15 @@ def _kind(name: str) -> Kind:
 
 
 @cache
-def _tries(name: str) -> Tries:
-    found, widths = TYPES[name], gguf_search.WIDTHS.get(name, ())
-    made = Tries(0 if widths else 1 if found.minimum is not None else 3 if name == "MXFP4" else 2, len(widths), len(gguf_search.OUTER))
+def _tries(name: str, weighted: bool) -> Tries:
+    found, widths = TYPES[name], gguf_search.widths(TYPES[name], weighted)
+    cuts = gguf_search.WEIGHTED_CUTS if weighted else gguf_search.CUTS
+    form = 0 if widths else 1 if found.minimum is not None else 3 if name == "MXFP4" else 2
+    made = Tries(form, len(widths), len(gguf_search.OUTER), len(cuts))
     made.width[: len(widths)] = widths
     if found.small is not None:
         made.outer[:] = [found.small_range[0] * share for share in gguf_search.OUTER]
-    made.cut[:] = gguf_search.CUTS
+    made.cut[: len(cuts)] = cuts
     return made
 
 
@@ -74,8 +76,8 @@ def quantize(lib: ctypes.CDLL, weight: Tensor, importance: Tensor | None, name: 
     data = torch.empty((rows, columns // kind.block * kind.nbytes), dtype=torch.uint8)
     lib.kompressor_gguf_quantize(
         _pointer(weight), DTYPES[weight.dtype], None if importance is None else _pointer(importance), _i64(rows), _i64(columns),
-        ctypes.byref(_kind(name)), ctypes.byref(_tries(name)), 1 if weight.numel() < SEARCHED else torch.get_num_threads(),
-        _pointer(data), _pointer(stats),
+        ctypes.byref(_kind(name)), ctypes.byref(_tries(name, importance is not None)),
+        1 if weight.numel() < SEARCHED else torch.get_num_threads(), _pointer(data), _pointer(stats),
     )  # fmt: skip
     return data, stats
 

@@ -36,7 +36,7 @@ def quantize(weight: Tensor, importance: Tensor | None, name: str) -> tuple[Tens
 
 def _blocks(weight: Tensor, importance: Tensor | None, kind: GgufType) -> Tensor:
     x = weight.float().reshape(-1, kind.block)
-    w = torch.ones_like(x) if importance is None else importance.expand(weight.shape).reshape(x.shape)
+    w = None if importance is None else importance.expand(weight.shape).reshape(x.shape)
     found = gguf_search.search(x, w, kind)
     blocks = torch.zeros((len(x), kind.nbytes), dtype=torch.uint8, device=x.device)
     gguf_packing.write_scales(blocks, found.scales, kind)

@@ -99,6 +99,22 @@ inline void turn(const float* from, int64_t stride, float* to) {
 #endif
 }
 
+// The other way round, as bytes: sixteen codes of each lane, WIDEST apart.
+inline void turn_bytes(const U* codes, uint8_t* to) {
+#if defined(__AVX512F__)
+    __m128i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = cast<__m128i>(narrow(codes[i]));
+    for (int round = 0; round < 4; round++) {
+        for (int i = 0; i < 8; i++) b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]), b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+        std::memcpy(a, b, sizeof a);
+    }
+    for (int lane = 0; lane < 16; lane++) std::memcpy(to + lane * WIDEST, &a[lane], 16);
+#else
+    for (int64_t i = 0; i < STEP; i++)
+        for (int64_t lane = 0; lane < LANES; lane++) to[lane * WIDEST + i] = uint8_t(codes[i][lane]);
+#endif
+}
+
 // Blocks `first` and on into the lanes; beyond the last one zeros.
 template <int T> void load_panel(Panel& p, const GgufKind& kind, GgufJob& job, int64_t first, int64_t count) {
     float rows[LANES][STEP] = {};
@@ -141,13 +157,12 @@ template <class Levels> void gguf_quantize(Load load, const GgufKind& kind, cons
             double error[LANES], norm[LANES];
             settle(*p, kind, levels, error, norm);
             const U outer = half_bits(p->outer), outer_low = half_bits(p->outer_low);
-            B bytes[WIDEST];
-            for (int64_t i = 0; i < kind.block; i++) bytes[i] = narrow(p->codes[i]);
+            uint8_t codes[LANES][WIDEST];
+            for (int64_t i = 0; i < kind.block; i += STEP) turn_bytes(p->codes + i, codes[0] + i);
             for (int64_t lane = 0; lane < count; lane++) {
-                uint8_t codes[WIDEST], *to = job.data + (first + lane) * kind.nbytes;
-                for (int64_t i = 0; i < kind.block; i++) codes[i] = reinterpret_cast<const uint8_t*>(bytes)[i * LANES + lane];
+                uint8_t* to = job.data + (first + lane) * kind.nbytes;
                 write_scales(to, kind, *p, outer, outer_low, lane);
-                write_codes(to, kind, codes);
+                write_codes(to, kind, codes[lane]);
                 job.sums[2 * (first + lane)] = error[lane], job.sums[2 * (first + lane) + 1] = norm[lane];
             }
         }

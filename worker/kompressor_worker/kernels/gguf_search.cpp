@@ -7,9 +7,9 @@ constexpr int ABREAST = 4;  // steps that are tried side by side
 
 // What `gguf_search.py` tries.
 struct GgufTries {
-    int32_t form, widths, outers;  // form: 0 symmetric, 1 with minima, 2 by the largest magnitude, 3 by exponent
+    int32_t form, widths, outers, cuts;  // form: 0 symmetric, 1 with minima, 2 by the largest magnitude, 3 by exponent
     float width[16], outer[8];     // outer: the smallest integer times its share
-    double cut[ABREAST];
+    double cut[6];
 };
 
 // So many blocks as there are lanes.
@@ -194,13 +194,18 @@ template <bool weighted> struct WithMinima {
         const F span = high - low, step = span / kind.levels[1];
         const auto live = span > 1e-15f;
         F best = -(offset * found.wx);
-        for (const double at_low : tries.cut) {
+        constexpr int abreast = weighted ? 3 : 4;
+        for (int k = 0; k < tries.cuts * tries.cuts; k += abreast) {
+            const double at_low = tries.cut[k / tries.cuts];
             const F start = low + float(at_low) * step;
-            F inverses[ABREAST], q[ABREAST], qq[ABREAST], qx[ABREAST];
-            for (int k = 0; k < ABREAST; k++) inverses[k] = live ? 1.0f / (span - float(at_low + tries.cut[k]) * step) * kind.levels[1] : F{};
-            sums<ABREAST, true, weighted>(x, w, kind.group, start, inverses, levels, qx, qq, q);
-            for (int k = 0; k < ABREAST; k++) {
-                found.fit(q[k], qq[k], qx[k], below_zero);
+            F inverses[abreast], q[abreast], qq[abreast], qx[abreast];
+            for (int j = 0; j < abreast; j++) {
+                const float both = float(at_low + tries.cut[(k + j) % tries.cuts]);
+                inverses[j] = live ? 1.0f / (span - both * step) * kind.levels[1] : F{};
+            }
+            sums<abreast, true, weighted>(x, w, kind.group, start, inverses, levels, qx, qq, q);
+            for (int j = 0; j < abreast; j++) {
+                found.fit(q[j], qq[j], qx[j], below_zero);
                 const auto better = found.cost < best;
                 best = better ? found.cost : best, scale = better ? found.slope : scale, offset = better ? found.offset : offset;
             }

@@ -33,10 +33,17 @@ WIDTHS: dict[str, tuple[float, ...]] = {
     "IQ4_NL": tuple(-90.0 - 4.0 * k for k in range(16)),
 }
 """At what level a symmetric group's largest magnitude is put; beyond the last level it is cut off there."""
+PLAIN_WIDTHS = {"Q4_0": tuple(-7.0 - 0.25 * k for k in range(8)), "Q5_0": tuple(-14.0 - 0.5 * k for k in range(8))}
+"""The same where every column is as good as another and llama.cpp does not search at all: half of the time."""
 OUTER = tuple(1.0 + 0.02 * k for k in range(-3, 5))
 """The same for the largest scale of a block, in shares of the smallest integer."""
-CUTS = (-0.2, 0.2, 0.6, 1.0)
-"""By how many steps a group's range is cut at either end."""
+CUTS, WEIGHTED_CUTS = (-0.2, 0.2, 0.6, 1.0), (-0.3, 0.0, 0.3, 0.6, 0.9, 1.2)
+"""By how many steps a group's range is cut at either end; where columns weigh differently, more is to be found."""
+
+
+def widths(kind: GgufType, weighted: bool) -> tuple[float, ...]:
+    found = WIDTHS.get(kind.name, ())
+    return found if weighted else PLAIN_WIDTHS.get(kind.name, found)
 
 
 @dataclass(frozen=True)
@@ -48,17 +55,20 @@ class Found:
     """uint8 [blocks, columns]."""
 
 
-def search(x: Tensor, w: Tensor, kind: GgufType) -> Found:
-    """x and w fp32 [blocks, columns of a block], finite; w > 0."""
-    x, w = (t.view(len(t), kind.block // kind.group, kind.group).permute(2, 1, 0).contiguous() for t in (x, w))
+def search(x: Tensor, given: Tensor | None, kind: GgufType) -> Found:
+    """x and importance (above zero, or None: all alike) fp32 [blocks, columns of a block], finite."""
+    x, w = (
+        t.view(len(t), kind.block // kind.group, kind.group).permute(2, 1, 0).contiguous()
+        for t in (x, torch.ones_like(x) if given is None else given)
+    )
     if kind.name == "MXFP4":
         return _exponents(x, w, kind)
     if kind.name == "Q8_0":
         scales = Scales(_half(_largest(x).abs() / 127.0)[0])
     elif kind.minimum is not None:
-        scales = _with_minima(x, w, kind)
+        scales = _with_minima(x, w, kind, CUTS if given is None else WEIGHTED_CUTS)
     else:
-        scales = _symmetric(x, w, kind)
+        scales = _symmetric(x, w, kind, widths(kind, given is not None))
     return Found(scales, codes_on(x, scales, kind))
 
 
@@ -108,10 +118,10 @@ def _sums(x: Tensor, w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return _total(wq * x), _total(wq * q)
 
 
-def _symmetric(x: Tensor, w: Tensor, kind: GgufType) -> Scales:
+def _symmetric(x: Tensor, w: Tensor, kind: GgufType, tried: tuple[float, ...]) -> Scales:
     scale, most = torch.zeros_like(x[0]), _largest(x)
     best, live, each = torch.zeros_like(scale), most.abs() > DEAD, most.reciprocal()
-    for at in WIDTHS[kind.name]:
+    for at in tried:
         qx, qq = _sums(x, w, rounded(x * torch.where(live, each * at, 0.0), kind))
         fitted = qx / qq
         gain = fitted * qx
@@ -169,9 +179,9 @@ class _Line:
         return slope, offset, cost
 
 
-def _with_minima(x: Tensor, w: Tensor, kind: GgufType) -> Scales:
+def _with_minima(x: Tensor, w: Tensor, kind: GgufType, cuts: tuple[float, ...]) -> Scales:
     line = _Line(_total(w), _total(w * x))
-    scale, offset = _lines(x, w, line, kind)
+    scale, offset = _lines(x, w, line, kind, cuts)
     if kind.small is not None:
         return _small_lines(x, w, line, scale, 0.0 - offset, kind)
     step, start = _half(scale).float(), _half(offset).float()
@@ -181,7 +191,7 @@ def _with_minima(x: Tensor, w: Tensor, kind: GgufType) -> Scales:
     return Scales(_half(torch.where(better, fitted, step))[0], _half(torch.where(better, moved, start))[0])
 
 
-def _lines(x: Tensor, w: Tensor, line: _Line, kind: GgufType) -> tuple[Tensor, Tensor]:
+def _lines(x: Tensor, w: Tensor, line: _Line, kind: GgufType, cuts: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Scale and offset of each group, fp32 [groups, blocks]."""
     below_zero, top = kind.small is not None, float(kind.levels[-1])
     offset = line.wx / line.w
@@ -190,9 +200,9 @@ def _lines(x: Tensor, w: Tensor, line: _Line, kind: GgufType) -> tuple[Tensor, T
         low, offset = low.clamp(max=0.0), offset.clamp(max=0.0)
     best, scale, span = -(offset * line.wx), torch.zeros_like(low), high - low
     step, live = span / top, span > DEAD
-    for at_low in CUTS:
+    for at_low in cuts:
         start = low + at_low * step
-        for at_high in CUTS:
+        for at_high in cuts:
             inverse = torch.where(live, (span - (at_low + at_high) * step).reciprocal() * top, 0.0)
             fitted, moved, cost = line.fit(*line.sums(x, w, rounded((x - start) * inverse, kind)), below_zero)
             better = cost < best
