@@ -1,10 +1,10 @@
-"""GGUF's tensor types, ours beside llama.cpp's own quantiser: squared error and weights a second, with importance and without.
+"""GGUF's tensor types, ours beside llama.cpp's own quantiser: squared error and weights a second of a core, with importance and without.
 
     python benchmarks/gguf_kernels.py
 
-Both on the same bell-shaped weights of a few that stick out, on the same threads, by turns, best of three; llama.cpp's library takes fp32
-and runs in the wheel of the dev extra, rows split among threads as its `llama-quantize` does. Prints Markdown. The error is weighted with
-the importance where that is given: what it is to make small.
+Both on the same bell-shaped weights, some of which stick out, on as many threads, by turns; seconds are those of all cores together, best
+of some rounds, so that what else runs on the machine counts little. llama.cpp's library is that of the dev extra; it takes fp32, ours bf16,
+and rows are split among threads as `llama-quantize` does. Prints Markdown. The error is weighted with the importance where that is given.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ class LlamaCpp:
 def best(work: Callable[[], torch.Tensor], rounds: int) -> tuple[torch.Tensor, float]:
     seconds, made = [], work()
     for _ in range(rounds):
-        began = time.perf_counter()
+        began = time.process_time()
         work()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     return made, min(seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
