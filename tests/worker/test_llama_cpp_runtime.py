@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -13,19 +14,29 @@ from typing import Any
 import gguf
 import numpy
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import jobs
 from calibrated_jobs import samples, write_data
-from kompressor_worker.errors import EngineFailed, EngineMissing, UserError
+from kompressor_api.v1alpha1 import Result
+from kompressor_worker.distillation import open_models
+from kompressor_worker.errors import EngineFailed, EngineMissing, Terminated, UserError
 from kompressor_worker.job import load_job
 from kompressor_worker.plan import make_plan
+from kompressor_worker.progress import Progress
+from kompressor_worker.run import run
 from kompressor_worker.runtime import ENGINES, Installed, find_engine
 from kompressor_worker.runtime import llama_cpp_driver as driver
 from kompressor_worker.runtime.engine_process import EngineProcess
+from kompressor_worker.runtime.original_gguf import plan_original, write_original
 from models import trained_model
 
 HIDDEN, WIDTH, LAYERS, HEADS, VOCABULARY = 256, 1024, 2, 4, 2048
 PROMPT, GENERATE = 24, 8
+ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
+"""Several would wait for each other on cores that other tests take."""
+ENVIRON = {**os.environ, "KOMPRESSOR_ENGINE_ARGUMENTS": json.dumps(ONE_THREAD)}
 
 
 def write(folder: Path, kind: str) -> Path:
@@ -80,20 +91,20 @@ def started(folder: Path, log: Path) -> Iterator[EngineProcess]:
         yield engine
 
 
-def spec_of(folder: Path, engine: str = "llama.cpp") -> Any:
-    return load_job(ordered(folder, engine), {}).spec
+def spec_of(folder: Path) -> Any:
+    return load_job(ordered(folder), {}).spec
 
 
-def ordered(folder: Path, engine: str = "llama.cpp", **output: Any) -> Path:
-    body = jobs.manifest(trained_model("llama").as_uri(), (folder / "out").as_uri())
+def ordered(folder: Path, engine: str = "llama.cpp", format: str = "gguf", scheme: str = "Q4_K", **runtime: Any) -> Path:
+    body = jobs.manifest(trained_model("llama").as_uri(), (folder / "out").as_uri(), [{"rtn": {"scheme": scheme}}])
     data = samples({"evaluation": write_data(folder, "llama", rows=2)["evaluation"].as_uri()}, rows=2)
-    body["spec"]["evaluation"] = data["evaluation"] | {"runtime": {"engine": engine, "prompt": 16, "generate": 8}}
-    body["spec"]["output"] |= output
+    body["spec"]["evaluation"] = data["evaluation"] | {"runtime": {"engine": engine, "prompt": 16, "generate": 8, "rounds": 2} | runtime}
+    body["spec"]["output"]["format"] = format
     return jobs.write(folder / "job.json", body)
 
 
 def loaded(folder: Path, requests: int, **arguments: Any) -> dict[str, Any]:
-    return {"model": str(folder), "tokens": PROMPT + GENERATE, "requests": requests, "kvBytes": 0, "arguments": arguments}
+    return {"model": str(folder), "tokens": PROMPT + GENERATE, "requests": requests, "kvBytes": 0, "arguments": ONE_THREAD | arguments}
 
 
 def test_requests_are_timed_and_memory_is_that_of_the_type(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -149,8 +160,8 @@ def test_what_llama_cpp_says_of_a_file_that_it_does_not_load_is_in_the_message(f
     with started(broken, tmp_path) as engine, pytest.raises(EngineFailed) as caught:
         engine.ask("loading", **loaded(broken, 1))
     assert "llama.cpp does not load model.gguf; its log ends: " in str(caught.value) and "not within the file bounds" in str(caught.value)
-    with started(broken, tmp_path) as engine, pytest.raises(EngineFailed, match=r"n_thread is no field of llama_model_params"):
-        engine.ask("loading", **loaded(folders["Q8_0"], 1, n_thread=2))
+    with started(broken, tmp_path) as engine, pytest.raises(EngineFailed, match=r"threads is no field of llama_model_params"):
+        engine.ask("loading", **loaded(folders["Q8_0"], 1, threads=2))
 
 
 def test_threads_are_those_of_the_container(tmp_path: Path) -> None:
@@ -161,12 +172,63 @@ def test_threads_are_those_of_the_container(tmp_path: Path) -> None:
     assert driver.threads(tmp_path / "none") == cores
 
 
+def test_a_job_serves_its_file_beside_the_original(tmp_path: Path) -> None:
+    job = load_job(ordered(tmp_path, batch=[1, 3], pricePerHour=0.36), {})
+    plan = make_plan(job, ENVIRON)
+    summary = run(job, ENVIRON, Progress(), threading.Event())
+    found = json.loads((tmp_path / "out" / "kompressor.json").read_text())["runtime"]
+    assert found["engine"].startswith("llama.cpp b") and found["memoryOf"] == "host" and found["inTurns"]
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    assert found["after"]["weightBytes"] < file.stat().st_size < found["before"]["weightBytes"] < (plan.scratch or 0)
+    for when in ("before", "after"):
+        assert found[when]["peakBytes"] > found[when]["weightBytes"]
+        for each in found[when]["batches"]:
+            assert 0 < each["firstToken"] < each["latency"] and each["tokensPerSecond"] > 0
+            assert each["costPerMillionTokens"] == pytest.approx(0.36 / 3600 * each["latency"] / (8 * each["batch"]) * 1e6, rel=1e-3)
+    status = Result.model_validate(summary.result("file:///x")).runtime
+    assert status is not None and status.batch == 3 and str(status.engine).startswith("llama.cpp b")
+    assert "<h2>Serving</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_original_is_written_as_it_is(tmp_path: Path) -> None:
+    """Every number of the source, under llama.cpp's name; with what puts rows of q and k into order taken back."""
+    spec = spec_of(tmp_path)
+    original = open_models(spec, {}).original
+    plan = plan_original(spec, original.layout)
+    write_original(tmp_path / "original", original, plan, threading.Event())
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "original" / "original.gguf").tensors}
+    source = load_file(trained_model("llama") / "model.safetensors")
+    heads = original.layout.config["num_attention_heads"]
+
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        found = tensors[name]
+        kind = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[found.tensor_type.name]
+        return torch.from_numpy(found.data.copy()).view(kind).reshape(shape)
+
+    alike = {"model.embed_tokens": "token_embd", "model.layers.1.mlp.down_proj": "blk.1.ffn_down", "model.norm": "output_norm"}
+    for ours, theirs in alike.items():
+        value = source[f"{ours}.weight"]
+        assert torch.equal(read(f"{theirs}.weight", tuple(value.shape)).to(value.dtype), value), ours
+    q = source["model.layers.0.self_attn.q_proj.weight"]
+    paired = read("blk.0.attn_q.weight", tuple(q.shape)).unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    assert torch.equal(paired, q)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Terminated):
+        write_original(tmp_path / "again", original, plan, stop)
+
+
 def test_each_engine_serves_its_format(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        make_plan(load_job(ordered(tmp_path), {}), dict(os.environ))
-    assert str(caught.value) == (
-        "evaluation.runtime.engine: llama.cpp serves gguf, and output.format is compressed-tensors; choose vllm, or output.format: gguf"
-    )
+    for engine, other, format, wanted, scheme in (
+        ("llama.cpp", "vllm", "compressed-tensors", "gguf", "W8A16"),
+        ("vllm", "llama.cpp", "gguf", "compressed-tensors", "Q4_K"),
+    ):
+        with pytest.raises(UserError) as caught:
+            make_plan(load_job(ordered(tmp_path, engine, format, scheme), {}), ENVIRON)
+        assert str(caught.value) == (
+            f"evaluation.runtime.engine: {engine} serves {wanted}, and output.format is {format}; "
+            f"choose {other}, or output.format: {wanted}"
+        )
     assert not (tmp_path / ".out.kompressor").exists()
 
 

@@ -204,7 +204,7 @@ def make_plan(job: Job, environ: Mapping[str, str], limits: Limits | None = None
         refuse_without_room(output, ladder.rungs[number].assigned.plan)
     plans = [_trained(_planned(rung, models.original.layout, limits or Limits()), rung, models.distillation, data) for rung in ladder.rungs]
     memory = Memory(max(plan.memory.host for plan in plans), max(plan.memory.gpu or 0 for plan in plans) or None)
-    copies = max(scratch_bytes(models.original, rung.assigned.plan, output) for rung in ladder.rungs) if serving else 0
+    copies = scratch_bytes(job.spec, models.original, [rung.assigned.plan for rung in ladder.rungs], output) if serving else 0
     scratch = max(copies, *(spool_bytes(rung.assigned.plan) for rung in ladder.rungs)) or (0 if serving else None)
     warnings = (*notes, *size_warnings(data), *plans[number].warnings)
     return replace(plans[number], memory=memory, published=published, warnings=warnings, target=ladder.fit, scratch=scratch)

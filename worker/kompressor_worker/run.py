@@ -115,7 +115,7 @@ def run(
     refuse_without_room(output, ladder.rungs[number].assigned.plan)
     refuse_without_spool(max(spool_bytes(rung.assigned.plan) for rung in ladder.rungs))
     if bench is not None:
-        refuse_without_scratch(max(scratch_bytes(models.original, rung.assigned.plan, output) for rung in ladder.rungs))
+        refuse_without_scratch(scratch_bytes(job.spec, models.original, [rung.assigned.plan for rung in ladder.rungs], output))
     if not output.probe():
         warnings.append(f"{output.uri}: the store ignores conditional writes; two workers on this output would not notice each other")
     warnings += size_warnings(data)
@@ -170,7 +170,7 @@ def measured_later(
 ) -> tuple[dict[str, Any], list[str]]:
     """The report of a published result with what this job measures of it, for the status: what is published stays as it is."""
     sizes = {name: info.size for name, info in bench.output.existing().items() if name in report["files"]}
-    refuse_without_scratch(scratch_bytes(bench.original, assigned.plan, bench.output))
+    refuse_without_scratch(scratch_bytes(spec, bench.original, [assigned.plan], bench.output))
     shards = Files({n: size for n, size in sizes.items() if n.endswith((".safetensors", ".gguf"))}, bench.output.read_published(CONFIG))
     found, warnings = bench.measured(spec, assigned, shards, rows)
     return {**report, "runtime": found}, warnings

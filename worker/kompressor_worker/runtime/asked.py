@@ -84,5 +84,7 @@ def engine_bytes(spec: CompressionJobSpec, original: ModelLayout, assigned: Assi
     runtime = runtime_of(spec)
     if runtime is None:
         return 0
-    both = (original.source_bytes, original), (assigned.plan.tensor_bytes, assigned.layout)
+    decoded = sum(t.nbytes for stage in original.stages() for t in stage.tensors)  # as a GGUF file has it
+    before = decoded if spec.output.format == "gguf" else original.source_bytes
+    both = (before, original), (assigned.plan.tensor_bytes, assigned.layout)
     return max(needs(ENGINES[runtime.engine], size, cache_bytes(layout, runtime)) for size, layout in both)

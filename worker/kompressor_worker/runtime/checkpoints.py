@@ -10,16 +10,18 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.digests import digest
 from kompressor_worker.distil.lesson import StoredModel
 from kompressor_worker.errors import NoSpaceLeft, Terminated
 from kompressor_worker.layout import ModelLayout
+from kompressor_worker.runtime.original_gguf import plan_original
 from kompressor_worker.shards import OutputPlan
 from kompressor_worker.storage import Output, Source
 
@@ -44,10 +46,14 @@ def weight_files(layout: ModelLayout) -> dict[str, int]:
     return {name: layout.file_sizes[name] for name in sorted(names)}
 
 
-def scratch_bytes(original: StoredModel, plan: OutputPlan, output: Output) -> int:
-    """What copies of the original and of the result take: nothing of what lies on this machine."""
-    before = sum(size for name, size in weight_files(original.layout).items() if original.source.path(name) is None)
-    return before + (0 if output.local else sum(shard.size for shard in plan.shards))
+def scratch_bytes(spec: CompressionJobSpec, original: StoredModel, plans: Sequence[OutputPlan], output: Output) -> int:
+    """What copies of the original and of the largest of these results take: nothing of what lies on this machine, but for an original that
+    is written anew, as GGUF."""
+    if spec.output.format == "gguf":
+        before = sum(shard.size for shard in plan_original(spec, original.layout).shards)
+    else:
+        before = sum(size for name, size in weight_files(original.layout).items() if original.source.path(name) is None)
+    return before + (0 if output.local else max(sum(shard.size for shard in plan.shards) for plan in plans))
 
 
 def refuse_without_scratch(needed: int) -> None:

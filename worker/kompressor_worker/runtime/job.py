@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kompressor_api.datasets import RUNTIME_METRICS
@@ -18,6 +19,7 @@ from kompressor_worker.runtime import Installed
 from kompressor_worker.runtime.asked import cache_bytes, price, runtime_of
 from kompressor_worker.runtime.checkpoints import Files, lay_out, scratch_folder, weight_files
 from kompressor_worker.runtime.measure import Side, prompts_of, timed, with_costs
+from kompressor_worker.runtime.original_gguf import plan_original, write_original
 from kompressor_worker.runtime.room import give_back
 from kompressor_worker.storage import Output
 
@@ -43,13 +45,12 @@ class Bench:
         give_back()
         try:
             with scratch_folder(self.output.uri) as folder:
-                before = Files(weight_files(self.original.layout), self.original.source.read("config.json"))
-                sides = []
-                for name, place, files, layout, size in (
-                    ("original", self.original.source, before, self.original.layout, self.original.layout.source_bytes),
-                    ("result", self.output.as_source(), result, assigned.layout, assigned.plan.tensor_bytes),
-                ):
-                    sides.append(Side(name, lay_out(folder / name, place, files, self.stop), size, cache_bytes(layout, runtime)))
+                before, size = self._lay_out_original(spec, folder / "original")
+                after = lay_out(folder / "result", self.output.as_source(), result, self.stop)
+                sides = [
+                    Side("original", before, size, cache_bytes(self.original.layout, runtime)),
+                    Side("result", after, assigned.plan.tensor_bytes, cache_bytes(assigned.layout, runtime)),
+                ]
                 found = timed(sides, runtime, prompts_of(rows, runtime), self.installed, self.environ, folder, self.stop)
         except EngineFailed as error:
             if any(gate.metric in RUNTIME_METRICS for gate in spec.evaluation.gates):
@@ -59,3 +60,12 @@ class Bench:
             log.warning("%s", error)
             return {"engine": self.installed.engine.name, "failed": str(error)}, [str(error)]
         return with_costs(found, price(spec)), []
+
+    def _lay_out_original(self, spec: CompressionJobSpec, folder: Path) -> tuple[Path, int]:
+        """In the format that the engine opens; and bytes of its weights."""
+        layout, source = self.original.layout, self.original.source
+        if spec.output.format == "gguf":
+            plan = plan_original(spec, layout)
+            return write_original(folder, self.original, plan, self.stop), plan.tensor_bytes
+        files = Files(weight_files(layout), source.read("config.json"))
+        return lay_out(folder, source, files, self.stop), layout.source_bytes
