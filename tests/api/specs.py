@@ -73,6 +73,18 @@ GOOD: dict[str, Spec] = {
         },
         "evaluation": {"dataset": {"uri": "s3://data/b"}, "gates": [{"metric": "kl", "maxKL": 0.1}]},
     },
+    "a target at the edge": {
+        "passes": None,
+        "output": {"uri": "s3://models/out", "format": "gguf"},
+        "target": {"memory": "4Gi", "bandwidth": "50G", "engine": "llama.cpp", "context": 8192},
+        "evaluation": {"dataset": {"uri": "s3://data/b"}, "runtime": {"engine": "llama.cpp"}},
+    },
+    "a device with a name": {
+        "passes": None,
+        "output": {"uri": "s3://models/out", "format": "gguf"},
+        "target": {"device": "Raspberry-Pi-5-8GB", "context": 4096},
+        "evaluation": {"dataset": {"uri": "s3://data/b"}},
+    },
     "measured as it is served": {
         "evaluation": {
             "dataset": {"uri": "s3://data/b"},
@@ -231,6 +243,13 @@ def aimed(beside: Spec | None = None, **target: Any) -> Spec:
     return {"passes": None, "target": {k: v for k, v in whole.items() if v is not None}, "evaluation": {"dataset": DATA}} | (beside or {})
 
 
+GGUF = {"uri": "s3://models/out", "format": "gguf"}
+
+
+def edge(beside: Spec | None = None, **target: Any) -> Spec:
+    return aimed({"output": GGUF} | (beside or {}), gpu=None, **target)
+
+
 HARDWARE = {"memory": "24Gi", "computeCapability": "8.9", "bandwidth": "1008G"}
 WRONG_VALUES |= {
     "passes and a target": (
@@ -245,6 +264,16 @@ WRONG_VALUES |= {
     ),
     "a target without a GPU": (aimed(gpu=None), "give either gpu or device (a name), hardware (a GPU's) or"),
     "a target with two": (aimed(hardware=HARDWARE), "give either gpu or device (a name), hardware (a GPU's) or"),
+    "a device of unknown speed": (edge(memory="4Gi"), "memory and bandwidth describe a device together; give both"),
+    "a device for vLLM": (
+        edge(device="Phone-8GB", engine="vllm"),
+        "engine vllm serves on GPUs; give gpu or hardware, or engine: llama.cpp",
+    ),
+    "a device, and no GGUF": (
+        edge({"output": {"uri": "s3://models/out"}}, device="Phone-8GB"),
+        "serves output.format gguf, vllm compressed-tensors; correct one",
+    ),
+    "a GPU, and GGUF": (aimed({"output": GGUF}), "serves output.format gguf, vllm compressed-tensors; correct one"),
     "a target of no length": (aimed(context=None), "spec.target.context: Required value"),
     "a target for nobody": (aimed(concurrency=0), "spec.target.concurrency"),
     "a target that prefers both": (aimed(prefer="both"), "spec.target.prefer"),

@@ -16,6 +16,7 @@ from kompressor_api.names import ExitCode
 from kompressor_api.target import TargetSpec
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.errors import UserError
+from kompressor_worker.gguf_result import prepared
 from kompressor_worker.reading import read_layout
 from kompressor_worker.storage.locations import open_source
 from kompressor_worker.target.planner import Fit, fit, longest_context
@@ -68,11 +69,13 @@ def fit_command(args: argparse.Namespace) -> int:
     from kompressor_worker.verify import wanted_source  # with torch, which `kompressor plan` does without
 
     location = wanted_source(args.uri, args.endpoint, args.region)
-    layout = read_layout(open_source(location, os.environ, threading.Event()))
+    source = open_source(location, os.environ, threading.Event())
+    layout = read_layout(source)
     context = args.context if args.context is not None else longest_context(layout)
     if context is None:
         raise UserError("--context: config.json does not say how many tokens the model takes; give a number")
-    found = fit(asked(args, location.model_dump(by_alias=True, exclude_none=True), context), layout)
+    spec = asked(args, location.model_dump(by_alias=True, exclude_none=True), context)
+    found = fit(spec, prepared(spec.output, source, layout))
     if args.json:
         print(json.dumps(found.as_json(), indent=2))
     else:

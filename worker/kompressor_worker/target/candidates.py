@@ -36,10 +36,10 @@ class Weights:
         """Passes that make it, the first that a model takes is meant."""
         if self.scheme is None:
             return ((),)
-        by = "gptq" if data and self.fed else "rtn"
+        ways = ("gptq", "rtn") if data and self.fed else ("rtn",)
         if self.grouped:
-            return tuple(({by: {"scheme": self.scheme, "groupSize": size}},) for size in GROUPS)
-        return (({by: {"scheme": self.scheme}},),)
+            return tuple(({ways[0]: {"scheme": self.scheme, "groupSize": size}},) for size in GROUPS)
+        return tuple(({way: {"scheme": self.scheme}},) for way in ways)
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,12 @@ PALETTES: Mapping[str, Palette] = {
             Weights("16 bits", None, 0.0, 0.0),
             Weights("Q8_0", "Q8_0", 0.0005, 0.0005),
             Weights("Q6_K", "Q6_K", 0.002, 0.003),
-            Weights("Q5_K_M", "Q5_K_M", 0.005, 0.008, fed=True),
-            Weights("Q4_K_M", "Q4_K_M", 0.015, 0.025, fed=True),
-            Weights("Q4_K_S", "Q4_K_S", 0.02, 0.033, fed=True),
-            Weights("Q3_K_M", "Q3_K_M", 0.045, 0.08, fed=True),
-            Weights("Q3_K_S", "Q3_K_S", 0.08, 0.15, fed=True),
-            Weights("Q2_K", "Q2_K", 0.15, 0.35, fed=True),
+            Weights("Q5_K", "Q5_K", 0.006, 0.01, fed=True),
+            Weights("Q4_K", "Q4_K", 0.02, 0.033, fed=True),
+            Weights("Q3_K", "Q3_K", 0.08, 0.15, fed=True),
+            Weights("Q2_K", "Q2_K", 0.2, 0.5, fed=True),
         ),
-        reduced=("Q8_0", "Q4_K_M"),
+        reduced=("Q8_0", "Q4_K"),
         kv=False,
         adaptive=None,
     ),

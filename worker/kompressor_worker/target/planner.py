@@ -90,17 +90,18 @@ class Fit:
     def _too_large(self) -> str:
         """What nothing fitting means: the smallest plan, what it takes, and what would have to change for it to fit."""
         smallest = min((row for row in self.rows if row.need), key=lambda row: row.need.total if row.need else 0)
-        assert smallest.need is not None and smallest.served is not None
-        need, on, served, target = smallest.need, self.on, smallest.served, self.target
+        assert smallest.need is not None
+        need, on, target = smallest.need, self.on, self.target
+        served = [row.served for row in self.rows if row.served is not None]
         parts = (
             f"weights {size(need.weights)}, KV cache {size(need.kv)}, activations {size(need.activations)}, overhead "
             f"{size(need.overhead)}, reserve {size(need.reserve)}"
         )
         asked = f"context {target.context:,}, concurrency {target.requests}"
         changes = []
-        if context := served.longest(on, target.requests, target.context):
+        if context := max(each.longest(on, target.requests, target.context) for each in served):
             changes.append(f"with context {context:,}")
-        if target.requests > 1 and (requests := served.most_requests(on, target.context, target.requests)):
+        if target.requests > 1 and (requests := max(each.most_requests(on, target.context, target.requests) for each in served)):
             changes.append(f"with concurrency {requests}")
         changes.append(f"on a {on.kind} with {size(memory_for(need, on))}")
         return (

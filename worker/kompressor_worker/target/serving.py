@@ -22,6 +22,7 @@ from kompressor_api.hardware import ENGINES, Engine, Hardware
 from kompressor_worker.architectures import FAMILIES, text_config
 from kompressor_worker.assignment import Assignment
 from kompressor_worker.estimate import is_block, steps_of, top_k
+from kompressor_worker.formats.gguf_architectures import decoder_of
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.structure import operations
 from kompressor_worker.windows import SWITCHED, windows_of
@@ -111,7 +112,7 @@ class Served:
         layout = assigned.layout
         config = text_config(layout.config)
         stays = [replace(unit, stages=tuple(s for s in unit.stages if not s.dropped)) for unit in layout.units if not unit.dropped]
-        rows, dense, experts = 0, 0, []
+        rows, dense, experts = 0, sum(t.stop - t.start for t, _ in assigned.plan.constants), []
         sizes = {
             stage.name: sum(t.stop - t.start for t in placed)
             for unit, stages in zip(layout.units, assigned.plan.stages, strict=True)
@@ -239,8 +240,10 @@ def cached_values(config: Mapping[str, Any]) -> int:
 
 def kept_windows(layout: ModelLayout, layers: int) -> tuple[int | None, ...]:
     """By layer, what of a sequence the engine keeps. Classes that drop a source's windows without a word (vLLM's Qwen2 and Qwen3) keep all;
-    where windows come from us the result is published so that they are kept to."""
+    where windows come from us the result is published so that they are kept to. llama.cpp keeps to what the file says."""
     dropped = text_config(layout.config).get("model_type") in SWITCHED and not layout.windowed
+    if layout.file_format == "gguf":
+        return decoder_of(layout).windows
     if layout.family is None or dropped:
         return (None,) * layers
     return windows_of(layout.config, FAMILIES[layout.family], layers)
