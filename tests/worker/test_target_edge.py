@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections.abc import Mapping
@@ -15,16 +16,22 @@ import pytest
 from families import tiny_model
 from llama_cpp_memory import asked_for, write_shapes
 
+import jobs
+from calibrated_jobs import samples, write_data
 from kompressor_api.hardware import DEVICES, device_named
 from kompressor_api.names import Reason
 from kompressor_api.quantity import parse
-from kompressor_api.v1alpha1 import CompressionJobSpec
+from kompressor_api.v1alpha1 import CompressionJobSpec, Result
 from kompressor_worker.assignment import Assignment
 from kompressor_worker.cli import run_cli
 from kompressor_worker.errors import UserError
 from kompressor_worker.gguf_result import prepared
+from kompressor_worker.job import load_job
 from kompressor_worker.layout import ModelLayout
+from kompressor_worker.plan import make_plan
+from kompressor_worker.progress import Progress
 from kompressor_worker.reading import read_layout
+from kompressor_worker.run import run
 from kompressor_worker.storage.locations import open_source
 from kompressor_worker.target.planner import fit
 from kompressor_worker.target.serving import Served
@@ -157,6 +164,30 @@ def test_devices_as_people_write_them_and_gpus_that_llama_cpp_serves() -> None:
     assert all(device.kept and device.kept < device.memory and device.engine == "llama.cpp" for device in DEVICES.values())
     target = spec(device=None, gpu="RTX-4090", engine="llama.cpp").target
     assert target is not None and (target.on.engine, target.on.kind, target.format) == ("llama.cpp", "GPU", "gguf")
+
+
+def test_a_device_is_planned_made_and_measured(tmp_path: Path) -> None:
+    """As much memory as one type takes, and no more: that one is made, and llama.cpp runs it."""
+    data = samples({"evaluation": write_data(tmp_path, "llama", rows=2)["evaluation"].as_uri()}, rows=2)
+    body = jobs.manifest(trained_model("llama").as_uri(), (tmp_path / "out").as_uri())
+    del body["spec"]["passes"]
+    body["spec"]["output"]["format"] = "gguf"
+    body["spec"]["evaluation"] = data["evaluation"] | {"runtime": {"engine": "llama.cpp", "prompt": 16, "generate": 8, "rounds": 1}}
+    body["spec"]["target"] = {"memory": "1Gi", "bandwidth": "50G", "context": 512, "maxPerplexityIncrease": "50%"}
+    layout = make_plan(load_job(jobs.write(tmp_path / "job.json", body), {}), dict(os.environ)).layout
+    wanted = next(row for row in fit(CompressionJobSpec.model_validate(body["spec"]), layout).rows if row.name == "Q6_K")
+    assert wanted.need is not None
+    body["spec"]["target"]["memory"] = str(wanted.need.total)
+    job = load_job(jobs.write(tmp_path / "job.json", body), {})
+    assert make_plan(job, dict(os.environ)).status()["target"]["name"] == "Q6_K"
+    environ = {**os.environ, "KOMPRESSOR_ENGINE_ARGUMENTS": '{"n_threads": 1, "n_threads_batch": 1}'}
+    result = Result.model_validate(run(job, environ, Progress(), threading.Event()).result("file:///x"))
+    assert result.target is not None and result.target.plan == "Q6_K" and result.target.totalBytes == wanted.need.total
+    assert result.runtime is not None and float(result.runtime.tokensPerSecondAfter or 0) > 0
+    report = json.loads((tmp_path / "out" / "kompressor.json").read_text())
+    assert report["target"]["need"]["weights"] == report["result"]["tensorBytes"] == wanted.need.weights
+    assert [each["batch"] for each in report["target"]["predicted"]] == [1] and report["target"]["engine"] == "llama.cpp"
+    assert (tmp_path / "out" / "model-Q6_K.gguf").exists()
 
 
 def test_fit_prints_the_table_for_a_device(capfd: pytest.CaptureFixture[str]) -> None:
