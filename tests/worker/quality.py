@@ -15,11 +15,12 @@ from torch import Tensor
 
 import jobs
 from calibrated_jobs import samples
+from independent import expand, tensors_of
 from kompressor_worker.job import load_job
 from kompressor_worker.progress import Progress
 from kompressor_worker.run import run
 
-__all__ = ["Laboratory", "require_ratio"]
+__all__ = ["Laboratory", "Weighed", "interval", "require_ratio"]
 
 Passes = Sequence[Mapping[str, Any]]
 DRAWS = 2000
@@ -69,11 +70,36 @@ class Laboratory:
         return torch.cat(batches)
 
 
-def require_ratio(kl: Tensor, baseline: Tensor, below: float) -> None:
-    """Both fp64 [rows], of the same rows. Raises AssertionError unless the mean of the one over that of the other is below the bound at
-    the upper end of its 95 % interval."""
+class Weighed(Laboratory):
+    """Knows what its results weigh, and what their reports say; mixtures are decompressed by the library, for transformers takes all
+    experts for encoded alike."""
+
+    def __init__(self, folder: Path, calibration: Path, held_out: Tensor) -> None:
+        super().__init__(folder, calibration, held_out)
+        self.weights: dict[str, int] = {}
+        self.reports: dict[str, dict[str, Any]] = {}
+
+    def divergence(self, source: Path, passes: Passes) -> Tensor:
+        published = self._compress(source, passes)
+        self.weights[json.dumps(passes)] = sum(t.numel() * t.element_size() for t in tensors_of(published).values())
+        self.reports[json.dumps(passes)] = json.loads((published / "kompressor.json").read_text())
+        plain = expand(published, self.folder / "plain")
+        p, q = self.original(source), self._log_probabilities(plain)
+        for folder in (published, plain):
+            shutil.rmtree(folder)
+        return (p.exp() * (p - q)).sum(-1).double().mean(-1)
+
+
+def interval(kl: Tensor, baseline: Tensor) -> tuple[float, float, float]:
+    """Both fp64 [rows], of the same rows: the mean of the one over that of the other, and the ends of its 95 % interval."""
     assert kl.shape == baseline.shape and bool(kl.isfinite().all()) and bool((baseline > 0).all())
     drawn = torch.randint(len(kl), (DRAWS, len(kl)), generator=torch.Generator().manual_seed(0))
     low, high = (kl[drawn].mean(1) / baseline[drawn].mean(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    said = f"KL {float(kl.mean()):.3g} is {float(kl.mean() / baseline.mean()):.3f} [{low:.3f}, {high:.3f}] of {float(baseline.mean()):.3g}"
+    return float(kl.mean() / baseline.mean()), low, high
+
+
+def require_ratio(kl: Tensor, baseline: Tensor, below: float) -> None:
+    """Raises AssertionError unless the upper end of the `interval` of these is below the bound."""
+    share, low, high = interval(kl, baseline)
+    said = f"KL {float(kl.mean()):.3g} is {share:.3f} [{low:.3f}, {high:.3f}] of {float(baseline.mean()):.3g}"
     assert high < below, f"{said}, allowed is less than {below}"

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import smaller
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_allocation import interrupted
@@ -22,8 +24,10 @@ import jobs
 from independent import decompressed, expand, tensors_of
 from kompressor_worker.errors import UserError
 from kompressor_worker.job import load_job
-from kompressor_worker.passes.scheme_choice import solved, total
+from kompressor_worker.passes.plan_trials import PlanTrials
+from kompressor_worker.passes.scheme_choice import SchemeGroup, solved, total, weight_of
 from kompressor_worker.passes.scheme_costs import price_at, spread
+from kompressor_worker.passes.scheme_plans import APART, NEXT, plans
 from kompressor_worker.pipeline import Limits
 from kompressor_worker.plan import make_plan
 from kompressor_worker.progress import Progress
@@ -69,9 +73,36 @@ def test_of_groups_that_are_alike_the_first_gets_more() -> None:
     assert solved([{0: 1.0, 1: 1.0, 2: 1.0}], [[20, 10, 10]], 100) == [1]
 
 
+@given(st.integers(0, 10_000))
+@settings(max_examples=10, deadline=None)
+def test_plans_beside_the_programs(seed: int) -> None:
+    """Each next best one is, of all that are apart enough from those before, beside every other one there is; what one would choose without
+    measuring is the best of its kind that there is room for."""
+    chance, layers = random.Random(seed), [0, 0, 1, 1, 2, 2]
+    sizes = [tuple(sorted(chance.sample(range(1, 9), 3))) for _ in layers]
+    costs = [dict(enumerate(sorted((chance.random() for _ in range(3)), reverse=True))) for _ in layers]
+    groups = [SchemeGroup(f"{number}", (), size) for number, size in enumerate(sizes)]
+    budget = sum(size[0] for size in sizes) + chance.randrange(16)
+    found = plans(costs, [groups], layers, budget)
+    assert all(weight_of(groups, plan.chosen) <= budget for plan in found) and len({plan.chosen for plan in found}) == len(found)
+    possible = [c for c in itertools.product(range(3), repeat=len(layers)) if weight_of(groups, c) <= budget]
+    chain, tried = [found[0].chosen], {plan.chosen for plan in found}  # a next best one may be what a uniform one is
+    for _ in range(NEXT):
+        far = [c for c in possible if all(sum(a != b for a, b in zip(c, known, strict=True)) >= -(-6 // APART) for known in chain)]
+        if far:
+            chain.append(min(far, key=lambda c: total(costs, c)))
+    assert found[0].kind == "program" and total(costs, chain[0]) == pytest.approx(min(total(costs, c) for c in possible), rel=1e-5)
+    assert set(chain) <= tried and sum(plan.kind == "next best" for plan in found) <= NEXT
+    kinds = {"uniform": [(c,) * 6 for c in range(3)], "first and last": [(h, h, c, c, h, h) for h in range(3) for c in range(3) if h != c]}
+    for kind, ways in kinds.items():
+        fitting = [total(costs, way) for way in ways if weight_of(groups, way) <= budget]
+        mine = [total(costs, plan.chosen) for plan in found if plan.kind == kind] or [total(costs, found[0].chosen)]
+        assert not fitting or mine[0] <= min(fitting) + 1e-9
+
+
 def test_prices_between_blocks_that_were_followed() -> None:
-    assert spread(3) == {0, 1, 2} and spread(1) == {0}
-    assert len(spread(80)) == 16 and {0, 79} <= spread(80)
+    assert spread(3, 16) == {0, 1, 2} and spread(1, 16) == {0}
+    assert len(spread(80, 16)) == 16 and {0, 79} <= spread(80, 16)
     assert price_at(2, {0: 1.0, 4: 100.0}) == pytest.approx(10.0)
     assert (price_at(9, {0: 1.0, 4: 100.0}), price_at(3, {1: 7.0}), price_at(3, {})) == (100.0, 7.0, 1.0)
 
@@ -103,6 +134,25 @@ def test_a_job_is_within_its_budget_and_is_what_it_says(algorithm: str, tmp_path
     assert measured(out, rows_of(job)) == pytest.approx(report["evaluation"]["perplexityAfter"], rel=TOLERANCE)
     page = render(report).decode()
     assert "Size against perplexity" in page and "Adaptive bits" in page and 'class="curve"' in page
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_what_is_tried_is_what_comes_out(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of least KL is published, whichever that is, and has the KL that the trial says on the same rows, by transformers."""
+    found = PlanTrials.found
+
+    def favour(self: PlanTrials) -> dict[str, torch.Tensor]:
+        kl = found(self)["kl"]
+        kl[number] -= 1.0
+        return {"kl": kl}
+
+    monkeypatch.setattr(PlanTrials, "found", favour)
+    job = job_of(tmp_path, "llama", [{"autoScheme": {**AUTO, "budget": {"bits": 6.2}}}])
+    said, rows = compress(job)["autoScheme"], rows_of(job, "calibration")[:32]  # 16 and those in the same batch
+    plan = said["plans"][number]
+    assert plan["name"] == ("program", "W4A16:32 everywhere", "W8A16 in the first and last blocks, W4A16 between")[number]
+    assert weigh(tmp_path / "out") == said["bytes"] == plan["bytes"]
+    assert plan["kl"] + 1.0 == pytest.approx(float(smaller.divergences(trained_model("llama"), tmp_path / "out", rows).mean()), rel=0.15)
 
 
 def fused(name: str) -> str:
@@ -182,7 +232,7 @@ def test_killed_in_the_survey_and_behind_it(kind: str, tmp_path: Path, caplog: p
     run(load_job(job("whole"), {}), {}, Progress(), threading.Event(), Limits(snapshot_seconds=0))
     whole = files_of(tmp_path / "whole")
     caplog.set_level(logging.INFO)
-    for at in ("survey 1: model.layers.2", "survey 1: head", "model.layers.2"):
+    for at in ("survey 1: model.layers.2", "survey 1: head", "survey 2: model.layers.1", "survey 2: head", "model.layers.2"):
         interrupted(job("cut"), at)
     run(load_job(job("cut"), {}), {}, Progress(), threading.Event(), Limits(snapshot_seconds=0))
     cut = files_of(tmp_path / "cut")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -52,16 +52,15 @@ def compress(job: Path) -> dict[str, Any]:
     return report
 
 
-def rows_of(job: Path) -> torch.Tensor:
+def rows_of(job: Path, section: Literal["calibration", "evaluation"] = "evaluation") -> torch.Tensor:
     from kompressor_worker.calibration import read_rows
     from kompressor_worker.storage.locations import open_data, open_source
     from kompressor_worker.tokenizer import ModelTokenizer
 
     spec = load_job(job, {}).spec
-    assert spec.evaluation is not None
-    return torch.stack(
-        read_rows(open_data(spec.evaluation, {}), spec.evaluation, ModelTokenizer(open_source(spec.model.source, {}))).tokens
-    )
+    rows = getattr(spec, section)
+    assert rows is not None
+    return torch.stack(read_rows(open_data(rows, {}), rows, ModelTokenizer(open_source(spec.model.source, {}))).tokens)
 
 
 def measured(folder: Path, tokens: torch.Tensor, **options: Any) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,11 @@ import families
 import pytest
 import smaller
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sources import folder_source
 from torch import Tensor
+from windowed import FULL, SLIDING, config_of, variant
 
 import jobs
 from calibrated_jobs import evaluation_rows
@@ -25,6 +27,7 @@ from kompressor_worker.architectures import FAMILIES as DATA
 from kompressor_worker.evaluate import BlockError
 from kompressor_worker.job import load_job
 from kompressor_worker.last_hidden import LastHidden
+from kompressor_worker.passes.attention_sets import EVEN, SETS, even, sets
 from kompressor_worker.plan import make_plan
 from kompressor_worker.progress import Progress
 from kompressor_worker.reading import read_layout
@@ -53,7 +56,6 @@ NOTHING = {"mistral": {"sliding_window": None}}
 """As hubs' files say it."""
 HYBRID: dict[str, Any] = {"hybridAttention": {"window": WINDOW, "fullLayers": 2, "samples": ROWS}}
 W4 = {"gptq": {"scheme": "W4A16", "groupSize": 32}}
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def token_rows(seed: int) -> list[list[int]]:
@@ -83,22 +85,9 @@ def model_of(family: str, folder: Path, **more: Any) -> Path:
     return made
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
-
-
 def losses(folder: Path, rows: Tensor) -> Tensor:
     """fp64 [rows, length - 1]: negative log-likelihood of each token but the first, by transformers."""
     return -smaller.log_probabilities(folder, rows).gather(-1, rows[:, 1:, None])[..., 0]
-
-
-def variant(folder: Path, name: str, layer_types: list[str]) -> Path:
-    """The same files with windows elsewhere."""
-    made = folder.with_name(name)
-    shutil.copytree(folder, made)
-    (made / "config.json").write_text(json.dumps({**config_of(folder), "layer_types": layer_types}))
-    return made
 
 
 @pytest.fixture
@@ -149,8 +138,28 @@ def test_costs_are_what_transformers_says_of_each_layer_alone(family: str, tmp_p
                 wanted["blockError"][layer] = error.value
     assert found["scores"]["divergence"] == pytest.approx(wanted["divergence"], rel=1e-3)
     assert found["scores"]["blockError"][:5] == pytest.approx(wanted["blockError"][:5], rel=1e-3)
-    best = sorted(there, key=lambda layer: -wanted["divergence"][layer])[:2]
-    assert found["fullLayers"] == found["sourceLayers"] == sorted(best)
+    best = sorted(sorted(there, key=lambda layer: -wanted["divergence"][layer])[:2])
+    tried = {tuple(each["sourceLayers"]): each["kl"] for each in found["tried"]}
+    assert next(iter(tried)) == tuple(best) and set(even(there, 2)) <= set(tried)
+    assert found["fullLayers"] == found["sourceLayers"] == list(min(tried, key=lambda layers: tried[layers]))
+    for layers in list(tried)[:3]:
+        made = variant(tmp_path / "out", f"{layers}", [FULL if one in layers else SLIDING for one in range(6)])
+        assert tried[layers] == pytest.approx(float(smaller.divergences(source, made, rows).mean()), rel=1e-3)
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=40), st.data())
+def test_sets_that_are_tried(scores: list[int], data: st.DataObject) -> None:
+    """The highest scores first, every offset of an even spacing or four, then what differs in one layer and loses least."""
+    count = data.draw(st.integers(1, len(scores) - 1))
+    layers = {2 * layer + 1: float(score) for layer, score in enumerate(scores)}  # not all layers are free
+    found = sets(layers, count)
+    assert all(len(set(each)) == count and set(each) <= set(layers) and list(each) == sorted(each) for each in found)
+    assert len(set(found)) == len(found) <= SETS
+    assert sum(layers[layer] for layer in found[0]) == sum(sorted(layers.values(), reverse=True)[:count])
+    assert set(even(sorted(layers), count)) <= set(found) and len(even(sorted(layers), count)) == min(EVEN, len(layers) // count)
+    swaps = [each for each in found if len(set(each) - set(found[0])) == 1 and each not in even(sorted(layers), count)]
+    lost = [sum(layers[layer] for layer in found[0]) - sum(layers[layer] for layer in each) for each in swaps]
+    assert lost == sorted(lost) and (len(found) == SETS or len(swaps) >= count * (len(layers) - count) - EVEN)
 
 
 def test_by_the_error_of_the_block_nothing_flows_on(tmp_path: Path) -> None:

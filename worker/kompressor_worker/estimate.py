@@ -234,9 +234,10 @@ def flow_bytes(
     flowing = size * max(2 * tokens.streams * hidden + together * between, surveyed_states(passes) * tokens.calibration * hidden)
     flowing += mixture * (together if held(passes) else tokens.streams)
     kept = min(flowing, limits.activations)
+    held_rows = sum(p.survey_held(sum(map(is_block, layout.units))) for p in passes) * tokens.length  # which are not spilled
     head = tokens.evaluation * (2 * hidden * size + SCORED_BYTES) + 2 * limits.slice + 2 * TILE_BYTES if tokens.evaluation else 0
     restored = size * hidden * max(tokens.calibration, tokens.evaluation, tokens.drift)
-    return FlowBytes(kept, flowing - kept, block, step, statistics, head, restored)
+    return FlowBytes(kept + size * held_rows * hidden, flowing - kept, block, step, statistics, head, restored)
 
 
 def batch_bytes(sites: Sequence[Site], length: int) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kompressor_worker.report_plots import columns, percent
-from kompressor_worker.report_sections import card, number, size, table
+from kompressor_worker.report_sections import card, folded, number, size, table
 
 MEASURES = {
     "divergence": "KL of the logits, in nats a token, with a window in this layer alone",
@@ -45,4 +45,12 @@ def _layers(chosen: Mapping[str, Any]) -> str:
     return (
         f"<h3>Full attention stays in layers {', '.join(kept)} (in the other colour); the others see {chosen['window']:,} tokens</h3>"
         + plots
+        + _tried(chosen.get("tried", ()))
     )
+
+
+def _tried(sets: Sequence[Mapping[str, Any]]) -> str:
+    """Sets of layers that were tried together, the one that stays first."""
+    rows = [(", ".join(map(str, each["sourceLayers"])), number(each["kl"], 3)) for each in sorted(sets, key=lambda each: float(each["kl"]))]
+    head = ("Full attention in", "KL, nats a token")
+    return folded(f"Sets of layers that were tried together ({len(rows)})", table(head, rows, (1,))) if rows else ""

@@ -21,7 +21,7 @@ def schemes(found: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
         f"{size(found['bytes'])} of a budget of {size(found['budgetBytes'])}; {len(groups)} groups that loaders hold as one, each "
         f"in the one of {', '.join(found.get('candidates', ()))} that an integer program chose by what it costs."
     )
-    return card("Adaptive bits", sub, _curve(found, evaluation) + _map(groups) + _table(groups))
+    return card("Adaptive bits", sub, _curve(found, evaluation) + _plans(found.get("plans", ())) + _map(groups) + _table(groups))
 
 
 def _curve(found: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
@@ -37,6 +37,14 @@ def _curve(found: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
         says += f"; measured KL {number(evaluation['kl'], 3)}, which is {percent(measured)}{after}"
     plot = curve(points, marks, size, percent)
     return f"<h3>Size against perplexity</h3>{plot}<p>{says}.</p>" if plot else ""
+
+
+def _plans(plans: Sequence[Mapping[str, Any]]) -> str:
+    """Whole plans that were tried together, by their KL."""
+    tried = sorted((plan for plan in plans if "kl" in plan), key=lambda plan: float(plan["kl"]))
+    rows = [(str(p["name"]), size(p["bytes"]), number(p["predictedKl"], 3), number(p["kl"], 3)) for p in tried]
+    head = ("Plan", "Size", "Costs add up to", "Measured KL")
+    return "<h3>Whole plans, measured on calibration rows</h3>" + table(head, rows, (1, 2, 3)) if rows else ""
 
 
 def _map(groups: Sequence[Mapping[str, Any]]) -> str:

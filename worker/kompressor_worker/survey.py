@@ -114,7 +114,7 @@ class Survey:
             decoder.device,
             int(decoder.config.vocab_size),
             decoder.final_softcap,
-            lambda hidden, norm: decoder.norm(hidden, norm).to(decoder.dtype),
+            lambda hidden, norm: decoder.norm(hidden, norm).to(hidden.dtype),
             self.stream.batches,
             self.stream.tokens,
         )
@@ -187,8 +187,8 @@ class Survey:
 
         def forward(rows: Sequence[Batch], model: ModelLayout | None = None, schemes: Mapping[str, Scheme] | None = None) -> None:
             assert whole, "whole_block says that a surveyor takes other rows through blocks"
-            other = trial(weights, schemes or {}, self.decoder)
             through = block if model is None else Block(Decoder(model, self.decoder.device), block.layer, unit)
+            other = trial(weights, schemes or {}, through.decoder)
             for each in through.steps:
                 for batch in rows:
                     through.advance(each, batch, weights, other)

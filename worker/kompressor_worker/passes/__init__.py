@@ -120,6 +120,10 @@ class Pass:
         """How many rows beside the calibration's its surveys take through an average block of so many: for estimates."""
         return 0.0
 
+    def survey_held(self, layers: int) -> int:
+        """How many rows beside the calibration's a survey of it holds at once, at most."""
+        return 0
+
     def decide(self, found: Mapping[str, torch.Tensor]) -> None:
         """Takes in what its surveyor has found, after each survey, and again on a restart."""
 

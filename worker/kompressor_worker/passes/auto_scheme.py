@@ -1,7 +1,8 @@
 """Adaptive bits: the schemes that lose least for what the model may weigh, by measured sensitivity.
 
 A survey of the source measures what each candidate costs each group of linears that loaders hold as one (`scheme_costs`); an integer
-program chooses (`scheme_choice`); GPTQ or rounding to nearest encodes, as the passes of these names do. Why so:
+program chooses (`scheme_choice`); a second survey runs whole plans, the program's and others within the budget (`scheme_plans`), of which
+the one of least KL stays (`plan_trials`); GPTQ or rounding to nearest encodes, as the passes of these names do. Why so:
 docs/decisions/0031-adaptive-bits.md.
 """
 
@@ -9,22 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
-
-from kompressor_api.fields import Number
-from kompressor_api.pod import Quantity
 from kompressor_api.quantity import parse
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.dropping import block_numbers
 from kompressor_worker.errors import UserError
 from kompressor_worker.passes import Pass, gptq, rtn
-from kompressor_worker.passes.linear_params import TargetParams
 from kompressor_worker.passes.scheme_choice import (
     Candidate,
     SchemeGroup,
-    best,
     filled,
     groups_of,
     largest,
@@ -36,6 +31,8 @@ from kompressor_worker.passes.scheme_choice import (
     weight_of,
     within,
 )
+from kompressor_worker.passes.scheme_params import AutoSchemeParams
+from kompressor_worker.passes.scheme_plans import KINDS, PLANS, Plan, named, plans
 from kompressor_worker.passes.selection import choose, refuse_split
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import plan_output
@@ -49,101 +46,45 @@ if TYPE_CHECKING:
 
 RIDDEN = 16
 """Blocks at most of which an error is followed to the logits, evenly spread."""
+CLEAR = 0.95
+"""One of the next best plans stands in only where its KL is below this share of the others': the rows of a trial tell no less apart."""
+THOROUGH = 8
+"""Of these, at most, in which all candidates are encoded and tried."""
 RIDING = 2
 """Calibration rows that a block is tried on and that go on to the logits, at least; as many more as share a batch with them."""
 GROUPS = 4
 """Of linears in a dense block: q/k/v, o, gate/up, down."""
-
-CandidateName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(:(-1|[1-9][0-9]{0,4}))?$", max_length=64)]
-ALGORITHMS: dict[str, tuple[str, ...]] = {"gptq": get_args(gptq.SchemeName), "rtn": get_args(rtn.SchemeName)}
-
-
-class Budget(Model):
-    """What the result may weigh: bits a weight, or bytes."""
-
-    bits: Number | None = Field(
-        default=None,
-        gt=0.0,
-        le=32.0,
-        description="Mean bits of a target's weight with scales and zero points; 4.25, say. Either this or bytes.",
-    )
-    bytes: Quantity | None = Field(default=None, description="All tensors of the result, exact ones too; 12Gi, say. Either this or bits.")
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
-        if (self.bits is None) == (self.bytes is None):
-            raise ValueError("give either bits, such as 4.25, or bytes, such as 12Gi")
-        return self
-
-
-class AutoSchemeParams(TargetParams):
-    """Chooses a scheme for each group of linears, by what a survey finds that it costs, within a budget."""
-
-    budget: Budget = Field(description="What the result may weigh at most.")
-    candidates: list[CandidateName] = Field(
-        min_length=2,
-        max_length=16,
-        description=(
-            "What linears may become where their shapes allow: schemes of the algorithm without calibrated scales, such as W4A16, or "
-            "W4A16:32 in groups of 32; none: exact."
-        ),
-    )
-    algorithm: Literal["gptq", "rtn"] = Field(default="gptq", description="What encodes: the pass of this name, with its defaults.")
-    experts: Literal["layer", "model", "single"] = Field(
-        default="layer",
-        description=(
-            "Which routed experts share a scheme. layer: all of a layer, which vLLM reads, and transformers 5 where layers happen to "
-            "agree. model: all; both read that. single: none; transformers before 5 alone."
-        ),
-    )
-
-    @field_validator("candidates")
-    @classmethod
-    def _known(cls, names: list[str]) -> list[str]:
-        seen: dict[Scheme | None, str] = {}
-        for name in names:
-            scheme = Candidate.of(name).scheme
-            if scheme in seen:
-                raise ValueError(f"{name!r} is {seen[scheme]!r} once more; leave one of them out")
-            seen[scheme] = name
-        return names
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        for name in self.candidates:
-            scheme = Candidate.of(name).scheme
-            if scheme is not None and scheme.calibrated is not None:
-                raise ValueError(f"candidate {name}: its activations have calibrated scales, which no survey tries; choose another")
-            if scheme is not None and scheme.name not in ALGORITHMS[self.algorithm]:
-                other = next((a for a, names in ALGORITHMS.items() if scheme.name in names), "")
-                raise ValueError(f"candidate {name}: {self.algorithm} does not make it; choose algorithm: {other}, or leave it out")
-        return self
+OVER = 1.05
+"""A group is encoded in the largest candidate that weighs no more than this of its share of the budget: what larger ones cost can hardly be
+told from how activations are rounded, and what the smaller ones cost is what a choice is about."""
 
 
 class AutoScheme(Pass):
     """The pass `autoScheme`."""
 
     Params: ClassVar[type[Model]] = AutoSchemeParams
-    surveys = 1
     surveys_whole_blocks = True
     once = True
     section = "autoScheme"
 
     def __init__(self, params: AutoSchemeParams) -> None:
         self.params = params
+        self.surveys = 2 if params.samples else 1
         self.candidates = [Candidate.of(name) for name in params.candidates]
         self._encoder = encoder(params.algorithm, next(c.scheme.name for c in self.candidates if c.scheme is not None))
         self.statistics = self._encoder.statistics
         self.products = self._encoder.products
         self.survey_hessians = "hessian" in self.statistics
         self._groups: list[SchemeGroup] = []
+        self._layers: list[int] = []
+        """Of the groups, counted from 0."""
         self._linears: list[LinearLayout] = []
         self._budget = 0
         """Bytes of the groups."""
         self._others = 0
         """Bytes of all else."""
         self._found: dict[str, list[Any]] = {}
-        """`scheme_costs.SchemeCosts.found`, as lists."""
+        """`scheme_costs.SchemeCosts.found`, and `plan_trials.PlanTrials.found`, as lists."""
 
     # ---- from headers
 
@@ -155,6 +96,8 @@ class AutoScheme(Pass):
             raise UserError(f"autoScheme: {head} is the head, which no survey tries; quantise it by an rtn of its own before")
         refuse_split(list(layout.linears()), {linear.name for linear in self._linears}, taken)
         self._groups = groups_of(layout, self._linears, self.candidates, self.params.experts == "single")
+        blocks = [{x.name for stage in layout.units[number].stages for x in stage.linears} for number in block_numbers(layout)]
+        self._layers = [next(i for i, names in enumerate(blocks) if group.linears[0].name in names) for group in self._groups]
         return self._schemes(filled(self._groups, 0))
 
     def settle(self, layout: ModelLayout, schemes: Mapping[str, Scheme]) -> Mapping[str, Scheme]:
@@ -167,13 +110,24 @@ class AutoScheme(Pass):
         possible = [v for v in variants if smallest(v) <= self._budget]
         if not possible:
             raise self._too_small(min(map(smallest, variants)))
-        chosen = self._found["choice"] if self._found else filled(max(possible, key=largest), self._budget)
+        chosen = self._chosen() if self._found else filled(max(possible, key=largest), self._budget)
         assert weight_of(self._groups, chosen) <= self._budget, "chosen within another budget"
         return others | self._encoder.take(self._schemes(chosen))
 
     def _schemes(self, chosen: list[int]) -> dict[str, Scheme]:
         pairs = zip(self._groups, (self.candidates[c].scheme for c in chosen), strict=True)
         return {linear.name: scheme for group, scheme in pairs if scheme is not None for linear in group.linears}
+
+    def _chosen(self) -> list[int]:
+        """Candidates by group: of the plans that were tried the one of least KL, of equals the first; else the program's."""
+        chosen: list[int] = self._found["plans"][min(range(len(self._found.get("kl", [0.0]))), key=self._rank)]
+        return chosen
+
+    def _rank(self, plan: int) -> float:
+        kl = self._found["kl"][plan] if "kl" in self._found else 0.0
+        if kl != kl:  # not a number
+            return math.inf
+        return float(kl / CLEAR) if KINDS[self._found["kinds"][plan]] == "next best" else float(kl)
 
     def _room(self) -> int:
         """Bytes of the targeted linears at most."""
@@ -235,31 +189,42 @@ class AutoScheme(Pass):
     # ---- the survey
 
     def surveyor(self, source: ModelLayout) -> Surveyor:
+        if self._found:
+            from kompressor_worker.passes.plan_trials import PlanTrials
+
+            return PlanTrials(source, self._groups, self.candidates, self._found["plans"], self.params.algorithm, self.params.samples)
         from kompressor_worker.passes.scheme_costs import SchemeCosts
 
-        layers, nearest = len(block_numbers(source)), self._nearest()
-        return SchemeCosts(layers, self._groups, self.candidates, nearest, self.params.algorithm, self._decided)
+        return SchemeCosts(source, self._groups, self.candidates, self._nearest(), self.params.algorithm, self._decided)
 
     def _nearest(self) -> list[int]:
-        """By group, the candidate that weighs most nearly as much as its share of the budget, and loses something."""
+        """By group, the candidate that it is encoded in: the largest within its share of the budget that loses something, else the smallest
+        that does."""
         share, found = self._budget / sum(group.weights for group in self._groups), []
         for group in self._groups:
             possible = {c: size for c, size in enumerate(group.nbytes) if size is not None}
             lossy = {c: size for c, size in possible.items() if self.candidates[c].scheme is not None} or possible
-            found.append(min(lossy, key=lambda c: (abs(math.log(lossy[c] / (share * group.weights))), c)))
+            within = {c: size for c, size in lossy.items() if size <= OVER * share * group.weights}
+            found.append(max(within, key=lambda c: (within[c], -c)) if within else min(lossy, key=lambda c: (lossy[c], c)))
         return found
 
     def survey_rows(self, layers: int) -> float:
-        """Each group of a block tried; and rows that go on to the end, from the middle on average."""
-        return float(RIDING * GROUPS * (1 + min(RIDDEN, layers) / 2))
+        """Each group of a block tried, in some in all candidates; rows that go on to the end, from the middle on average; and those of
+        whole plans, all the way."""
+        tried = 1 + min(RIDDEN, layers) / 2 + len(self.candidates) * min(THOROUGH, layers) / max(1, layers)
+        return float(RIDING * GROUPS * tried + PLANS * self.params.samples)
 
-    def _decided(self, costs: list[dict[int, float]]) -> tuple[list[int], list[tuple[int, float]]]:
-        """The choice, and what choices for other budgets would weigh and cost."""
+    def survey_held(self, layers: int) -> int:
+        """In fp32, and those of the source beside them."""
+        return 2 * max(RIDING * (1 + GROUPS * min(RIDDEN, layers)), (1 + PLANS) * self.params.samples)
+
+    def _decided(self, costs: list[dict[int, float]]) -> tuple[list[Plan], list[tuple[int, float]]]:
+        """Plans, the program's first, and what choices for other budgets would weigh and cost."""
         variants = self._variants()
-        return best(costs, variants, self._budget), sweep(costs, self._groups, variants)
+        return plans(costs, variants, self._layers, self._budget), sweep(costs, self._groups, variants)
 
     def decide(self, found: Mapping[str, torch.Tensor]) -> None:
-        self._found = {name: tensor.tolist() for name, tensor in found.items()}
+        self._found = {**self._found, **{name: tensor.tolist() for name, tensor in found.items()}}
 
     # ---- the stream
 
@@ -268,7 +233,7 @@ class AutoScheme(Pass):
 
     def described(self) -> dict[str, Any]:
         """What was chosen and why, by group; sizes are those of the whole result."""
-        chosen, costs = self._found["choice"], self._found["costs"]
+        chosen, costs = self._chosen(), self._found["costs"]
         groups = [
             {
                 "name": group.name,
@@ -285,9 +250,23 @@ class AutoScheme(Pass):
             **self.outlook(),
             "bytes": weight_of(self._groups, chosen) + self._others,
             "predictedKl": _digits(total(measured, chosen)),
+            "plans": self._tried(measured),
             "sweep": [[int(size) + self._others, _digits(cost)] for size, cost in self._found["sweep"]],
             "groups": groups,
         }
+
+    def _tried(self, costs: list[dict[int, float]]) -> list[dict[str, Any]]:
+        """Whole plans, and of those that were tried the KL on calibration rows."""
+        found = []
+        for number, (kind, chosen) in enumerate(zip(self._found["kinds"], self._found["plans"], strict=True)):
+            plan = Plan(KINDS[kind], tuple(chosen))
+            said = {
+                "name": named(plan, self._groups, self._layers, self.candidates),
+                "bytes": weight_of(self._groups, chosen) + self._others,
+                "predictedKl": _digits(total(costs, chosen)),
+            }
+            found.append(said | ({"kl": _digits(self._found["kl"][number])} if "kl" in self._found else {}))
+        return found
 
 
 def encoder(algorithm: str, scheme: str) -> gptq.Gptq | rtn.Rtn:

@@ -2,7 +2,8 @@
 
 Which layers need to see far is measured, not guessed by their number: each one by itself gets the window while all others keep what they
 have, and what the logits then lose (KL) on calibration rows longer than the window is its score; the relative error of the block's own
-output on all of them stands beside it. Both come from one survey. No attention sinks: no loader keeps first tokens beside a window.
+output on all of them stands beside it. Both come from one survey. A second one tries whole sets of layers (`attention_sets`): those of the
+highest scores, their neighbours and evenly spaced ones. No attention sinks: no loader keeps first tokens beside a window.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kompressor_worker.dropping import kept_layers
 from kompressor_worker.errors import UserError
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass
+from kompressor_worker.passes.attention_sets import SETS, sets
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.windows import kept_tokens, recipe_for, windowed, windows_of, with_windows
 
@@ -54,8 +56,9 @@ class HybridAttentionParams(Model):
     measure: Literal["divergence", "blockError"] = Field(
         default="divergence",
         description=(
-            "divergence: full attention stays where logits change most (KL) once that layer alone has the window, on `samples` rows: half "
-            "as many forwards of these as blocks squared. blockError: where the block's output changes most; one forward."
+            "divergence: by what the logits lose (KL) once a layer alone has the window, on `samples` rows: half as many forwards of these "
+            f"as blocks squared; then a second survey tries {SETS} sets of layers at most, and keeps the best. blockError: by the block's "
+            "output; one forward."
         ),
     )
     samples: Count = Field(default=8, ge=1, le=4096, description="Calibration rows that divergence is measured on.")
@@ -71,18 +74,22 @@ class HybridAttention(Pass):
     """The pass `hybridAttention`."""
 
     Params: ClassVar[type[Model]] = HybridAttentionParams
-    surveys = 1
     surveys_whole_blocks = True
     survey_repeats = 1
 
     def __init__(self, params: HybridAttentionParams) -> None:
         self.params = params
+        self.surveys = 2 if params.measure == "divergence" else 1
         self.shortest_row = params.window + 1
         self.context = 0
         """Tokens for which the report counts; known once the model is."""
         self._scores: dict[str, list[float]] = {}
         """Measure to score by layer of the source."""
         self._full: tuple[int, ...] = ()
+        self._free: list[int] = []
+        """Layers of the result that there is a choice for."""
+        self._tried: dict[tuple[int, ...], float] = {}
+        """Sets of layers of the source that keep full attention, to the KL of the logits."""
         self._kept: list[int] = []
         """Layers of the source, by layer of the result."""
 
@@ -94,14 +101,18 @@ class HybridAttention(Pass):
         self._refuse(layout, now)
         self.context = self.params.context or int(text["max_position_embeddings"])
         count = self._count(now)
-        candidates = [layer for layer, window in enumerate(now) if window is None]
-        if self._scores:
-            scores = self._scores[self.params.measure]
-            order = sorted(candidates, key=lambda layer: (-scores[kept[layer]], layer))
+        self._free = [layer for layer, window in enumerate(now) if window is None]
+        if self._tried:
+            best = min(self._tried, key=lambda layers: self._tried[layers])
+            self._full = tuple(layer for layer in self._free if kept[layer] in best)
         else:
-            order = candidates
-        self._full = tuple(sorted(order[:count]))
+            self._full = self._sets(count)[0]
         return with_windows(layout, recipe, self._full, self.params.window)
+
+    def _sets(self, count: int) -> list[tuple[int, ...]]:
+        """Of the result's layers; before the survey, the first that there are."""
+        scores = self._scores.get(self.params.measure)
+        return sets({layer: scores[self._kept[layer]] if scores else 0.0 for layer in self._free}, count)
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Nothing: weights stay as they are."""
@@ -163,19 +174,29 @@ class HybridAttention(Pass):
     # ---- the survey
 
     def surveyor(self, source: ModelLayout) -> Surveyor:
-        from kompressor_worker.passes.layer_surveys import Windows
+        from kompressor_worker.passes.layer_surveys import Windows, WindowSets
 
         recipe, family = recipe_for(source, NAME), FAMILIES[source.family or ""]
         now = windows_of(source.config, family, int(text_config(source.config)["num_hidden_layers"]))
         everywhere = replace(source, config=windowed(source.config, family, recipe, (), self.params.window))
+        if self._scores:
+            tried = [[self._kept[layer] for layer in layers] for layers in self._sets(len(self._full))]
+            gone = sorted(set(range(len(now))) - set(self._kept))
+            return WindowSets(everywhere, [self._kept[layer] for layer in self._free], tried, gone, self.params.samples)
         samples = self.params.samples if self.params.measure == "divergence" else 0
         return Windows(everywhere, [layer for layer, window in enumerate(now) if window is None], samples, self.params.window)
 
     def survey_rows(self, layers: int) -> float:
-        return self.params.samples * (layers - 1) / 2 if self.params.measure == "divergence" else 0.0
+        return self.params.samples * ((layers - 1) / 2 + SETS) if self.params.measure == "divergence" else 0.0
+
+    def survey_held(self, layers: int) -> int:
+        return self.params.samples * max(layers, SETS) if self.params.measure == "divergence" else 0
 
     def decide(self, found: Mapping[str, torch.Tensor]) -> None:
-        self._scores = {name: [float(x) for x in scores] for name, scores in sorted(found.items())}
+        if "kl" in found:
+            self._tried = {tuple(layers): float(kl) for layers, kl in zip(found["layers"].tolist(), found["kl"].tolist(), strict=True)}
+        else:
+            self._scores = {name: [float(x) for x in scores] for name, scores in sorted(found.items())}
 
     def chosen(self) -> dict[str, Any]:
         """What the report says of it; scores are by layer of the source."""
@@ -185,4 +206,5 @@ class HybridAttention(Pass):
             "sourceLayers": [self._kept[layer] for layer in self._full],
             "measure": self.params.measure,
             "scores": self._scores,
+            "tried": [{"sourceLayers": list(layers), "kl": kl} for layers, kl in self._tried.items()],
         }

@@ -18,6 +18,7 @@ from kompressor_worker.passes.surveyor import SeenBlock, Surveyed, Surveyor
 from kompressor_worker.passes.variants import Variants
 
 if TYPE_CHECKING:
+    from kompressor_worker.batch import Batch
     from kompressor_worker.layout import ModelLayout
 
 DAMPENING = 0.01
@@ -118,6 +119,43 @@ class Windows(ByLayer):
             scores["divergence"] = torch.zeros_like(scores["blockError"])
             scores["divergence"][list(self._layers)] = torch.tensor(self._kl(), dtype=torch.float64)
         return scores
+
+
+class WindowSets(Surveyor):
+    """KL of the logits with full attention in some sets of layers, and a window in all others. `found`: layers int64 [sets, n], kl fp64
+    [sets]."""
+
+    reads_head = True
+
+    def __init__(
+        self, windowed: ModelLayout, layers: Sequence[int], sets: Sequence[Sequence[int]], gone: Sequence[int], samples: int
+    ) -> None:
+        """`windowed`: the source with windows everywhere. `layers`: that there is a choice for; `gone`: that the result lacks."""
+        super().__init__()
+        self._windowed, self._layers, self._sets, self._gone, self._samples = windowed, layers, sets, gone, samples
+        self._variants = Variants(self.tensors, len(sets))
+
+    def begin(self, model: Surveyed) -> None:
+        self._variants.begin(model, self._samples)
+
+    def block(self, seen: SeenBlock) -> None:
+        if not self._variants.started:
+            for number in range(len(self._sets)):
+                self._variants.start(number, seen.before)
+
+        def through(number: int, rows: Sequence[Batch]) -> None:
+            if seen.layer not in self._gone:
+                narrow = seen.layer in self._layers and seen.layer not in self._sets[number]
+                seen.forward(rows, self._windowed if narrow else None)
+
+        self._variants.forward(seen, through)
+
+    def head(self, first: int, rows: Tensor, norm: Tensor) -> None:
+        self._variants.head(first, rows, norm)
+
+    def found(self) -> dict[str, Tensor]:
+        kl = torch.tensor(list(self._variants.divergences().values()), dtype=torch.float64)
+        return {"layers": torch.tensor(self._sets), "kl": kl}
 
 
 class Maps(Surveyor):

@@ -119,6 +119,9 @@ class PruneLayers(StructuredPass):
     def survey_rows(self, layers: int) -> float:
         return self.params.samples * (layers - 1) / 2 if self.params.measure == "divergence" else 0.0
 
+    def survey_held(self, layers: int) -> int:
+        return self.params.samples * layers if self.params.measure == "divergence" else 0
+
     def decide(self, found: Mapping[str, torch.Tensor]) -> None:
         if self._gone is None:
             self._scores = [float(x) for x in found["scores"]]

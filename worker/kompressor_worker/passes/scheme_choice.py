@@ -148,13 +148,33 @@ Costs = Sequence[Mapping[int, float]]
 """By group: candidate to what it costs; those that it cannot have are left out."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Choices that are too much like one that is known: with fewer than `groups` groups in another candidate than `chosen`."""
+
+    chosen: Sequence[int]
+    groups: int
+
+
 def solved(costs: Costs, sizes: Sequence[Sequence[int | None]], budget: int, gap: float = GAP) -> list[int]:
     """Candidates by group: within `budget` bytes, and of all such choices one of least cost. `sizes` by group and candidate."""
+    found = _solved(costs, sizes, budget, gap, ())
+    assert found is not None, "nothing is cut"
+    return found
+
+
+def _solved(costs: Costs, sizes: Sequence[Sequence[int | None]], budget: int, gap: float, cuts: Sequence[Cut]) -> list[int] | None:
+    """`solved`; None where the cuts leave nothing."""
     options = [undominated(cost, size) for cost, size in zip(costs, sizes, strict=True)]
     weigh = [[size for _, size in each] for each in options]
     price = [[cost[c] for c, _ in each] for cost, each in zip(costs, options, strict=True)]
     assert sum(min(each) for each in weigh) <= budget, "refused before"
-    chosen = ordered(price, weigh, brought_down(price, weigh, _program(price, weigh, budget, gap), budget))
+    held = [[c for c, _ in each] for each in options]
+    apart = [([at.index(c) if c in at else None for at, c in zip(held, cut.chosen, strict=True)], cut.groups) for cut in cuts]
+    found = _program(price, weigh, budget, gap, apart)
+    if found is None:
+        return None
+    chosen = ordered(price, weigh, brought_down(price, weigh, found, budget))
     return [each[at][0] for each, at in zip(options, chosen, strict=True)]
 
 
@@ -180,8 +200,14 @@ def ordered(price: Sequence[Sequence[float]], weigh: Sequence[Sequence[int]], ch
     return result
 
 
-def _program(price: Sequence[Sequence[float]], weigh: Sequence[Sequence[int]], budget: int, gap: float) -> list[int]:
-    """Positions in `price` by group."""
+def _program(
+    price: Sequence[Sequence[float]],
+    weigh: Sequence[Sequence[int]],
+    budget: int,
+    gap: float,
+    cuts: Sequence[tuple[Sequence[int | None], int]],
+) -> list[int] | None:
+    """Positions in `price` by group. `cuts`: positions, None where none of these is meant, of which so many groups must not be."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -192,13 +218,20 @@ def _program(price: Sequence[Sequence[float]], weigh: Sequence[Sequence[int]], b
     one = csr_array((np.ones(starts[-1]), (np.repeat(np.arange(len(counts)), counts), columns)), shape=(len(counts), starts[-1]))
     nbytes = np.concatenate([np.asarray(each, dtype=np.float64) for each in weigh])
     flat = np.concatenate([np.asarray(each, dtype=np.float64) for each in price])
+    constraints = [LinearConstraint(one, 1, 1), LinearConstraint(csr_array(nbytes[None] / max(budget, 1)), -np.inf, 1)]
+    for positions, apart in cuts:
+        alike = np.zeros(len(flat))
+        alike[[start + at for start, at in zip(starts, positions, strict=False) if at is not None]] = 1.0
+        constraints.append(LinearConstraint(csr_array(alike[None]), -np.inf, len(counts) - apart))
     said = milp(
         flat / max(float(flat.max()), 1e-300),
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one, 1, 1), LinearConstraint(csr_array(nbytes[None] / max(budget, 1)), -np.inf, 1)],
-        options={"mip_rel_gap": gap, "node_limit": NODES},
+        constraints=constraints,
+        options={"mip_rel_gap": gap, "node_limit": NODES, "presolve": not cuts},
     )
+    if said.x is None and cuts:
+        return None
     assert said.x is not None, f"HiGHS: {said.message}"
     return [int(np.argmax(said.x[start:stop])) for start, stop in pairwise(starts)]
 
@@ -225,13 +258,23 @@ def within(groups: Sequence[SchemeGroup], only: int) -> list[SchemeGroup]:
 
 def best(costs: Costs, variants: Sequence[Sequence[SchemeGroup]], budget: int, gap: float = GAP) -> list[int]:
     """`solved` for each of these restrictions of the same groups that there is room for; the cheapest, of equals the first."""
+    found = another(costs, variants, budget, (), gap)
+    assert found is not None, "nothing is cut"
+    return found
+
+
+def another(
+    costs: Costs, variants: Sequence[Sequence[SchemeGroup]], budget: int, cuts: Sequence[Cut], gap: float = GAP
+) -> list[int] | None:
+    """The same apart from what is known; None where nothing is left."""
     found: list[tuple[float, int, list[int]]] = []
     for number, groups in enumerate(variants):
         if smallest(groups) <= budget:
             possible = [{c: x for c, x in cost.items() if g.nbytes[c] is not None} for cost, g in zip(costs, groups, strict=True)]
-            chosen = solved(possible, [g.nbytes for g in groups], budget, gap)
-            found.append((total(costs, chosen), number, chosen))
-    return min(found)[2]
+            chosen = _solved(possible, [g.nbytes for g in groups], budget, gap, cuts)
+            if chosen is not None:
+                found.append((total(costs, chosen), number, chosen))
+    return min(found)[2] if found else None
 
 
 def weight_of(groups: Sequence[SchemeGroup], chosen: Sequence[int]) -> int:

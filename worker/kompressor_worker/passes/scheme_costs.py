@@ -1,9 +1,10 @@
 """What each candidate costs each group of linears, measured in one survey of the source, for `autoScheme`.
 
-Each group is encoded once, in the candidate that is nearest to the budget, and its block tried so on a few rows. What that has changed goes
-on to the logits: the KL there, in nats a token, is what the group costs in this candidate. Rows go on from some blocks, evenly spread; in
-those between it is interpolated what a change behind the block costs. The other candidates cost more or less as their rounding errors are
-larger or smaller. Experts are encoded one by one, and what they change in each token adds up (docs/decisions/0031-adaptive-bits.md).
+Each group is encoded in a candidate that is near to the budget, and its block tried so on a few rows. What that has changed goes on to the
+logits: the KL there, in nats a token, is what the group costs in this candidate. Rows go on from some blocks, evenly spread; in those
+between it is interpolated what a change behind the block costs. In a few blocks the other candidates are encoded and tried too; elsewhere
+they cost more or less as their rounding errors are larger or smaller, corrected by what those blocks say of that. Experts are encoded one
+by one, and what they change in each token adds up (docs/decisions/0031-adaptive-bits.md).
 """
 
 from __future__ import annotations
@@ -12,23 +13,22 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kompressor_worker.batch import Batch
-from kompressor_worker.block import Encoded, Site, Stage
+from kompressor_worker.dropping import block_numbers
 from kompressor_worker.errors import BadNumerics
-from kompressor_worker.formats.stored import decode
-from kompressor_worker.layout import LinearLayout, StageLayout
-from kompressor_worker.passes.auto_scheme import RIDDEN, RIDING, encoder
+from kompressor_worker.layout import LinearLayout, ModelLayout
+from kompressor_worker.passes.auto_scheme import RIDDEN, RIDING, THOROUGH
 from kompressor_worker.passes.scheme_choice import Candidate, SchemeGroup
+from kompressor_worker.passes.scheme_encoding import decoded, encode, expert_sites
+from kompressor_worker.passes.scheme_plans import KINDS, Plan
 from kompressor_worker.passes.surveyor import SeenBlock, SeenExpert, Surveyed, Surveyor
 from kompressor_worker.passes.variants import Variants
-from kompressor_worker.schemes import Scheme
-from kompressor_worker.statistics import Statistics
 
 if TYPE_CHECKING:
     from kompressor_worker.statistics import Statistic
@@ -38,20 +38,20 @@ TOKENS = 512
 COLD = 16
 """An expert with fewer tokens is judged by a sample of all tokens instead, as if a few of them came to it."""
 
-Choose = Callable[[list[dict[int, float]]], tuple[list[int], list[tuple[int, float]]]]
-"""Costs by group and candidate to the candidates chosen, and a curve of (bytes, cost)."""
+Choose = Callable[[list[dict[int, float]]], tuple[list[Plan], list[tuple[int, float]]]]
+"""Costs by group and candidate to plans, and a curve of (bytes, cost)."""
 
 
 class SchemeCosts(Surveyor):
-    """`found`: costs fp64 [groups, candidates] in nats a token, NaN where there is no such candidate; choice int64 [groups]; sweep fp64
-    [points, 2]: bytes of the groups, and cost."""
+    """`found`: costs fp64 [groups, candidates] in nats a token, NaN where there is no such candidate; plans int64 [plans, groups] and
+    kinds int64 [plans]; sweep fp64 [points, 2]: bytes of the groups, and cost."""
 
     reads_head = True
     measures_experts = False
 
     def __init__(
         self,
-        layers: int,
+        source: ModelLayout,
         groups: Sequence[SchemeGroup],
         candidates: Sequence[Candidate],
         nearest: Sequence[int],
@@ -65,12 +65,15 @@ class SchemeCosts(Surveyor):
         self.statistics: frozenset[Statistic] = frozenset({"hessian"} if algorithm == "gptq" else ())
         self._of = {linear.name: number for number, group in enumerate(groups) for linear in group.linears}
         self.wants_experts = any(group.routed for group in groups)
-        self._ridden = spread(layers)
-        self._variants = Variants(self.tensors, len(groups))
+        layers = len(block_numbers(source))
+        self._ridden, self._thorough = spread(layers, RIDDEN), spread(layers, THOROUGH)
+        self._variants = Variants(self.tensors, len(groups), replace(source, dtype="F32"))
         self._changes: list[Tensor] = []
         """Of the block at hand, by riding batch, fp32 [rows * length, hidden]: what its experts change."""
         self.tensors["costs"] = torch.full((len(groups), len(candidates)), math.nan, dtype=torch.float64)
-        """Changes behind the block."""
+        """Changes behind the block, tried where they are, else as rounding errors go;"""
+        self.tensors["rounded"] = self.tensors["costs"].clone()
+        """and all as those go."""
         self.tensors["layers"] = torch.zeros(len(groups), dtype=torch.int64)
         self.tensors["ridden"] = torch.zeros(len(groups), dtype=torch.float64)
         """By group from which rows have gone on: what it had changed."""
@@ -90,23 +93,21 @@ class SchemeCosts(Surveyor):
         if not self._changes:
             hidden = [batch.state["hidden"] for batch in self._batches]
             self._changes = [torch.zeros(h.shape[0] * h.shape[1], h.shape[2], device=h.device) for h in hidden]
-        sites, tokens = self._expert_sites(seen, linears), judged_by(seen)
+        sites, tokens = expert_sites(seen, linears, self.statistics), judged_by(seen)
         errors = dict.fromkeys(self._possible(number), 0.0)
-        for c in self._tried(number):
+        for c in self._tried(number, seen.layer):
             scheme = self._candidates[c].scheme
             assert scheme is not None, "leaving it exact loses nothing"
-            weights, schemes = self._encoded(linears, seen.weights, scheme, sites), {x.name: scheme for x in linears}
+            weights, schemes = decoded(self._algorithm, linears, seen.weights, scheme, sites), {x.name: scheme for x in linears}
             errors[c] = tokens.error(seen.says(tokens.inputs, weights, schemes))
             for part in (p for p in seen.routed if p.batch < len(self._changes) and c == self._nearest[number]):
                 change = seen.says(part.inputs, weights, schemes) - part.outputs
                 self._changes[part.batch].index_add_(0, part.positions, change * part.gates[:, None])
-        for c, share in self._relative(number, linears, seen.weights).items():
-            before = float(self.tensors["costs"][number, c])
-            error = errors[c] if c in self._tried(number) else errors[self._nearest[number]] * share
-            self.tensors["costs"][number, c] = error + (0.0 if math.isnan(before) else before)
+        self._note(number, seen.layer, errors, self._relative(number, linears, seen.weights))
 
     def block(self, seen: SeenBlock) -> None:
         """Raises BadNumerics."""
+        seen = self._variants.at(seen)
         self._variants.forward(seen)
         numbers = sorted({number for name, number in self._of.items() if name.startswith(seen.prefix)})
         routed = [number for number in numbers if self._groups[number].routed]
@@ -118,24 +119,30 @@ class SchemeCosts(Surveyor):
             self._routed(seen, routed)
 
     def _plain(self, seen: SeenBlock, number: int) -> None:
-        group, costs = self._groups[number], self.tensors["costs"]
+        group = self._groups[number]
         changes = dict.fromkeys(self._possible(number), 0.0)
-        for c in self._tried(number):
+        for c in self._tried(number, seen.layer):
             scheme = self._candidates[c].scheme
             assert scheme is not None, "leaving it exact loses nothing"
-            weights = self._encoded(group.linears, seen.weights, scheme, seen.sites)
+            weights = decoded(self._algorithm, group.linears, seen.weights, scheme, seen.sites)
             rows = seen.tried(self._batches, weights, {x.name: scheme for x in group.linears})
             changes[c] = self._rides(seen, number, rows) if c == self._nearest[number] else self._finite(seen.change(rows), number)
-        for c, share in self._relative(number, group.linears, seen.weights).items():
-            costs[number, c] = changes[c] if c in self._tried(number) else changes[self._nearest[number]] * share
+        self._note(number, seen.layer, changes, self._relative(number, group.linears, seen.weights))
+
+    def _note(self, number: int, layer: int, tried: Mapping[int, float], relative: Mapping[int, float]) -> None:
+        """Adds up what a group's linears change, which come all at once, or expert by expert."""
+        for c, share in relative.items():
+            rounded = tried[self._nearest[number]] * share
+            for name, change in (("costs", tried[c] if c in self._tried(number, layer) else rounded), ("rounded", rounded)):
+                self.tensors[name][number, c] = self.tensors[name][number, c].nan_to_num() + change
 
     def _possible(self, number: int) -> list[int]:
         return [c for c, size in enumerate(self._groups[number].nbytes) if size is not None]
 
-    def _tried(self, number: int) -> list[int]:
-        """The nearest candidate, and those that round inputs, of which no error of weights says anything."""
-        schemes = {c: self._candidates[c].scheme for c in self._possible(number)}
-        return [c for c, x in schemes.items() if x is not None and (c == self._nearest[number] or x.inputs != "none")]
+    def _tried(self, number: int, layer: int) -> list[int]:
+        """The nearest candidate, and those that round inputs, of which no error of weights says anything; in some blocks all."""
+        schemes = {c: x for c in self._possible(number) if (x := self._candidates[c].scheme) is not None}
+        return [c for c, x in schemes.items() if c == self._nearest[number] or x.inputs != "none" or layer in self._thorough]
 
     def _routed(self, seen: SeenBlock, numbers: Sequence[int]) -> None:
         """What experts change adds up in each token, and goes on together; each has its part of it."""
@@ -150,6 +157,7 @@ class SchemeCosts(Surveyor):
         parts = sum(float(costs[number, self._nearest[number]]) for number in numbers)
         for number in numbers:
             costs[number] *= change / parts if parts else 0.0
+            self.tensors["rounded"][number] *= change / parts if parts else 0.0
 
     def _rides(self, seen: SeenBlock, number: int, rows: Sequence[Batch]) -> float:
         """What these rows differ by behind the block; in some blocks they go on to the logits."""
@@ -168,25 +176,6 @@ class SchemeCosts(Surveyor):
                 errors[c] = sum(x.squared_error for x in found)
         unit = errors[self._nearest[number]]
         return {c: error / unit if unit else 0.0 for c, error in errors.items()}
-
-    def _encoded(
-        self, linears: Sequence[LinearLayout], weights: Mapping[str, Tensor], scheme: Scheme, sites: Sequence[Site]
-    ) -> dict[str, Tensor]:
-        """By full name, what a reader makes of these weights."""
-        made = encode(self._algorithm, linears, weights, scheme, sites)
-        first, scheme = weights[linears[0].weight], fitting(scheme, linears, weights)
-        return {f"{name}.weight": decode(name, x.tensors, scheme, first.dtype).to(first.device) for name, x in made.items()}
-
-    def _expert_sites(self, seen: SeenExpert, linears: Sequence[LinearLayout]) -> list[Site]:
-        if not self.statistics:
-            return []
-        inputs = torch.cat([part.inputs for part in seen.routed]) if seen.routed else seen.sample
-        sites = []
-        for members, x in ((tuple(linears[:-1]), inputs), ((linears[-1],), seen.products(inputs))):
-            measured = Statistics(x.shape[1], self.statistics)
-            measured.add(x)
-            sites.append(Site(members[0].name, members, (), measured))
-        return sites
 
     def _finite(self, change: float, number: int) -> float:
         if not change < math.inf:
@@ -213,10 +202,25 @@ class SchemeCosts(Surveyor):
         factors = [
             price_at(layer, known.get(kind_of(group), anywhere)) for group, layer in zip(self._groups, layers, strict=True)
         ]  # nats a token for a change of one
-        costs = self.tensors["costs"].cpu() * torch.tensor(factors, dtype=torch.float64)[:, None]
+        costs = self._corrected(layers) * torch.tensor(factors, dtype=torch.float64)[:, None]
         listed = [{c: value for c, value in enumerate(row) if not math.isnan(value)} for row in costs.tolist()]
-        choice, sweep = self._choose(listed)
-        return {"costs": costs, "choice": torch.tensor(choice), "sweep": torch.tensor(sweep, dtype=torch.float64)}
+        plans, sweep = self._choose(listed)
+        chosen, kinds = torch.tensor([plan.chosen for plan in plans]), torch.tensor([KINDS.index(plan.kind) for plan in plans])
+        return {"costs": costs, "plans": chosen, "kinds": kinds, "sweep": torch.tensor(sweep, dtype=torch.float64)}
+
+    def _corrected(self, layers: Sequence[int]) -> Tensor:
+        """fp64 [groups, candidates]: costs, of candidates that were not tried as the blocks say where all were, by kind of group."""
+        costs, rounded = self.tensors["costs"].cpu().clone(), self.tensors["rounded"].cpu()
+        sums: dict[tuple[str, int], dict[int, list[float]]] = {}
+        for number, layer in enumerate(layers):
+            for c in self._tried(number, layer) if layer in self._thorough else ():
+                both = sums.setdefault((kind_of(self._groups[number]), c), {}).setdefault(layer, [0.0, 0.0])
+                both[0], both[1] = both[0] + float(costs[number, c]), both[1] + float(rounded[number, c])
+        ratios = {of: {at: a / b for at, (a, b) in by.items() if a > 0 and b > 0} for of, by in sums.items()}
+        for number, layer in enumerate(layers):
+            for c in set(self._possible(number)) - set(self._tried(number, layer)):
+                costs[number, c] *= price_at(layer, ratios.get((kind_of(self._groups[number]), c), {}))
+        return costs
 
     def _known(self, layers: Sequence[int]) -> dict[str, dict[int, float]]:
         """By kind of group and block."""
@@ -234,9 +238,9 @@ def kind_of(group: SchemeGroup) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def spread(layers: int) -> frozenset[int]:
-    """Of so many blocks RIDDEN at most, the first and the last among them."""
-    count = min(layers, RIDDEN)
+def spread(layers: int, most: int) -> frozenset[int]:
+    """Of so many blocks `most`, the first and the last among them."""
+    count = min(layers, most)
     return frozenset(layers - 1 if count == 1 else i * (layers - 1) // (count - 1) for i in range(count))
 
 
@@ -250,31 +254,6 @@ def price_at(layer: int, known: Mapping[int, float]) -> float:
         return known[at[min(right, len(at) - 1)]]
     a, b = at[right - 1], at[right]
     return float(known[a] * (known[b] / known[a]) ** ((layer - a) / (b - a)))
-
-
-def encode(
-    algorithm: str, linears: Sequence[LinearLayout], weights: Mapping[str, Tensor], scheme: Scheme, sites: Sequence[Site] = ()
-) -> dict[str, Encoded]:
-    """By linear. Raises BadNumerics."""
-    shaped = [_shaped(x, weights) for x in linears]
-    stage = Stage(StageLayout(shaped[0].name, (), tuple(shaped)), {x.weight: weights[x.weight] for x in shaped}, sites=tuple(sites))
-    made = encoder(algorithm, scheme.name)
-    made.take({x.name: fitting(scheme, linears, weights) for x in linears})
-    made.apply(stage)
-    return stage.encoded
-
-
-def fitting(scheme: Scheme, linears: Sequence[LinearLayout], weights: Mapping[str, Tensor]) -> Scheme:
-    """The source's columns may be more than the result's, and not divisible by what these are divided by."""
-    if scheme.group_size is None or not scheme.choosable_groups:
-        return scheme
-    return scheme.with_group_size(math.gcd(scheme.group_size, *(weights[x.weight].shape[1] for x in linears)))
-
-
-def _shaped(linear: LinearLayout, weights: Mapping[str, Tensor]) -> LinearLayout:
-    """As the source has it."""
-    rows, columns = weights[linear.weight].shape
-    return LinearLayout(linear.name, (rows, columns), linear.dtype, linear.kind, linear.fused, linear.shared)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Surveyed:
     softcap: float | None
     """Of the logits."""
     norm: Callable[[Tensor, Tensor], Tensor]
-    """Hidden states behind a norm with this weight as stored, in the model's dtype."""
+    """Hidden states behind a norm with this weight as stored, in their dtype."""
     batches: Sequence[Batch]
     """Their `state["hidden"]` is the input of the block that comes next."""
     tokens: Sequence[Tensor]
@@ -38,8 +38,8 @@ class Surveyed:
 
 class Forward(Protocol):
     def __call__(self, rows: Sequence[Batch], model: ModelLayout | None = None, schemes: Mapping[str, Scheme] | None = None) -> None:
-        """`model`: by whose config.json, where that is not the source's: windows, positions. `schemes`: of linears whose inputs are rounded
-        as they go by them."""
+        """`model`: by whose config.json and dtype, where these are not the source's: windows, positions, fp32. `schemes`: of linears whose
+        inputs are rounded as they go by them."""
         ...
 
 
@@ -75,12 +75,16 @@ class SeenBlock:
         whose inputs are rounded as they go by them."""
         from kompressor_worker.batch import Batch
 
+        rows = [Batch(b.lengths, {"hidden": h}, b.excluded) for b, h in zip(batches, self.before, strict=False)]
+        self.with_weights(rows, weights, schemes)
+        return rows
+
+    def with_weights(self, rows: Sequence[Batch], weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme] | None = None) -> None:
+        """Takes rows through it with these weights in place of its own; `schemes` as of `tried`."""
         kept = {name: self.weights[name] for name in weights}
         self.weights.update(weights)
-        rows = [Batch(b.lengths, {"hidden": h}, b.excluded) for b, h in zip(batches, self.before, strict=False)]
         self.forward(rows, schemes=schemes)
         self.weights.update(kept)
-        return rows
 
     def change(self, rows: Sequence[Batch]) -> float:
         """Of rows that were `tried`: mean over positions of |h' - h|^2 / |h|^2, h at its output; NaN where no position counts."""

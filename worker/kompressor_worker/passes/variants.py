@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,15 +10,19 @@ from torch import Tensor
 
 from kompressor_worker.batch import Batch
 from kompressor_worker.evaluate import LogitComparison, Scored, scored
+from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes.surveyor import SeenBlock, Surveyed
+from kompressor_worker.schemes import Scheme
 
 
 class Variants:
     """Their hidden states are among a surveyor's `tensors`, as `<variant>/<batch>`, so that they are saved and restored with it."""
 
-    def __init__(self, tensors: dict[str, Tensor], count: int) -> None:
-        """`count`: of the variants that there will be, numbered from 0."""
-        self._tensors, self._count = tensors, count
+    def __init__(self, tensors: dict[str, Tensor], count: int, wide: ModelLayout | None = None) -> None:
+        """`count`: of the variants that there will be, numbered from 0. `wide`: the source with activations in fp32; then its own rows go
+        along once more in that, and the variants leave from them and are compared with them. How bf16 rounds in two runs that differ
+        by little differs more than they do."""
+        self._tensors, self._count, self._wide = tensors, count, wide
         self._comparisons: dict[int, LogitComparison] = {}
         self._hidden: dict[int, list[Tensor]] = {}
         self._original: list[Tensor] = []
@@ -32,6 +36,22 @@ class Variants:
                 break
             self.batches, rows = self.batches + 1, rows + len(batch.lengths)
 
+    def at(self, seen: SeenBlock) -> SeenBlock:
+        """The block as the variants meet it: with `wide` the source's rows in fp32, once through it, in place of the calibration's."""
+        if (wide := self._wide) is None:
+            return seen
+        names = [f"source/{number}" for number in range(self.batches)]
+        before = [self._tensors.get(name, hidden.float()) for name, hidden in zip(names, seen.before, strict=False)]
+        rows = [replace(b, state={"hidden": h}) for b, h in zip(self._model.batches, before, strict=False)]
+
+        def forward(rows: Sequence[Batch], model: ModelLayout | None = None, schemes: Mapping[str, Scheme] | None = None) -> None:
+            seen.forward(rows, model or wide, schemes)
+
+        forward(rows)
+        after = [batch.state["hidden"] for batch in rows]
+        self._tensors.update(zip(names, after, strict=True))
+        return replace(seen, before=before, after=after, forward=forward)
+
     def start(self, variant: int, hidden: Sequence[Tensor]) -> None:
         """Hidden states [rows, length, hidden] by batch, where it leaves the source's way."""
         for number in range(self.batches):
@@ -41,11 +61,14 @@ class Variants:
     def started(self) -> list[int]:
         return [variant for variant in range(self._count) if f"{variant}/0" in self._tensors]
 
-    def forward(self, seen: SeenBlock) -> None:
-        """All that have started, through a block of the source."""
+    def forward(self, seen: SeenBlock, through: Callable[[int, Sequence[Batch]], None] | None = None) -> None:
+        """All that have started, through a block of the source; `through` takes a variant's rows instead, where it has a way of its own."""
         for variant in self.started:
             rows = [self._batch(variant, number) for number in range(self.batches)]
-            seen.forward(rows)
+            if through is None:
+                seen.forward(rows)
+            else:
+                through(variant, rows)
             for number, batch in enumerate(rows):
                 self._tensors[f"{variant}/{number}"] = batch.state["hidden"]
 
@@ -75,7 +98,8 @@ class Variants:
         def last(states: Sequence[Tensor]) -> list[Tensor]:
             return [model.norm(s[p.keep], norm) for s, p in zip(states, parts, strict=True)]
 
-        self._original = last([batch.state["hidden"] for batch in model.batches[: self.batches]])
+        source = [self._tensors[f"source/{b}"] if self._wide else model.batches[b].state["hidden"] for b in range(self.batches)]
+        self._original = last(source)
         targets, belongs = torch.cat([p.targets for p in parts]), torch.cat([p.rows for p in parts])
         for variant in self.started:
             self._hidden[variant] = last([self._tensors[f"{variant}/{b}"] for b in range(self.batches)])
