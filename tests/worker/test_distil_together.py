@@ -91,6 +91,8 @@ def test_four_processes_and_one_go_the_same_way(
     assert max(abs(seen[step] - loss) for step, loss in undisturbed[0].items()) < 1e-3
     (history,) = run.said("history")
     assert history["processes"] == [4, 3] and len(place.result()) == len(undisturbed[1])
+    once = sum(stored(model).layout.source_bytes for model in (trained_model(KIND), narrow))
+    assert [run.said("read", rank) for rank in range(3)] == [[once], [0], [0]], "each tensor is read once by all of them together"
 
 
 def test_experts_without_a_token(trainees: Trainees, tmp_path: Path) -> None:

@@ -28,6 +28,14 @@ from lessons import lesson, rows_of
 from kompressor_worker.distil.lesson import Group
 from kompressor_worker.distil.train import train
 from kompressor_worker.errors import KompressorError
+from kompressor_worker.storage.file_source import FileSource
+
+read_into, read = FileSource.read_into, 0
+def counted(source, name, start, buffer):
+    global read
+    read += len(buffer) if name.endswith(".safetensors") else 0
+    read_into(source, name, start, buffer)
+FileSource.read_into = counted
 
 def child(order):
     log = open(order["log"], "a")
@@ -53,6 +61,7 @@ def child(order):
         import traceback
         say(error=type(error).__name__, message=traceback.format_exc())
         code = 1
+    say(read=read)
     say(ended=code)
     os._exit(code)
 
@@ -67,9 +76,9 @@ class Run:
     logs: list[Path]
     pids: list[int]
 
-    def said(self, word: str) -> list[Any]:
-        """By the leader."""
-        lines = self.logs[0].read_text().splitlines() if self.logs[0].exists() else []
+    def said(self, word: str, rank: int = 0) -> list[Any]:
+        """By the leader, or another. `read`: bytes of tensors in checkpoints."""
+        lines = self.logs[rank].read_text().splitlines() if self.logs[rank].exists() else []
         entries = [json.loads(line) for line in lines if line.startswith("{")]
         return [entry[word] for entry in entries if word in entry]
 

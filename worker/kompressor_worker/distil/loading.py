@@ -1,8 +1,12 @@
-"""A stored model as one that is trained, or as a teacher, unit by unit: no more than a unit is in memory beside what has been built."""
+"""A stored model as one that is trained, or as a teacher, unit by unit: no more than a unit is in memory beside what has been built.
+
+Of processes that train together the leader alone reads; the others have its bytes from it, whatever becomes of them then.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +18,7 @@ from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Cache
 from kompressor_worker.distil.lesson import StoredModel
 from kompressor_worker.distil.model import Outside, TrainedBlock, TrainedModel, computing_dtype
+from kompressor_worker.distil.together import Together
 from kompressor_worker.errors import UserError
 from kompressor_worker.expand import KV_SCALES
 from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
@@ -40,24 +45,42 @@ class Stored:
     """As quantised linears are stored, by full name."""
 
 
-def read_units(model: StoredModel, device: torch.device, limits: Limits) -> Iterator[Stored]:
-    """The units of a model, in order. Raises BadNumerics, CorruptSource, and what storage raises."""
+def read_units(model: StoredModel, device: torch.device, limits: Limits, together: Together | None = None) -> Iterator[Stored]:
+    """The units of a model, in order; with `together` in all its processes at once. Raises BadNumerics, CorruptSource, and what storage
+    raises."""
     units = model.layout.units
     stages = [stage for unit in units for stage in unit.stages if any(t.stored for t in stage.tensors)]
     beside = list(model.others.values())
     loads = [*([Load(tuple((t, 0, t.nbytes) for t in beside))] if beside else []), *(whole(stage) for stage in stages)]
-    with Prefetcher(model.source, loads, limits) as prefetched:
-        incoming = iter(prefetched)
-        views = next(incoming).views if beside else {}
+    incoming = _incoming(model, loads, limits, together)
+    with closing(incoming):
+        views = next(incoming) if beside else {}
         others = {t.name: tensor(views[t.name], t.dtype, t.shape).clone() for t in beside}
         for unit in units:
             found = Stored(unit, {}, {})
             for stage in unit.stages:
                 if any(t.stored for t in stage.tensors):
-                    _read(stage, next(incoming).views, device, found)
+                    _read(stage, next(incoming), device, found)
             prefix = tuple(f"{x.name}." for stage in unit.stages for x in stage.linears if x.kind == "linear")
             found.raw.update({n: t for n, t in others.items() if n.startswith(prefix) or n.startswith(f"{unit.name}.")})
             yield found
+
+
+def _incoming(
+    model: StoredModel, loads: Sequence[Load], limits: Limits, together: Together | None
+) -> Generator[Mapping[str, memoryview], None, None]:
+    """Of each load its tensors' bytes, by name."""
+    if together is None or together.group.leads:
+        with Prefetcher(model.source, loads, limits) as prefetched:
+            for loaded in prefetched:
+                if together is not None:
+                    together.spread([loaded.views[t.name] for t, _, _ in loaded.load.ranges])
+                yield loaded.views
+        return
+    for load in loads:
+        views = {t.name: memoryview(bytearray(stop - start)) for t, start, stop in load.ranges}
+        together.spread(list(views.values()))
+        yield views
 
 
 def _read(stage: StageLayout, views: Mapping[str, memoryview], device: torch.device, into: Stored) -> None:
@@ -69,17 +92,17 @@ def _read(stage: StageLayout, views: Mapping[str, memoryview], device: torch.dev
             into.raw.update({s.name: tensor(views[s.name], s.dtype, s.shape).clone() for s in t.stored})
 
 
-def build(model: StoredModel, device: torch.device, trained: bool, limits: Limits, shard: Shard = lambda module: None) -> TrainedModel:
+def build(model: StoredModel, together: Together, trained: bool, limits: Limits, shard: Shard) -> TrainedModel:
     """The model, each block sharded as soon as it is there; the model itself is not. Raises UserError: a family whose forward is not
     known."""
-    layout = model.layout
+    layout, device = model.layout, together.device
     decoder = Decoder(layout, device)
     decoder.dtype = computing_dtype(DTYPES[layout.dtype], device)
     names = outside_names(layout.units)
     blocks: list[TrainedBlock] = []
     outside: dict[str, Tensor] = {}
     head: FakeQuantized | None = None
-    for found in read_units(model, device, limits):
+    for found in read_units(model, device, limits, together):
         match kind_of(found.unit):
             case "block":
                 fakes = fakes_of(found, device) if trained else {}

@@ -33,7 +33,7 @@ def teacher_of(lesson: Lesson, together: Together) -> TrainedModel:
     """The teacher itself, shared out."""
     layout = lesson.teacher.layout
     shard = together.shard(computing_dtype(DTYPES[layout.dtype], together.device), trained=False)
-    teacher = build(lesson.teacher, together.device, False, lesson.work.limits, shard)
+    teacher = build(lesson.teacher, together, False, lesson.work.limits, shard)
     shard(teacher)
     return teacher
 

@@ -53,6 +53,19 @@ class Together:
         dist.broadcast_object_list(held)
         return held[0]
 
+    def spread(self, parts: Sequence[memoryview]) -> None:
+        """Fills these with what the leader's hold."""
+        if self.mesh is None:
+            return
+        import torch.distributed as dist
+
+        for part in (part for part in parts if len(part)):
+            held = torch.frombuffer(part, dtype=torch.uint8)
+            on_its_way = held.to(self.device)
+            dist.broadcast(on_its_way, 0)
+            if not self.group.leads:
+                held.copy_(on_its_way)
+
     def shard(self, dtype: torch.dtype, trained: bool) -> Callable[[nn.Module], None]:
         """A module's tensors cut into a part for each process (FSDP2); they are whole while it computes. What they are whole in is `dtype`
         where hidden states are in that, else the masters' own; gradients are summed in fp32."""

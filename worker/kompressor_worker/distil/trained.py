@@ -32,9 +32,7 @@ class Made:
 
 def write_trained(lesson: Lesson, model: TrainedModel, together: Together, history: History) -> None:
     """All units, and last that they are all there. Raises BadNumerics: NaN or Inf in a trained weight."""
-    limits = lesson.work.limits
-    plain = read_units(lesson.student, torch.device("cpu"), limits)  # what is not trained goes as it is
-    others = {found.unit.name: found for found in plain if kind_of(found.unit) == "other"} if together.group.leads else {}
+    others = others_of(lesson) if together.group.leads else {}
     layer = 0
     for number, unit in enumerate(lesson.work.layout.units):
         if lesson.stop.is_set():
@@ -54,6 +52,14 @@ def write_trained(lesson: Lesson, model: TrainedModel, together: Together, histo
         together.gathered(module, write)
     if together.group.leads:
         lesson.output.write(DONE, json.dumps({"history": history.as_json()}, sort_keys=True, separators=(",", ":")).encode())
+
+
+def others_of(lesson: Lesson) -> dict[str, Stored]:
+    """By unit: what is not trained, and goes as it is."""
+    student, limits = lesson.student, lesson.work.limits
+    if all(kind_of(unit) != "other" for unit in student.layout.units):
+        return {}
+    return {found.unit.name: found for found in read_units(student, torch.device("cpu"), limits) if kind_of(found.unit) == "other"}
 
 
 def made_of(unit: UnitLayout, module: nn.Module, other: Stored | None) -> Made:
