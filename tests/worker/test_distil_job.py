@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,14 @@ from untrained import STEPS, untrain
 
 import jobs
 from calibrated_jobs import evaluation_rows, samples, write_data
-from kompressor_worker.errors import CorruptSource, UserError
+from kompressor_worker import plan
+from kompressor_worker.errors import CorruptSource, NoSpaceLeft, UserError
 from kompressor_worker.job import load_job
 from kompressor_worker.plan import make_plan
 from kompressor_worker.progress import Progress, Snapshot
 from kompressor_worker.run import Summary, run
+from kompressor_worker.storage.files import FileOutput
+from kompressor_worker.training_estimate import BLOCK_SECONDS
 from models import perplexity
 
 DISTIL = {"distil": {"sequenceLength": 128, "batch": 8, "validationRows": 4}}
@@ -79,6 +83,35 @@ def test_what_is_published_loads_with_the_same_perplexity(
     assert "Loss by step" in page and "Before training" in page
     assert all((tmp_path / "out" / name).is_file() for name in written["files"]) and any("tfevents" in name for name in written["files"])
     assert written["distillation"]["steps"] == STEPS and written["data"]["training"]["samples"] >= 8
+
+
+def test_room_for_the_training_is_asked_for(
+    trained_llama: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on the disk where it is most: a student, and three checkpoints, since no step is better than none."""
+    asked = {"steps": 2, "learningRate": 0.5, "evaluateEvery": 1, "checkpointEvery": 0}
+    job = job_of(tmp_path, trained_llama, data, [{"pruneWidth": {"ratio": 0.25}}, {"distil": {**DISTIL["distil"], **asked}}])
+    free, peak = 0, 0
+    monkeypatch.setattr(FileOutput, "room", lambda output: free)
+    with pytest.raises(NoSpaceLeft, match="enlarge the volume") as caught:
+        make_plan(load_job(job, {}), {})
+    needed = sum(
+        int(found.replace(",", "")) for found in re.findall(r"takes ([\d,]+) bytes, the training ([\d,]+) beside", str(caught.value))[0]
+    )
+    free = needed - 1
+    with pytest.raises(NoSpaceLeft):
+        done(job)
+    free = needed
+    delete, publish = FileOutput.delete, FileOutput.publish
+
+    def look() -> None:
+        nonlocal peak
+        peak = max(peak, sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+
+    monkeypatch.setattr(FileOutput, "delete", lambda output, names: (look(), delete(output, names)))
+    monkeypatch.setattr(FileOutput, "publish", lambda output, name, content: (look(), publish(output, name, content)))
+    done(job)
+    assert 0.95 * needed < peak < 1.02 * needed
 
 
 def test_logits_written_down_once_for_two_students(trained_llama: Path, data: dict[str, str], tmp_path: Path) -> None:
@@ -188,3 +221,28 @@ def test_a_smaller_shape_is_the_pruning_passes(trained_llama: Path, data: dict[s
     assert training["steps"] == 10 and not training["stepsAreEstimated"] and training["tokens"] == 10 * 8 * 128
     assert training["studentParameters"] == plan["parameters"][1] and training["teacherParameters"] == plan["parameters"][0]
     assert training["memoryBytes"] > 16 * training["studentParameters"]
+
+
+def test_time_and_memory_go_by_the_machine_and_what_is_in_a_step(
+    trained_llama: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 20_000
+    beside = steps * 4 * BLOCK_SECONDS
+
+    def estimate(fast: bool = False, **asked: Any) -> dict[str, Any]:
+        monkeypatch.setattr(plan, "multiplies_bf16", lambda: fast)
+        job = job_of(tmp_path, trained_llama, data, [{"distil": {**DISTIL["distil"], "steps": steps, **asked}}])
+        found: dict[str, Any] = make_plan(load_job(job, {}), {}).as_json()["training"]
+        return {**found, "products": found["seconds"] - beside}
+
+    usual, larger, huge = estimate(), estimate(batch=16), estimate(batch=1024)
+    faster = plan.BF16_CORE_RATE / plan.CORE_RATE
+    assert usual["products"] == pytest.approx(faster * estimate(fast=True)["products"], rel=0.01), "the model is in bf16"
+    assert larger["products"] == pytest.approx(2 * usual["products"], rel=0.01)
+    kept = 4 * 34 * 256 * 4
+    assert larger["memoryBytes"] - usual["memoryBytes"] == 8 * 128 * kept and huge["memoryBytes"] - larger["memoryBytes"] == 2048 * kept
+    again = estimate(activationCheckpointing=True)
+    assert again["products"] == pytest.approx(1.25 * usual["products"], rel=0.01), "the student's forward once more"
+    assert again["memoryBytes"] < usual["memoryBytes"]
+    many = estimate(batch=1024, microBatch=1024)
+    assert many["memoryBytes"] - usual["memoryBytes"] < 1024 * 128 * kept / 3, "so much is computed again without being asked for"

@@ -248,11 +248,13 @@ def already_published(output: Output, fingerprint: Mapping[str, str]) -> dict[st
     return None
 
 
-def refuse_without_room(output: Output, plan: OutputPlan) -> None:
-    """Raises NoSpaceLeft now rather than hours later. A job that goes on has part of its bytes there already: it is not asked."""
-    needed, room = sum(shard.size for shard in plan.shards), output.room()
-    if room is not None and room < needed and output.read(JOURNAL) is None:
-        raise NoSpaceLeft(f"{output.uri}: the result takes {needed:,} bytes, {room:,} are free; enlarge the volume or free space on it")
+def refuse_without_room(output: Output, plan: OutputPlan, training: int = 0) -> None:
+    """Raises NoSpaceLeft now rather than hours later. `training`: bytes that a training takes there beside the result. A job that goes on
+    has part of its bytes there already: it is not asked."""
+    made, room = sum(shard.size for shard in plan.shards), output.room()
+    if room is not None and room < made + training and output.read(JOURNAL) is None:
+        takes = f"the result takes {made:,} bytes" + (f", the training {training:,} beside it" if training else "")
+        raise NoSpaceLeft(f"{output.uri}: {takes}, {room:,} are free; enlarge the volume or free space on it")
 
 
 def parse_report(data: bytes) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from kompressor_worker.storage import JOURNAL
 from kompressor_worker.storage.locations import open_output
 from kompressor_worker.target.ladder import Ladder, Rung, published_by, standing
 from kompressor_worker.tokenizer import ModelTokenizer
+from kompressor_worker.training_estimate import room_beside
 from kompressor_worker.trying import Trying, fingerprints, gates_of
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def run(
         told, warnings = held_again(output.uri, bench, ladder.rungs[number], report, lambda: data["evaluation"].read(tokenizer, stop))
         return Summary(told, time.monotonic() - began, already=True, warnings=tuple(warnings))
     number = standing(output, prints)
-    refuse_without_room(output, ladder.rungs[number].assigned.plan)
+    asked = ladder.rungs[number].assigned
+    refuse_without_room(output, asked.plan, room_beside(models.distillation, asked))
     refuse_without_spool(max(spool_bytes(rung.assigned.plan) for rung in ladder.rungs))
     if bench is not None:
         refuse_without_scratch(scratch_bytes(job.spec, models.original, [rung.assigned.plan for rung in ladder.rungs], output))

@@ -32,6 +32,7 @@ from kompressor_worker.distil.together import Together, refuse_parallelism
 from kompressor_worker.distil.trained import write_trained
 from kompressor_worker.errors import LossNotFinite, Terminated
 from kompressor_worker.tensors import DTYPES
+from kompressor_worker.training_estimate import CHECKPOINTING_BYTES, kept_numbers
 from kompressor_worker.unit_kinds import kind_of
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,6 @@ EVALUATIONS = 10
 """Over a training, where nothing else is asked for."""
 CURVE = 20_000
 """Steps that are kept of the loss curve; beyond them every other one goes."""
-CHECKPOINTING_BYTES = 1 << 30
-"""Activations of a micro batch beyond which they are computed again in the backward, on a CPU; on a GPU a quarter of its memory."""
 
 
 def train(lesson: Lesson) -> History:
@@ -259,16 +258,11 @@ def layers_of(model: StoredModel) -> int:
 
 
 def much_memory(lesson: Lesson, device: torch.device) -> bool:
-    """Whether what blocks keep for the backward of a micro batch is much: about what goes into and out of their linears."""
-    chosen = int(text_config(lesson.student.layout.config).get("num_experts_per_tok") or 1)
-    experts = max(sum(1 for stage in unit.stages if stage.expert is not None) for unit in lesson.student.layout.units)
-    floats = 0.0
-    for stage in lesson.student.layout.stages():
-        share = min(1.0, chosen / experts) if stage.expert is not None else 1.0
-        floats += share * sum(sum(x.shape) for x in stage.linears if x.kind == "linear")
+    """Whether what blocks keep for the backward of a micro batch is much: on a GPU a quarter of its memory."""
+    layout = lesson.student.layout
     tokens = micro_rows(lesson.params) * lesson.params.sequence_length
     limit = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else CHECKPOINTING_BYTES
-    return floats * tokens * computing_dtype(DTYPES[lesson.student.layout.dtype], device).itemsize > limit
+    return kept_numbers(layout) * tokens * computing_dtype(DTYPES[layout.dtype], device).itemsize > limit
 
 
 def masks_of(lesson: Lesson, student: TrainedModel) -> dict[str, Tensor]:
