@@ -13,6 +13,7 @@ from fault_server import FaultServer
 from faulty_store import Setting
 from nursery import Nursery
 from places import Place
+from thin_models import thin_llama
 
 from jobs import Bucket
 from kompressor_worker.storage import patience
@@ -45,24 +46,14 @@ def nursery() -> Iterator[Nursery]:
 
 @pytest.fixture(scope="session")
 def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty thin blocks: many commits, little work."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Forty thin blocks: for many kills."""
+    return thin_llama(tmp_path_factory.mktemp("deep"), 40, hidden=128, max_shard_size="4MB")
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=40,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
-    folder = tmp_path_factory.mktemp("deep")
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="4MB")
-    return folder
+
+@pytest.fixture(scope="session")
+def shallow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten of the same, in as many files: for one kill."""
+    return thin_llama(tmp_path_factory.mktemp("shallow"), 10, hidden=128, max_shard_size="1MB")
 
 
 @pytest.fixture(params=["file", "pvc", "s3"])
@@ -115,3 +106,11 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """Little work goes faster so, and its last bits do not depend on the machine's cores."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -12,6 +12,8 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from copy import copy
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -34,6 +36,7 @@ def work(order):
     out = os.open(order["fifo"], os.O_WRONLY)
     os.dup2(out, 1), os.dup2(out, 2)
     sys.argv = ["kompressor", *order["arguments"]]
+    exec(order["prelude"], {})
     try:
         code = main(order["arguments"])
     except SystemExit as ended:
@@ -56,7 +59,6 @@ def keep(order):
     with open(order["fifo"] + ".code", "w") as file:
         file.write(str(code))
 
-exec(os.environ.get("NURSERY_PRELUDE", ""))
 serve(keep)
 """
 
@@ -94,23 +96,28 @@ class Forked:
 
 
 class Nursery(ForkServer):
-    def __init__(self, prelude: str = "") -> None:
-        """`prelude`: what the parent runs once it has imported everything, such as another default."""
+    def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nursery-")
-        self._count = 0
-        super().__init__(PROGRAM, {**os.environ, "OMP_NUM_THREADS": "1", "NURSERY_PRELUDE": prelude})
+        self._numbers = count(1)
+        self._prelude = ""
+        super().__init__(PROGRAM, {**os.environ, "OMP_NUM_THREADS": "1"})
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, error, trace)
         self._folder.cleanup()
 
+    def after(self, prelude: str) -> Nursery:
+        """The same, whose workers run this before anything else: another default, say."""
+        prepared = copy(self)
+        prepared._prelude = prelude
+        return prepared
+
     def worker(self, job: Path, environ: Mapping[str, str] | None = None) -> Forked:
         """`jobs.worker`, at once."""
-        self._count += 1
-        fifo = Path(self._folder.name) / str(self._count)
+        fifo = Path(self._folder.name) / str(next(self._numbers))
         os.mkfifo(fifo)
         seen = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
-        order = {"arguments": ["run", str(job)], "fifo": str(fifo), "environ": seen, "tells": True}
+        order = {"arguments": ["run", str(job)], "fifo": str(fifo), "environ": seen, "prelude": self._prelude, "tells": True}
         return Forked(self.fork(order), fifo.open(), fifo.with_name(f"{fifo.name}.code"))
 
     def run(self, job: Path, environ: Mapping[str, str] | None = None) -> tuple[int, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from nursery import Nursery
 from safetensors.torch import load_file, save_file
 
 import jobs
@@ -186,14 +187,14 @@ def test_no_checkpoint_there(tmp_path: Path, attempt: Run) -> None:
     refused(attempt(tmp_path / "nowhere"), 64, "SourceNotFound", "nowhere")
 
 
-def test_missing_bucket_and_denied_credentials(bucket: Bucket, small: Path, tmp_path: Path) -> None:
+def test_missing_bucket_and_denied_credentials(nursery: Nursery, bucket: Bucket, small: Path, tmp_path: Path) -> None:
     endpoint = bucket.server.endpoint
     bucket.upload(small, "source")
     good = bucket.environ
 
     def said(source: str, output: str, environ: dict[str, str]) -> Said:
         job = jobs.write(tmp_path / "j.json", jobs.manifest(source, output, endpoint=endpoint))
-        return jobs.run(job, environ)
+        return nursery.run(job, environ)
 
     refused(said("s3://no-such-bucket-here/x", bucket.uri("out"), good), 64, "SourceNotFound", "no-such-bucket-here")
     refused(said(bucket.uri("source"), "s3://no-such-bucket-here/x", good), 64, "OutputNotFound", "no-such-bucket-here")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from nursery import Nursery
 from test_resume import files_of, refuse_other_bytes
+from thin_models import thin_llama
 
 import jobs
 
@@ -42,18 +43,11 @@ def job(tmp_path: Path, model: Path, out: str, rows: int, **output: str) -> Path
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty thin blocks."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
-    folder = tmp_path_factory.mktemp("blocks")
-    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=512, tie_word_embeddings=False)).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    """Twenty of them."""
+    return thin_llama(tmp_path_factory.mktemp("blocks"), 20)
 
 
-@pytest.mark.parametrize(("rows", "leaves", "stored"), [(2, "snapshots", "dense"), (200, "blocks", "dense"), (200, "blocks", "bitmask")])
+@pytest.mark.parametrize(("rows", "leaves", "stored"), [(2, "snapshots", "dense"), (60, "blocks", "dense"), (60, "blocks", "bitmask")])
 def test_killed_ten_times(nursery: Nursery, rows: int, leaves: str, stored: str, blocks: Path, tmp_path: Path) -> None:
     """Few rows are smaller than a block, so every commit leaves a snapshot; many rows are larger, so it leaves the block."""
     code, said = nursery.run(job(tmp_path, blocks, "whole", rows, sparseStorage=stored))

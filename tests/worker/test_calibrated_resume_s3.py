@@ -19,6 +19,7 @@ from typing import Any, Literal
 import pytest
 from fault_server import Fault, FaultServer
 from nursery import Nursery
+from thin_models import thin_llama
 
 import jobs
 from jobs import Bucket
@@ -96,14 +97,7 @@ def moments(marks: list[Moment], kills: int, seed: int) -> list[Moment]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six thin blocks; embeddings and head as large as a part of an upload may be."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
-    folder = tmp_path_factory.mktemp("thin")
-    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=20992, tie_word_embeddings=False)).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return thin_llama(tmp_path_factory.mktemp("thin"), 6, hidden=128, vocabulary=20992)
 
 
 def manifest(bucket: Bucket, endpoint: str, out: str, rows: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 from nursery import Nursery
 from test_calibrated_resume import data
 from test_resume import TRIES
+from thin_models import thin_qwen3
 
 import jobs
 from jobs import Bucket
@@ -35,16 +36,8 @@ UNLIKE = ("report.html", "kompressor.json", "tensorboard/events.out.tfevents.0.k
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten thin blocks."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 10, "num_attention_heads": 4, "num_key_value_heads": 2}
-    folder = tmp_path_factory.mktemp("blocks")
-    config = Qwen3Config(**sizes, head_dim=32, vocab_size=512, tie_word_embeddings=True, initializer_range=0.1)
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    """Ten of them."""
+    return thin_qwen3(tmp_path_factory.mktemp("blocks"), 10)
 
 
 def committed(output: Output) -> int:

@@ -6,7 +6,6 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +63,9 @@ def report(job: Path) -> dict[str, Any]:
 
 
 def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:
-    """All experts of the largest model at once would take twice as much; what is read ahead is kept small, so that it is no part of it."""
+    """All experts of the larger model at once would take twice as much; what is read ahead is kept small, so that it is no part of it."""
     peaks, said = {}, {}
-    for experts in (8, 32, 64):
+    for experts in (8, 64):
         (tmp_path / str(experts)).mkdir()
         model = mixture(tmp_path / str(experts) / "model", experts, hidden=256, ffn=768, layers=1)
         path = job(tmp_path / str(experts), model, "out", GPTQ)
@@ -139,13 +138,12 @@ def test_a_cold_expert_in_passes_that_need_all_of_them(passes: list[dict[str, An
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
+def nursery(nursery: Nursery) -> Nursery:
     """In whose workers a block's tensors are kept for a restart in many small pieces."""
-    with Nursery("import kompressor_worker.snapshots; kompressor_worker.snapshots.PIECE_BYTES = 1") as ready:
-        yield ready
+    return nursery.after("import kompressor_worker.snapshots; kompressor_worker.snapshots.PIECE_BYTES = 1")
 
 
-@pytest.mark.parametrize("rows", [2, 400], ids=["snapshots", "blocks"])
+@pytest.mark.parametrize("rows", [2, 100], ids=["snapshots", "blocks"])
 def test_killed_in_the_middle_of_a_mixture(rows: int, nursery: Nursery, tmp_path: Path) -> None:
     """Few rows are smaller than a block, so every commit leaves a snapshot; many are larger, so it leaves the block, in pieces."""
     model = mixture(tmp_path / "model", 4, layers=20)

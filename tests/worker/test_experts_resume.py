@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,8 @@ PASSES: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery(ALWAYS_SAVES) as ready:
-        yield ready
+def nursery(nursery: Nursery) -> Nursery:
+    return nursery.after(ALWAYS_SAVES)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nursery import Nursery
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import jobs
@@ -100,9 +101,9 @@ def test_percent_moves_inside_a_block_and_ends_at_all(tmp_path: Path) -> None:
         assert len(jumps) > 10 and max(jumps) < 0.3 * (max(inside) - min(inside)), (unit, jumps)
 
 
-def test_a_slow_block_hears_the_signal(tmp_path: Path) -> None:
+def test_a_slow_block_hears_the_signal(nursery: Nursery, tmp_path: Path) -> None:
     """A block takes most of a minute here; told to stop inside the first one, the worker says so within seconds."""
-    process = jobs.worker(job(tmp_path, 512, 1, 160, 1024))
+    process = nursery.worker(job(tmp_path, 512, 1, 160, 1024))
     assert process.stderr is not None
     while "model.layers.0" not in (line := process.stderr.readline()):
         assert line, "it ended before it reached the block"

@@ -25,7 +25,7 @@ PASSING: list[Kind] = ["unavailable", "internal", "drop", "lose-answer", "stall"
 def test_trouble_that_passes_is_not_noticed(setting: Setting, kind: Kind) -> None:
     """Every kind of request of a whole job, each of them failing twice (where it stalls: once)."""
     if kind == "stall":
-        setting.environ |= {"KOMPRESSOR_STORAGE_TIMEOUT": "2", "KOMPRESSOR_STORAGE_ATTEMPTS": "8"}
+        setting.environ |= {"KOMPRESSOR_STORAGE_TIMEOUT": "1", "KOMPRESSOR_STORAGE_ATTEMPTS": "8"}
     setting.proxy.inject(kind, times=1)
     output = setting.output()
     assert output.probe()

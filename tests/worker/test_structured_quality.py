@@ -72,7 +72,7 @@ def test_the_correction_pays(name: str, kind: str, laboratory: Laboratory, monke
     params, correction, below, off = CORRECTIONS[name]
     source = trained_model(kind)
     baseline = laboratory.baseline(source, alone(name, params, "none"))
-    require_ratio(laboratory.divergence(source, alone(name, params, correction)), baseline, below)
+    require_ratio(laboratory.baseline(source, alone(name, params, correction)), baseline, below)
     off(monkeypatch)
     with pytest.raises(AssertionError, match=f"allowed is less than {below}"):
         require_ratio(laboratory.divergence(source, alone(name, params, correction)), baseline, below)
@@ -126,7 +126,7 @@ def test_the_choice_pays(name: str, kind: str, laboratory: Laboratory, monkeypat
         pytest.skip("of the four KV heads in a block of this model none says much less than another; one that says nothing goes elsewhere")
     params, correction, below, off = CHOICES[name]
     source, passes = trained_model(kind), alone(name, params, correction)
-    chosen, others = laboratory.divergence(source, passes), []
+    chosen, others = laboratory.baseline(source, passes), []
     for seed in SEEDS:
         with monkeypatch.context() as patch:
             off(patch, seed)
@@ -141,7 +141,7 @@ def test_the_choice_pays(name: str, kind: str, laboratory: Laboratory, monkeypat
 @pytest.mark.parametrize("constant", [lambda share: 1.0, lambda share: share**-0.5], ids=["one", "by the number of channels"])
 def test_measured_factors_on_norms_pay(constant: Callable[[float], float], kind: str, laboratory: Laboratory, monkeypatch: Patch) -> None:
     source, passes = trained_model(kind), alone("pruneHidden", HIDDEN, "none")
-    chosen = laboratory.divergence(source, passes)
+    chosen = laboratory.baseline(source, passes)
     choose = Channels.choose.__func__  # type: ignore[attr-defined]
 
     def fixed(cls: type[Channels], found: dict[str, Tensor], keep: int) -> Channels:

@@ -7,7 +7,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from nursery import Nursery
 from test_calibrated_resume import data
 from test_resume import TRIES, files_of
+from thin_models import thin_qwen3
 
 import jobs
 from kompressor_worker.job import load_job
@@ -38,23 +39,14 @@ GOES_ON = re.compile(r"survey (\d) goes on at unit (\d+)|going on at unit (\d+) 
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery(ALWAYS_SAVES) as ready:
-        yield ready
+def nursery(nursery: Nursery) -> Nursery:
+    return nursery.after(ALWAYS_SAVES)
 
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve thin blocks, the embeddings tied to the head."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
-    folder = tmp_path_factory.mktemp("blocks")
-    config = Qwen3Config(**sizes, head_dim=32, vocab_size=512, tie_word_embeddings=True, initializer_range=0.1)
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    """Twelve of them."""
+    return thin_qwen3(tmp_path_factory.mktemp("blocks"), 12)
 
 
 def job(tmp_path: Path, model: Path, out: str, passes: list[dict[str, Any]] = PASSES) -> Path:

@@ -33,8 +33,8 @@ def edit(bucket: Bucket, name: str, **fingerprint: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def job(bucket: Bucket, deep_model: Path, tmp_path: Path) -> Path:
-    bucket.upload(deep_model, "source")
+def job(bucket: Bucket, shallow_model: Path, tmp_path: Path) -> Path:
+    bucket.upload(shallow_model, "source")
     body = jobs.manifest(bucket.uri("source"), bucket.uri("out"), endpoint=bucket.server.endpoint)
     return jobs.write(tmp_path / "j.json", body)
 
