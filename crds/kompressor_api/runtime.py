@@ -50,7 +50,7 @@ class RuntimeSpec(Model):
     rounds: Count = Field(default=5, ge=1, le=100, json_schema_extra=_UNSTORED, description="Rounds after a warm-up; medians count.")
     price_per_hour: Annotated[Number, Field(gt=0, le=1_000_000, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Of an hour, in any currency, for costs.",
+        description="Of an hour, in any currency.",
     )
     timeout_seconds: Count = Field(default=3600, ge=1, le=604_800, json_schema_extra=_UNSTORED, description="For all of it.")
 
@@ -71,9 +71,9 @@ class RuntimeResult(BaseModel):
     timeToFirstTokenAfter: Text | None = Field(default=None, description="Result.")
     latencyBefore: Text | None = Field(default=None, description="To the last token, original.")
     latencyAfter: Text | None = Field(default=None, description="Result.")
-    tokensPerSecondBefore: Text | None = Field(default=None, description="All requests decoding together, original.")
+    tokensPerSecondBefore: Text | None = Field(default=None, description="Of all requests, original.")
     tokensPerSecondAfter: Text | None = Field(default=None, description="Result.")
-    memoryBytesBefore: int | None = Field(default=None, description="Peak on the GPU, else on the host, original.")
+    memoryBytesBefore: int | None = Field(default=None, description="Peak of the GPU's, else the host's, original.")
     memoryBytesAfter: int | None = Field(default=None, description="Result.")
     costPerMillionTokensBefore: Text | None = Field(default=None, description="Of generated tokens, original.")
     costPerMillionTokensAfter: Text | None = Field(default=None, description="Result.")

@@ -258,12 +258,11 @@ def _add_rules(spec: Schema) -> None:
 
 def _add_target_rules(spec: Schema) -> None:
     spec["properties"]["target"][RULES] = [{"rule": rule, "message": message} for rule, message in TARGET_RULES]
-    elsewhere = "(has(self.target.device) || has(self.target.memory) || (has(self.target.engine) && self.target.engine == 'llama.cpp'))"
-    gguf = "(has(self.output.format) && self.output.format == 'gguf')"
+    elsewhere = "(has(self.target.device) || has(self.target.memory) || self.target.?engine.orValue('') == 'llama.cpp')"
     spec[RULES] += [
         {
-            "rule": f"!has(self.target) || {elsewhere} == {gguf}",
-            "message": "llama.cpp (any device) serves output.format gguf, vllm compressed-tensors; correct one",
+            "rule": f"!has(self.target) || {elsewhere} == (self.output.format == 'gguf')",
+            "message": "llama.cpp (any device) serves output.format gguf, vllm compressed-tensors",
             "fieldPath": ".target",
         },
         {

@@ -59,11 +59,11 @@ class TargetSpec(Model):
 
     gpu: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = Field(
         default=None,
-        description="The GPU that serves the result, such as RTX-4090; a wrong name is answered with known ones. Another: hardware.",
+        description="The GPU that serves the result, such as RTX-4090. Another: hardware.",
     )
     device: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = Field(
         default=None,
-        description=("The edge device that runs the result, such as Raspberry-Pi-5-8GB or Apple-M4-16GB. Another: memory and bandwidth."),
+        description=("The edge device that runs the result, such as Raspberry-Pi-5-8GB. Another: memory and bandwidth."),
     )
     memory: Something | None = Field(default=None, description="What llama.cpp may take, such as 4Gi.")
     bandwidth: Something | None = Field(default=None, description="Read a second, such as 50G.")
@@ -76,19 +76,17 @@ class TargetSpec(Model):
     concurrency: Count | None = Field(default=None, ge=1, le=65536, description="Requests of that length at a time. Default: 1.")
     max_perplexity_increase: Percent | None = Field(
         default=None,
-        description=(
-            f"By how much perplexity on the evaluation data may rise; else the next safer plan is tried. Default: {DEFAULT_INCREASE}."
-        ),
+        description=(f"By how much perplexity may rise; else a safer plan is tried. Default: {DEFAULT_INCREASE}."),
     )
     prefer: Literal["quality", "latency"] | None = Field(
         default=None,
         description=(
-            "quality: the safest plan that fits. latency: the one predicted fastest of those expected to keep the limit. Default: quality."
+            "quality: the safest plan that fits. latency: the fastest, by prediction, that is expected to keep the limit. Default: quality."
         ),
     )
     price_per_hour: Annotated[Number, Field(gt=0, le=1_000_000, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Of an hour, in any currency, for what tokens cost.",
+        description="Of an hour, in any currency.",
     )
 
     @model_validator(mode="after")
@@ -146,13 +144,13 @@ class TargetStatus(BaseModel):
     """The plan that was chosen for `spec.target`, from headers alone."""
 
     model_config = ConfigDict(extra="allow")
-    name: Text | None = Field(default=None, description="The plan in words, such as W4A16, KV FP8.")
-    passes: list[Text] | None = Field(default=None, max_length=16, description="Its passes, as spec.passes would have them.")
+    name: Text | None = Field(default=None, description="Such as W4A16, KV FP8.")
+    passes: list[Text] | None = Field(default=None, max_length=16, description="As spec.passes has them.")
     weightBytes: int | None = Field(default=None, description="The result's tensors.")
     kvBytes: int | None = Field(default=None, description="KV cache at full context.")
     activationBytes: int | None = Field(default=None, description="A step of prefill, logits.")
-    overheadBytes: int | None = Field(default=None, description="Driver, libraries, graphs: assumed.")
-    reserveBytes: int | None = Field(default=None, description="What is left free on purpose.")
+    overheadBytes: int | None = Field(default=None, description="Driver, libraries: assumed.")
+    reserveBytes: int | None = Field(default=None, description="Left free on purpose.")
     totalBytes: int | None = Field(default=None, description="All of these together.")
     memoryBytes: int | None = Field(default=None, description="Of the GPU or device.")
     tokensPerSecond: Text | None = Field(default=None, description="Of all requests together, by roofline.")
@@ -164,7 +162,7 @@ class TargetResult(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     plan: Text | None = Field(default=None, description="The plan that was carried out last.")
-    passes: list[Text] | None = Field(default=None, max_length=16, description="Its passes, as spec.passes would have them.")
+    passes: list[Text] | None = Field(default=None, max_length=16, description="As spec.passes has them.")
     tries: list[Text] | None = Field(default=None, max_length=MAX_PLANS, description="Each plan tried, and what was measured.")
     totalBytes: int | None = Field(default=None, description="Memory that serving takes, as planned.")
     memoryBytes: int | None = Field(default=None, description="Of the GPU or device.")

@@ -133,8 +133,8 @@ class CompressionJobSpec(Model):
     target: TargetSpec | None = Field(
         default=None,
         description=(
-            "A GPU or device that the result is to fit, and what it may lose; passes are chosen from that (status.plan, before any GPU "
-            "works). It needs evaluation, and has more to choose from with calibration. Either this, passes or recipeRef."
+            "A GPU or device that the result is to fit, and what it may lose; passes are chosen from that (status.plan). It needs "
+            "evaluation, and has more to choose from with calibration. Either this, passes or recipeRef."
         ),
     )
     calibration: CalibrationSpec | None = Field(

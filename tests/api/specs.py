@@ -271,9 +271,9 @@ WRONG_VALUES |= {
     ),
     "a device, and no GGUF": (
         edge({"output": {"uri": "s3://models/out"}}, device="Phone-8GB"),
-        "serves output.format gguf, vllm compressed-tensors; correct one",
+        "serves output.format gguf, vllm compressed-tensors",
     ),
-    "a GPU, and GGUF": (aimed({"output": GGUF}), "serves output.format gguf, vllm compressed-tensors; correct one"),
+    "a GPU, and GGUF": (aimed({"output": GGUF}), "serves output.format gguf, vllm compressed-tensors"),
     "a target of no length": (aimed(context=None), "spec.target.context: Required value"),
     "a target for nobody": (aimed(concurrency=0), "spec.target.concurrency"),
     "a target that prefers both": (aimed(prefer="both"), "spec.target.prefer"),
