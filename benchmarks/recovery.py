@@ -6,8 +6,8 @@
 
 Each case is a real job on a trained model of the suite by itself, and one with each way behind its passes: `recover`, `distil` (logits and
 hidden states), `logits` (these alone), `labels` (the text alone) and `both` (recover, then distil). All are judged by their own evaluation
-on held-out rows. Shares are of the mean KL to the original, and of the rise in perplexity, that the job by itself has. Blocks are tuned on the
-calibration rows; trainings have rows of their own.
+on held-out rows. Shares are of the mean KL to the original, and of the rise in perplexity, that the job by itself has. Blocks are tuned on
+the calibration rows; trainings have rows of their own.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def rounded(weight: Tensor, kind: str) -> Tensor:
 
 def test_llama(tmp_path: Path) -> None:
     """Without data: every tensor of the file, and what llama.cpp makes of them beside transformers' arithmetic in the job's evaluation."""
-    job = gguf_job(tmp_path, "llama", [{"rtn": {"scheme": "Q4_K", "ignore": ["lm_head"]}}], {"name": "small.gguf"})
+    job = without_data(gguf_job(tmp_path, "llama", [{"rtn": {"scheme": "Q4_K", "ignore": ["lm_head"]}}], {"name": "small.gguf"}))
     report = compress(job)
     assert [file.name for file in (tmp_path / "out").glob("*.gguf")] == ["small.gguf"]
     assert report["result"]["quantizedLinears"] == 4 * 7 + 1
@@ -87,6 +87,24 @@ def test_llama(tmp_path: Path) -> None:
         assert found[f"{name}.weight"][0] == kind and torch.equal(found.pop(f"{name}.weight")[1], source.pop(f"{theirs}.weight").float())
     assert not found and not source
     judged(tmp_path / "out" / "small.gguf", job, report)
+
+
+def without_data(job: Path) -> Path:
+    body = json.loads(job.read_text())
+    del body["spec"]["calibration"]
+    return jobs.write(job, body)
+
+
+def test_data_says_which_errors_count(tmp_path: Path) -> None:
+    """Rounded to nearest in the mix that llama.cpp calls Q2_K: weighted with what the layers are given, less is lost."""
+    lost = []
+    for folder, prepared in ((tmp_path / "blind", without_data), (tmp_path / "seeing", lambda job: job)):
+        folder.mkdir()
+        lost.append(compress(prepared(gguf_job(folder, "qwen3", [{"rtn": {"scheme": "Q2_K"}}])))["evaluation"]["kl"])
+        kinds = {name: kind for name, (kind, _) in read(folder / "out").items()}
+        asked = ("blk.0.attn_v.weight", "blk.0.attn_q.weight", "blk.3.ffn_down.weight", "token_embd.weight")
+        assert [kinds[name] for name in asked] == ["Q3_K", "Q2_K", "Q3_K", "Q6_K"]
+    assert lost[1] < 0.97 * lost[0]
 
 
 def judged(file: Path, job: Path, report: Mapping[str, Any]) -> None:
@@ -229,5 +247,6 @@ def test_rows_that_are_no_whole_blocks(thin: Path, tmp_path: Path) -> None:
     body = jobs.manifest(thin.as_uri(), (tmp_path / "out").as_uri(), [Q4_K])
     body["spec"]["output"] |= {"format": "gguf"}
     report = compress(jobs.write(tmp_path / "job.json", body))
+    assert report["linears"].pop("model.embed_tokens")["scheme"] == "Q8_0", "the head, too: in place of Q6_K"
     assert {entry["scheme"] for entry in report["linears"].values()} == {"Q5_0"}
     assert any("64 columns are no whole blocks of Q4_K, so they are in Q5_0" in warning for warning in report["warnings"])

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy
@@ -14,6 +14,8 @@ import pytest
 
 from kompressor_worker.formats.gguf_mixes import MIXES, types_of
 from kompressor_worker.layout import LinearLayout
+from kompressor_worker.passes.gptq import GptqParams
+from kompressor_worker.passes.rtn import RtnParams
 
 QUANTIZER = Path(__file__).parents[1] / "llama_quantize.py"
 LAYERS, HIDDEN, FFN, VOCABULARY = 16, 256, 256, 64
@@ -82,3 +84,9 @@ def linear(name: str) -> LinearLayout:
         return LinearLayout(stem, (VOCABULARY, HIDDEN), "BF16", "embedding" if stem == "token_embd" else "head")
     _, layer, part = stem.split(".")
     return LinearLayout(f"model.layers.{layer}.{NAMES[part]}", (HIDDEN, HIDDEN), "BF16")
+
+
+def test_every_mix_can_be_asked_for() -> None:
+    rtn, gptq = (set(get_args(params.model_fields["scheme"].annotation)) for params in (RtnParams, GptqParams))
+    assert set(MIXES) <= rtn
+    assert set(MIXES) - gptq == {"F16", "BF16", "MXFP4", "MXFP4_MOE"}, "levels that are no even steps"

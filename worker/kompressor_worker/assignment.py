@@ -40,7 +40,7 @@ class Assignment:
     @classmethod
     def of(cls, spec: CompressionJobSpec, source: ModelLayout) -> Assignment:
         """Raises UserError. Reads no weight, imports no torch."""
-        return cls._made(spec, source, build_passes(spec.passes))
+        return cls._made(spec, source, build_passes(spec.passes, spec.output.format == "gguf" and spec.calibration is not None))
 
     def renewed(self) -> Assignment:
         """By what passes know now."""

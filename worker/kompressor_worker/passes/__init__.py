@@ -58,6 +58,8 @@ class Pass:
     Params: ClassVar[type[Model]]
     statistics: frozenset[Statistic] = frozenset()
     """What it wants measured of every input; none: no forward is run for it."""
+    welcomes: frozenset[Statistic] = frozenset()
+    """What it makes use of for a GGUF file where there is calibration data, and does without elsewhere."""
     kv: bool = False
     """Whether it wants keys and values measured; then it is applied after all others, to what the published weights make of them."""
     whole_block: bool = False
@@ -184,8 +186,9 @@ def pass_class(name: str) -> type[Pass]:
     return cls
 
 
-def build_passes(entries: Sequence[Mapping[str, Any]]) -> list[Pass]:
-    """The passes of a spec, in order. Raises UserError that names the entry, the key and its nearest neighbour."""
+def build_passes(entries: Sequence[Mapping[str, Any]], weighted: bool = False) -> list[Pass]:
+    """The passes of a spec, in order; `weighted`: whether they get what they welcome. Raises UserError that names the entry, the key and
+    its nearest neighbour."""
     passes: list[Pass] = []
     for i, entry in enumerate(entries):
         ((name, params),) = entry.items()
@@ -194,6 +197,8 @@ def build_passes(entries: Sequence[Mapping[str, Any]]) -> list[Pass]:
             passes.append(cls(cls.Params.model_validate(params)))
         except ValidationError as error:
             raise UserError(f"passes[{i}].{name}: {explain(error, cls.Params)}") from error
+        if weighted:
+            passes[-1].statistics |= passes[-1].welcomes
         if cls.once and (first := next((j for j, p in enumerate(passes[:-1]) if isinstance(p, cls)), None)) is not None:
             raise UserError(f"passes[{i}].{name}: there is one at passes[{first}] already, and a job has one at most; join them")
         if i and passes[-2].trains:

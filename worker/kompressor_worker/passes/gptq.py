@@ -16,10 +16,10 @@ from pydantic import Field
 from kompressor_api.fields import Number
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.passes import Pass
+from kompressor_worker.passes.asked_scheme import asked_schemes
 from kompressor_worker.passes.inputs import InputParams, input_tensors, needed_statistics
-from kompressor_worker.passes.linear_params import LinearParams, fitted, scheme_in_groups
+from kompressor_worker.passes.linear_params import GgufMix, LinearParams
 from kompressor_worker.passes.selection import select
-from kompressor_worker.passes.shapes import check_shapes
 from kompressor_worker.schemes import SCHEMES, Scheme
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ SchemeName = Literal[
 class GptqParams(LinearParams, InputParams):
     """GPTQ: rounds weights so that the layer's output on the calibration data changes least."""
 
-    scheme: SchemeName = Field(
+    scheme: Literal[SchemeName, GgufMix] = Field(
         description=(
             "W8A16 to W2A16: packed integers, weights only; behind 2 bits belongs a recover. W8A8: INT8, activations per token; _STATIC: "
-            "by one calibrated scale, _ASYM: with a zero point. FP8_DYNAMIC: per channel, activations per token."
+            "by one calibrated scale, _ASYM: with a zero point. FP8_DYNAMIC: per channel and token. GGUF: Q8_0 to Q2_K."
         )
     )
     act_order: Literal["static", "none"] = Field(
@@ -76,15 +76,15 @@ class Gptq(Pass):
 
     def __init__(self, params: GptqParams) -> None:
         self.params = params
-        self.statistics: frozenset[Statistic] = needed_statistics(SCHEMES[params.scheme], params) | {"hessian"}
+        self.statistics: frozenset[Statistic] = frozenset({"hessian"})
+        if (scheme := SCHEMES.get(params.scheme)) is not None:
+            self.statistics |= needed_statistics(scheme, params)
         self._assigned: dict[str, Scheme] = {}
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Raises UserError that names the tensor, the value and the remedy."""
-        scheme = scheme_in_groups(self.params.scheme, self.params.group_size, "gptq", layout.file_format)
         chosen = select(layout, taken, self.params.targets, self.params.ignore)
-        check_shapes(layout, chosen, scheme)
-        return self.take({linear.name: fitted(scheme, linear) for linear in chosen})
+        return self.take(asked_schemes(layout, chosen, self.params.scheme, self.params.group_size, "gptq"))
 
     def take(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """These linears, by name, each in its scheme: what `assign` answers where nobody else decides them."""

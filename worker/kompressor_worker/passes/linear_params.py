@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator
 
@@ -15,6 +15,10 @@ from kompressor_worker.formats.gguf_types import fitting, type_of
 from kompressor_worker.layout import FileFormat, LinearLayout
 from kompressor_worker.schemes import SCHEMES, Scheme
 
+GgufMix = Literal[
+    "Q8_0", "Q6_K", "Q5_K", "Q5_K_M", "Q5_K_S", "Q4_K", "Q4_K_M", "Q4_K_S", "Q4_0", "Q3_K", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+]  # fmt: skip
+"""Keys of `gguf_mixes.MIXES` whose types a pass can choose the codes of by itself."""
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 

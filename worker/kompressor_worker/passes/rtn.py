@@ -14,11 +14,12 @@ from pydantic import Field
 
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.errors import BadNumerics, UserError
+from kompressor_worker.formats.gguf_mixes import MIXES
 from kompressor_worker.passes import Pass
+from kompressor_worker.passes.asked_scheme import asked_schemes
 from kompressor_worker.passes.inputs import InputParams, input_tensors, needed_statistics
-from kompressor_worker.passes.linear_params import LinearParams, fitted, scheme_in_groups
+from kompressor_worker.passes.linear_params import GgufMix, LinearParams
 from kompressor_worker.passes.selection import select
-from kompressor_worker.passes.shapes import check_shapes
 from kompressor_worker.schemes import SCHEMES, Scheme
 
 if TYPE_CHECKING:
@@ -39,12 +40,12 @@ SchemeName = Literal[
 class RtnParams(LinearParams, InputParams):
     """Round to nearest: quantises weights as they are; calibration data only where inputs get a static scale."""
 
-    scheme: SchemeName = Field(
+    scheme: Literal[SchemeName, GgufMix, "MXFP4_MOE"] = Field(
         description=(
             "W8A16 to W2A16: packed integers, weights only; behind 2 bits belongs a recover. W8A8: INT8, activations per token; _STATIC: "
             "by one calibrated scale, _ASYM: with a zero point. FP8: one scale a weight, one calibrated of activations; _DYNAMIC: per "
-            "channel, activations per token; _BLOCK: 128x128. MXFP4, NVFP4A16: groups of 32, 16, weights only; NVFP4: activations too. "
-            "MXFP4, Q8_0 to F16: output.format gguf."
+            "channel and token; _BLOCK: 128x128. MXFP4, NVFP4A16: groups of 32, 16, weights only; NVFP4: activations too. GGUF: MXFP4, "
+            "Q8_0 to F16, weighted with the calibration, if any."
         )
     )
     observer: Literal["minmax", "mse"] = Field(
@@ -62,18 +63,20 @@ class Rtn(Pass):
 
     def __init__(self, params: RtnParams) -> None:
         self.params = params
-        self.statistics = needed_statistics(SCHEMES[params.scheme], params)
+        scheme = SCHEMES.get(params.scheme)
+        self.statistics = frozenset() if scheme is None else needed_statistics(scheme, params)
+        self.welcomes = frozenset({"norms"}) if params.scheme in MIXES and params.scheme not in ("F16", "BF16") else frozenset()
         self._assigned: dict[str, Scheme] = {}
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Linear name to scheme, from headers alone. Raises UserError that names the tensor, the value and the
         remedy."""
-        scheme = scheme_in_groups(self.params.scheme, self.params.group_size, "rtn", layout.file_format)
-        if self.params.observer == "mse" and (scheme.type != "int" or scheme.format == "gguf"):
-            raise UserError(f"rtn: observer mse with scheme {scheme.name}, whose steps grow with the values; leave observer out")
         chosen = select(layout, taken, self.params.targets, self.params.ignore)
-        check_shapes(layout, chosen, scheme)
-        return self.take({linear.name: fitted(scheme, linear) for linear in chosen})
+        schemes = asked_schemes(layout, chosen, self.params.scheme, self.params.group_size, "rtn")
+        steady = all(scheme.type == "int" and scheme.format != "gguf" for scheme in schemes.values())
+        if self.params.observer == "mse" and not steady:
+            raise UserError(f"rtn: observer mse with scheme {self.params.scheme}, whose steps grow with the values; leave observer out")
+        return self.take(schemes)
 
     def take(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """These linears, by name, each in its scheme: what `assign` answers where nobody else decides them."""
@@ -90,12 +93,17 @@ class Rtn(Pass):
             scheme, common = self._assigned[linear.name], shared.get(linear.name)
             stage.heard()
             if scheme.format == "gguf":
-                from kompressor_worker.passes.gguf_encoding import to_nearest
-
-                stage.encoded[linear.name] = to_nearest(linear, stage.weights[linear.weight], scheme, heard=stage.heard)
+                stage.encoded[linear.name] = self._blocks(stage, linear, scheme)
                 continue
             result = self._quantize(stage.weights[linear.weight], scheme, common, stage.heard)
             stage.encoded[linear.name] = _encoded(linear, result, scheme, common, inputs[linear.name])
+
+    def _blocks(self, stage: Stage, linear: LinearLayout, scheme: Scheme) -> Encoded:
+        """As a GGUF file has it; errors weighted with the second moments of the input where these are measured."""
+        from kompressor_worker.passes.gguf_encoding import to_nearest
+
+        measured = next((site.statistics.squares for site in stage.sites if linear in site.linears), None)
+        return to_nearest(linear, stage.weights[linear.weight], scheme, measured, stage.heard)
 
     def _quantize(self, weight: torch.Tensor, scheme: Scheme, shared: torch.Tensor | None, heard: Heard) -> Quantized:
         from kompressor_worker import kernels
