@@ -62,7 +62,7 @@ class GptqParams(LinearParams, InputParams):
     observer: Literal["minmax", "mse"] = Field(
         default="mse",
         description=(
-            "What a grid of integers spans: mse, the part of the original weights' range with the least squared rounding error; minmax, "
+            "What a grid of integers spans: mse, the part of the weights' range with the least squared error; minmax, "
             "all of it, as FP8 always does."
         ),
     )

@@ -56,9 +56,8 @@ class HybridAttentionParams(Model):
     measure: Literal["divergence", "blockError"] = Field(
         default="divergence",
         description=(
-            "divergence: by what the logits lose (KL) once a layer alone has the window, on `samples` rows: half as many forwards of these "
-            f"as blocks squared; then a second survey tries {SETS} sets of layers at most, and keeps the best. blockError: by the block's "
-            "output; one forward."
+            "divergence: by what logits lose (KL) once a layer alone has the window, on `samples` rows: half as many forwards as blocks "
+            f"squared; then at most {SETS} sets of layers are tried. blockError: by the block's output; one forward."
         ),
     )
     samples: Count = Field(default=8, ge=1, le=4096, description="Calibration rows that divergence is measured on.")

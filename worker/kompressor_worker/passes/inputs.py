@@ -32,7 +32,7 @@ class InputParams(Model):
         default="minmax",
         description=(
             "Range of a static input scale (W8A8_STATIC, FP8; NVFP4's is minmax): all values seen, a percentile, the least squared "
-            "rounding error, or the most similar distribution (KL), for rare outliers alone."
+            "error, or the nearest distribution (KL), for rare outliers."
         ),
     )
     input_percentile: Number = Field(

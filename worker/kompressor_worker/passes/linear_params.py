@@ -30,7 +30,7 @@ class TargetParams(Model):
         min_length=1,
         max_length=256,
         description=(
-            "Which linears: module names, re:<pattern> (from the start of the name), or Linear for all of the decoder. Those that an "
+            "Which linears: module names, re:<pattern> (from the start), or Linear for all of the decoder. Those that an "
             "earlier pass of the same kind has taken are left out."
         ),
     )

@@ -36,8 +36,8 @@ class PruneLayersParams(StructuredParams):
     measure: Literal["influence", "divergence"] = Field(
         default="influence",
         description=(
-            "influence: blocks go that change the direction of the hidden state least. divergence: those without which, one at a time, "
-            "logits change least (KL) on `samples` rows: half as many forwards of these as there are blocks, squared."
+            "influence: blocks go that turn the hidden state least. divergence: those without which, one at a time, logits change least "
+            "(KL) on `samples` rows: half as many forwards as blocks squared."
         ),
     )
     samples: Count = Field(default=16, ge=1, le=4096, description="Calibration rows that divergence is measured on.")

@@ -55,8 +55,8 @@ class AutoSchemeParams(TargetParams):
         ge=0,
         le=4096,
         description=(
-            f"Calibration rows on which a second survey tries {PLANS} whole plans within the budget at most, uniform ones among them, and "
-            "keeps the best. 0: none; what costs of single groups say."
+            f"Calibration rows on which a second survey tries at most {PLANS} whole plans within the budget; the best stays. 0: none; what "
+            "costs of single groups say."
         ),
     )
     experts: Literal["layer", "model", "single"] = Field(

@@ -37,8 +37,8 @@ class CorrectedParams(StructuredParams):
     correction: Literal["leastSquares", "none"] = Field(
         default="leastSquares",
         description=(
-            "leastSquares: the columns that stay make good, on the calibration data, for those that go, which are those whose loss costs "
-            "least then. none: those go that add least."
+            "leastSquares: the columns that stay make good, on the calibration data, for those that go: those that cost least then. none: "
+            "those go that add least."
         ),
     )
 
