@@ -118,7 +118,7 @@ def row_bytes(layout: ModelLayout, row: Row) -> int:
 
 def test_more_memory_costs_neither_quality_nor_a_plan(layouts: dict[str, ModelLayout]) -> None:
     losses = []
-    for memory in ("4Gi", "6Gi", "8Gi", "12Gi", "24Gi"):
+    for memory in ("5Gi", "6Gi", "8Gi", "12Gi", "24Gi"):
         found = fit(spec(device=None, memory=memory, bandwidth="50G", maxPerplexityIncrease="50%"), layouts["llama-8b"])
         assert found.ladder and found.ladder[0].need is not None
         assert found.ladder[0].need.reserve == 0 and found.ladder[0].need.total <= parse(memory)

@@ -41,10 +41,7 @@ class GptqParams(LinearParams, InputParams):
     """GPTQ: rounds weights so that the layer's output on the calibration data changes least."""
 
     scheme: Literal[SchemeName, GgufMix] = Field(
-        description=(
-            "W8A16 to W2A16: packed integers, weights only; behind 2 bits belongs a recover. W8A8: INT8, activations per token; _STATIC: "
-            "by one calibrated scale, _ASYM: with a zero point. FP8_DYNAMIC: per channel and token. GGUF: Q8_0 to Q2_K."
-        )
+        description=("As rtn has them; _STATIC: one calibrated scale of activations, _ASYM: a zero point. GGUF: Q8_0 to Q2_K, and mixes.")
     )
     act_order: Literal["static", "none"] = Field(
         default="static",

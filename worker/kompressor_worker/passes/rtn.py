@@ -43,9 +43,8 @@ class RtnParams(LinearParams, InputParams):
     scheme: Literal[SchemeName, GgufMix, "MXFP4_MOE"] = Field(
         description=(
             "W8A16 to W2A16: packed integers, weights only; behind 2 bits belongs a recover. W8A8: INT8, activations per token; _STATIC: "
-            "by one calibrated scale, _ASYM: with a zero point. FP8: one scale a weight, one calibrated of activations; _DYNAMIC: per "
-            "channel and token; _BLOCK: 128x128. MXFP4, NVFP4A16: groups of 32, 16, weights only; NVFP4: activations too. GGUF: MXFP4, "
-            "Q8_0 to F16, weighted with the calibration, if any."
+            "by one calibrated scale, _ASYM: with a zero point. FP8: one scale each; _DYNAMIC: per channel and token; _BLOCK: 128x128. "
+            "MXFP4, NVFP4A16: weights only; NVFP4: activations too. GGUF: MXFP4, Q8_0 to F16, weighted with the calibration, if any."
         )
     )
     observer: Literal["minmax", "mse"] = Field(
