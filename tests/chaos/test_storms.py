@@ -28,7 +28,7 @@ LIVES = ("preflight", "out of memory", "suspended", "queued and suspended", "del
 PAUSING = ("killed",)
 """What waits by the clock, where it is the clock that storms."""
 SHARE = 0.3
-DESCRIPTORS = 700
+DESCRIPTORS = 200
 """Open in this process at most, however many storms there were."""
 SECONDS = 8.0
 """Of a storm, unless everything is over before."""
