@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kompressor_worker.errors import UserError
+from kompressor_worker.formats.gguf_mixes import MIXES
 from kompressor_worker.layout import LinearLayout, ModelLayout, SourceTensor, StageLayout, UnitLayout
 from kompressor_worker.passes import build_passes
 from kompressor_worker.passes.rtn import Rtn, RtnParams
@@ -82,10 +83,11 @@ def test_steps_of_floats_are_not_searched() -> None:
 
 
 def test_schemes_of_the_parameters_are_the_schemes() -> None:
-    """Of GGUF's types those that nobody asks for are what rows get that are no whole blocks; MXFP4 has one name in both formats."""
+    """Of GGUF's types those that nobody asks for are what rows get that are no whole blocks; the others are mixes by their own names."""
     names = RtnParams.model_json_schema()["properties"]["scheme"]["enum"]
     assert names[: len(COMPRESSED_TENSORS)] == list(COMPRESSED_TENSORS)
-    assert {*names[len(COMPRESSED_TENSORS) :]} == {*GGUF} - {"Q5_0", "Q5_1", "IQ4_NL", "MXFP4_GGUF"}
+    assert {*names} == {*COMPRESSED_TENSORS, *MIXES}
+    assert {*GGUF} - {*MIXES} == {"Q5_0", "Q5_1", "IQ4_NL", "MXFP4_GGUF"}
 
 
 def test_group_size() -> None:
