@@ -120,10 +120,14 @@ class Bench:
     def __init__(self, work: Path, source: Path, rows: Path, samples: int, length: int) -> None:
         self.work, self.source, self.rows, self.samples, self.length = work, source, rows, samples, length
 
-    def ours(self, passes: list[dict[str, Any]], name: str = "ours") -> dict[str, Any]:
+    def ours(
+        self, passes: list[dict[str, Any]], name: str = "ours", calibrated: bool = True, output: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         job = manifest(self.source.as_uri(), self._out(name).as_uri(), passes)
-        dataset = {"uri": self.rows.as_uri(), "tokens": "ids"}
-        job["spec"]["calibration"] = {"dataset": dataset, "samples": self.samples, "sequenceLength": self.length}
+        job["spec"]["output"].update(output or {})
+        if calibrated:
+            dataset = {"uri": self.rows.as_uri(), "tokens": "ids"}
+            job["spec"]["calibration"] = {"dataset": dataset, "samples": self.samples, "sequenceLength": self.length}
         file = self.work / "job.json"
         file.write_text(json.dumps(job))
         return self._measured([sys.executable, __file__, str(file)])

@@ -34,13 +34,16 @@ class Installed:
     def apply(self, name: str, source: str, passes: list[dict[str, Any]], **spec: Any) -> None:
         body = jobs.manifest(self.bucket.uri(source), self.bucket.uri(name), passes, self.bucket.server.endpoint)
         body["metadata"] = {"name": name, "namespace": "default"}
-        for place in (body["spec"]["model"]["source"], body["spec"]["output"]):
-            place["credentialsSecret"] = "models-s3"
+        body["spec"]["model"]["source"], body["spec"]["output"] = self.place(source), self.place(name)
         if not passes:  # a recipe or a target gives them
             del body["spec"]["passes"]
         # One core asked for each: as many workers at once as there are cores.
         body["spec"] |= {"worker": {"resources": {"requests": {"cpu": "900m"}}}, **spec}
         self.cluster.apply(body)
+
+    def place(self, name: str) -> dict[str, Any]:
+        """This folder of the bucket, as a spec says it."""
+        return {"uri": self.bucket.uri(name), "endpoint": self.bucket.server.endpoint, "credentialsSecret": "models-s3"}
 
     def wait(self, name: str, condition: str, seconds: int = 300) -> dict[str, Any]:
         try:

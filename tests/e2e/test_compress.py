@@ -19,6 +19,7 @@ from installation import Installed
 import independent
 import jobs
 from calibrated_jobs import samples, write_data
+from gguf_files import Request, llama_cpp
 from kompressor_worker.cli import run_cli
 from kompressor_worker.formats.readers import EXPERTS
 from models import held_out_tokens, perplexity, trained_model
@@ -176,6 +177,28 @@ def test_a_calibrated_job_says_what_it_measured(installed: Installed, data: dict
     assert 0 < float(result["kl"]) < 0.05 and 0.9 < agreement <= 1
     assert result["calibrationDigest"] == report["data"]["calibration"]["digest"]
     assert [gate["met"] for gate in report["gates"]] == [True, True]
+
+
+def test_a_gguf_file_is_served_before_and_runs_after(
+    installed: Installed, data: dict[str, Any], trained_llama: Path, tmp_path: Path
+) -> None:
+    """Measured with llama.cpp in the worker's pod; then llama.cpp reads the file alone, from a plain download."""
+    installed.bucket.upload(trained_llama, "llama")
+    runtime = {"engine": "llama.cpp", "prompt": 32, "generate": 8, "batch": [1, 2], "rounds": 1, "pricePerHour": 0.35}
+    gates = [{"metric": "perplexity", "maxIncrease": "5%"}, {"metric": "memory", "maxMemory": "4Gi"}]
+    output = {**installed.place("gguf"), "format": "gguf", "name": "small-Q4_K_M.gguf"}
+    judged = data["evaluation"] | {"runtime": runtime, "gates": gates}
+    installed.apply("gguf", "llama", [{"gptq": {"scheme": "Q4_K_M"}}], **data | {"evaluation": judged, "output": output})
+    result = installed.wait("gguf", "Complete")["result"]
+    assert result["runtime"]["engine"].startswith("llama.cpp") and float(result["runtime"]["costPerMillionTokensAfter"]) > 0
+    (tmp_path / "small.gguf").write_bytes(installed.bucket.files("gguf")["small-Q4_K_M.gguf"])
+    rows = held_out_tokens("llama", rows=8)
+    said = llama_cpp([Request(tmp_path / "small.gguf", row.tolist()) for row in rows], tmp_path)
+    logits = torch.stack([torch.from_numpy(found) for found, _ in said])[:, :-1].flatten(0, 1)
+    found = math.exp(torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten()))
+    from transformers import AutoModelForCausalLM
+
+    assert 0.98 < found / perplexity(AutoModelForCausalLM.from_pretrained(trained_llama), rows) < 1.05
 
 
 def test_a_gate_that_is_not_met_publishes_nothing(installed: Installed, data: dict[str, Any], trained_llama: Path) -> None:

@@ -60,7 +60,7 @@ def llama_cpp(requests: Sequence[Request], work: Path) -> list[tuple[Any, list[l
     import numpy
 
     (work / "requests.json").write_text(json.dumps(asked))
-    script = Path(__file__).parents[1] / "llama_cpp_logits.py"
+    script = Path(__file__).with_name("llama_cpp_logits.py")
     done = subprocess.run([sys.executable, str(script), str(work / "requests.json"), str(work)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = []
