@@ -1,7 +1,7 @@
 """GGUF files of ours beside those of llama.cpp's own quantiser: what is left of the model, size and time. Prints tables.
 
-    python benchmarks/gguf.py                         # trained models of the tests, with and without an importance matrix
-    python benchmarks/gguf.py --models llama --mixes Q4_0 Q3_K_S --only quality
+    python benchmarks/gguf_beside.py                         # trained models of the tests, with and without an importance matrix
+    python benchmarks/gguf_beside.py --models llama --mixes Q4_0 Q3_K_S --only quality
 
 Both begin with the same model: llama.cpp with the BF16 file that a job of ours makes, we with the checkpoint. The importance matrix that
 llama.cpp gets is measured by transformers on the rows that calibrate our job, so both know the same of the data. All files are read by
