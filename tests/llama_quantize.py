@@ -15,7 +15,6 @@ FILE_TYPES = {
     "Q5_K_M": 17, "Q6_K": 18, "BF16": 32, "MXFP4_MOE": 38,
 }  # fmt: skip
 """llama.cpp's `llama_ftype`."""
-IMATRIX = "struct llama_model_imatrix_data { const char * name; const float * data; size_t size; };"
 
 
 def quantize(source: Path, out: Path, mix: str, importance: Path | None, pure: bool, threads: int) -> float:
@@ -28,7 +27,6 @@ def quantize(source: Path, out: Path, mix: str, importance: Path | None, pure: b
     params.ftype, params.nthread, params.pure = FILE_TYPES[mix], threads, pure
     alive = []
     if importance is not None:
-        ffi.cdef(IMATRIX, override=True)
         found = dict(numpy.load(importance))
         entries = ffi.new("struct llama_model_imatrix_data[]", len(found) + 1)
         for entry, (name, values) in zip(entries, found.items(), strict=False):
