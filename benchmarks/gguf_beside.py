@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/worker"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from gguf_files import Request, llama_cpp  # noqa: E402
 
 import checkpoint  # noqa: E402
 from figures import table  # noqa: E402
+from gguf_files import Request, llama_cpp  # noqa: E402
 from models import token_rows, trained_model  # noqa: E402
 from peer import Bench, ratio, write_rows  # noqa: E402
 

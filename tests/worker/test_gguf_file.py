@@ -18,10 +18,10 @@ import numpy
 import pytest
 import torch
 from families import BASE, FAMILIES, tiny_model
-from gguf_files import Request, llama_cpp, no_tokenizer, write_whole
 from safetensors.torch import load_file, save_file
 from sources import folder_source
 
+from gguf_files import Request, llama_cpp, no_tokenizer, write_whole
 from kompressor_worker.errors import UserError
 from kompressor_worker.formats.gguf_file import plan_gguf
 from kompressor_worker.formats.gguf_form import formed

@@ -14,7 +14,6 @@ import gguf
 import pytest
 import torch
 from gguf.quants import dequantize
-from gguf_files import Request, llama_cpp
 from nursery import Nursery
 from test_calibrated import compress, job_of, rows_of
 from test_calibrated import data as text
@@ -24,6 +23,7 @@ from torch import Tensor
 
 import jobs
 from corpus import Corpus
+from gguf_files import Request, llama_cpp
 from independent import tensors_of
 from kompressor_api.v1alpha1 import OutputSpec, SourceLocation
 from kompressor_worker import kernels
@@ -105,6 +105,25 @@ def test_data_says_which_errors_count(tmp_path: Path) -> None:
         asked = ("blk.0.attn_v.weight", "blk.0.attn_q.weight", "blk.3.ffn_down.weight", "token_embd.weight")
         assert [kinds[name] for name in asked] == ["Q3_K", "Q2_K", "Q3_K", "Q6_K"]
     assert lost[1] < 0.97 * lost[0]
+
+
+@pytest.mark.parametrize("kind", ["llama_learned", "qwen3_moe"])
+def test_types_by_tensor_under_a_budget(kind: str, tmp_path: Path) -> None:
+    """Types that `autoScheme` chooses: within the bytes of Q4_K everywhere, and less is lost."""
+    lost = {}
+    asked = {"budget": {"bits": 4.5 if kind == "llama_learned" else 5.2}, "candidates": ["Q3_K", "Q4_K", "Q6_K"], "samples": 0}
+    for name, entry in (("uniform", {"gptq": {"scheme": "Q4_K", "ignore": ["lm_head"]}}), ("chosen", {"autoScheme": asked})):
+        (tmp_path / name).mkdir()
+        job = gguf_job(tmp_path / name, kind, [entry], {"name": "small.gguf"})
+        report = compress(job)
+        lost[name] = report["evaluation"]["kl"]
+    kinds = {name: kind for name, (kind, _) in read(tmp_path / "chosen" / "out").items() if name.endswith("weight") and "norm" not in name}
+    assert kinds.pop("token_embd.weight") == kinds.pop("output.weight") == "Q6_K"
+    assert len(set(kinds.values()) & {"Q3_K", "Q4_K", "Q6_K"}) > 1
+    assert report["autoScheme"]["bytes"] <= report["autoScheme"]["budgetBytes"]
+    assert report["autoScheme"]["bytes"] == report["result"]["tensorBytes"]
+    judged(tmp_path / "chosen" / "out" / "small.gguf", job, report)
+    assert kind != "llama_learned" or lost["chosen"] < lost["uniform"]
 
 
 def judged(file: Path, job: Path, report: Mapping[str, Any]) -> None:

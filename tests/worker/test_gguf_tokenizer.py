@@ -12,10 +12,10 @@ from typing import Any
 import gguf
 import pytest
 import tokenizer_files
-from gguf_files import Request, llama_cpp
 from tokenizer_files import TEXT
 from tokenizers import Tokenizer
 
+from gguf_files import Request, llama_cpp
 from kompressor_worker.errors import CorruptSource, UserError
 from kompressor_worker.formats.gguf_tokenizer import TokenizerMetadata, tokenizer_metadata
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kompressor_api.quantity import parse
@@ -17,6 +18,9 @@ from kompressor_api.v1alpha1 import Model
 from kompressor_worker.dropping import block_numbers
 from kompressor_worker.errors import UserError
 from kompressor_worker.passes import Pass, gptq, rtn
+from kompressor_worker.passes.asked_scheme import ends_of
+from kompressor_worker.passes.linear_params import fitted, scheme_named
+from kompressor_worker.passes.result_bytes import stored_bytes, tensor_bytes
 from kompressor_worker.passes.scheme_choice import (
     Candidate,
     SchemeGroup,
@@ -25,7 +29,6 @@ from kompressor_worker.passes.scheme_choice import (
     largest,
     shared_by_experts,
     smallest,
-    stored_bytes,
     sweep,
     total,
     weight_of,
@@ -33,9 +36,8 @@ from kompressor_worker.passes.scheme_choice import (
 )
 from kompressor_worker.passes.scheme_params import AutoSchemeParams
 from kompressor_worker.passes.scheme_plans import KINDS, PLANS, Plan, named, plans
-from kompressor_worker.passes.selection import choose, refuse_split
+from kompressor_worker.passes.selection import choose, held_as_one, refuse_split
 from kompressor_worker.schemes import Scheme
-from kompressor_worker.shards import plan_output
 
 if TYPE_CHECKING:
     import torch
@@ -73,12 +75,15 @@ class AutoScheme(Pass):
         self.candidates = [Candidate.of(name) for name in params.candidates]
         self._encoder = encoder(params.algorithm, next(c.scheme.name for c in self.candidates if c.scheme is not None))
         self.statistics = self._encoder.statistics
+        self.welcomes = self._encoder.welcomes
         self.products = self._encoder.products
         self.survey_hessians = "hessian" in self.statistics
         self._groups: list[SchemeGroup] = []
         self._layers: list[int] = []
         """Of the groups, counted from 0."""
         self._linears: list[LinearLayout] = []
+        self._ends: dict[str, Scheme] = {}
+        """Embeddings and head of a GGUF file, which no survey tries."""
         self._budget = 0
         """Bytes of the groups."""
         self._others = 0
@@ -91,20 +96,30 @@ class AutoScheme(Pass):
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
         """Claims its linears, in the smallest candidate of each; `settle` says what they get. Raises UserError."""
         self._refuse_dropped(layout)
+        if layout.file_format == "gguf":
+            self._for_gguf(layout, taken)
         self._linears = choose(layout, taken, self.params.targets, self.params.ignore, "choose schemes for")
         if head := next((linear.name for linear in self._linears if linear.kind == "head"), None):
             raise UserError(f"autoScheme: {head} is the head, which no survey tries; quantise it by an rtn of its own before")
-        refuse_split(list(layout.linears()), {linear.name for linear in self._linears}, taken)
+        refuse_split(held_as_one(layout), {linear.name for linear in self._linears}, taken)
         self._groups = groups_of(layout, self._linears, self.candidates, self.params.experts == "single")
         blocks = [{x.name for stage in layout.units[number].stages for x in stage.linears} for number in block_numbers(layout)]
         self._layers = [next(i for i, names in enumerate(blocks) if group.linears[0].name in names) for group in self._groups]
-        return self._schemes(filled(self._groups, 0))
+        return self._schemes(filled(self._groups, 0)) | self._ends
+
+    def _for_gguf(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> None:
+        if self.params.experts == "single":
+            raise UserError("autoScheme: experts: single, and a GGUF file has one type for all experts of a layer; choose layer")
+        self.candidates = [
+            x if x.scheme is None else replace(x, scheme=scheme_named(x.scheme.name, layout.file_format)) for x in self.candidates
+        ]
+        self._ends = ends_of(layout, taken, self.params.ignore)
 
     def settle(self, layout: ModelLayout, schemes: Mapping[str, Scheme]) -> Mapping[str, Scheme]:
         """What was chosen; before the survey, what there is room for. Raises UserError where the budget is too small."""
         mine = {linear.name for linear in self._linears}
         others = {name: scheme for name, scheme in schemes.items() if name not in mine}
-        self._others = plan_output(layout, others).tensor_bytes - sum(stored_bytes(linear, None) for linear in self._linears)
+        self._others = tensor_bytes(layout, others) - sum(stored_bytes(linear, None) for linear in self._linears)
         self._budget = self._room()
         variants = self._variants()
         possible = [v for v in variants if smallest(v) <= self._budget]
@@ -112,11 +127,11 @@ class AutoScheme(Pass):
             raise self._too_small(min(map(smallest, variants)))
         chosen = self._chosen() if self._found else filled(max(possible, key=largest), self._budget)
         assert weight_of(self._groups, chosen) <= self._budget, "chosen within another budget"
-        return others | self._encoder.take(self._schemes(chosen))
+        return others | self._encoder.take(self._schemes(chosen) | self._ends)
 
     def _schemes(self, chosen: list[int]) -> dict[str, Scheme]:
         pairs = zip(self._groups, (self.candidates[c].scheme for c in chosen), strict=True)
-        return {linear.name: scheme for group, scheme in pairs if scheme is not None for linear in group.linears}
+        return {x.name: fitted(scheme, x.shape[1]) for group, scheme in pairs if scheme is not None for x in group.linears}
 
     def _chosen(self) -> list[int]:
         """Candidates by group: of the plans that were tried the one of least KL, of equals the first; else the program's."""
@@ -271,6 +286,7 @@ class AutoScheme(Pass):
 
 def encoder(algorithm: str, scheme: str) -> gptq.Gptq | rtn.Rtn:
     """The pass of this name with its defaults; which schemes it makes it is told by `take`."""
+    scheme = scheme.removesuffix("_GGUF")
     if algorithm == "gptq":
         return gptq.Gptq(gptq.GptqParams.model_validate({"scheme": scheme}))
     return rtn.Rtn(rtn.RtnParams.model_validate({"scheme": scheme}))

@@ -12,7 +12,7 @@ from kompressor_api.fields import Count
 from kompressor_api.v1alpha1 import Model
 from kompressor_worker.errors import UserError
 from kompressor_worker.formats.gguf_types import fitting, type_of
-from kompressor_worker.layout import FileFormat, LinearLayout
+from kompressor_worker.layout import FileFormat
 from kompressor_worker.schemes import SCHEMES, Scheme
 
 GgufMix = Literal[
@@ -78,12 +78,12 @@ def scheme_named(name: str, file_format: FileFormat) -> Scheme:
     return SCHEMES[f"{name}_GGUF" if file_format == "gguf" and f"{name}_GGUF" in SCHEMES else name]
 
 
-def fitted(scheme: Scheme, linear: LinearLayout) -> Scheme:
-    """The scheme, or what llama.cpp takes in its place where the linear's rows are not made of whole blocks."""
+def fitted(scheme: Scheme, columns: int) -> Scheme:
+    """The scheme, or what llama.cpp takes in its place where rows of so many columns are not made of whole blocks."""
     if scheme.format != "gguf":
         return scheme
     asked = type_of(scheme).name
-    found = fitting(asked, linear.shape[1])
+    found = fitting(asked, columns)
     return scheme if found == asked else replace(scheme_named(found, "gguf"), instead_of=asked)
 
 

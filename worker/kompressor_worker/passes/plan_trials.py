@@ -18,7 +18,7 @@ from kompressor_worker.batch import Batch
 from kompressor_worker.block import Site
 from kompressor_worker.layout import LinearLayout, ModelLayout
 from kompressor_worker.passes.scheme_choice import Candidate, SchemeGroup
-from kompressor_worker.passes.scheme_encoding import as_read, encode, expert_sites, fitting
+from kompressor_worker.passes.scheme_encoding import as_read, encode, expert_sites, stored_in
 from kompressor_worker.passes.surveyor import SeenBlock, SeenExpert, Surveyed, Surveyor
 from kompressor_worker.passes.variants import Variants
 from kompressor_worker.schemes import Scheme
@@ -94,9 +94,9 @@ class PlanTrials(Surveyor):
     def _encode(
         self, candidate: int, linears: Sequence[LinearLayout], weights: Mapping[str, Tensor], scheme: Scheme, sites: Sequence[Site]
     ) -> None:
-        stored = fitting(scheme, linears, weights)
+        stored = stored_in(scheme, linears, weights)
         for name, made in encode(self._algorithm, linears, weights, scheme, sites).items():
-            self._made.setdefault(candidate, {})[name] = made.tensors, stored
+            self._made.setdefault(candidate, {})[name] = made.tensors, stored[name]
 
     def _read(self, seen: SeenBlock, plan: Sequence[int], numbers: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Scheme]]:
         """The block's weights as a reader of this plan has them, and the schemes by linear."""
@@ -108,7 +108,7 @@ class PlanTrials(Surveyor):
                 continue
             for linear in self._groups[number].linears:
                 tensors, stored = self._made[plan[number]][linear.name]
-                weights |= as_read({linear.name: tensors}, seen.weights, stored)
+                weights[linear.weight] = as_read(linear.name, tensors, seen.weights[linear.weight], stored)
                 schemes[linear.name] = scheme
         return weights, schemes
 

@@ -17,12 +17,15 @@ from itertools import pairwise
 from math import prod
 
 from kompressor_worker.errors import UserError
-from kompressor_worker.formats.stored import planned_tensors
-from kompressor_worker.layout import DTYPE_BYTES, LinearLayout, ModelLayout
+from kompressor_worker.formats.gguf_mixes import MIXES
+from kompressor_worker.layout import LinearLayout, ModelLayout
+from kompressor_worker.passes.result_bytes import stored_bytes
 from kompressor_worker.passes.shapes import check_shapes, is_routed_expert
-from kompressor_worker.schemes import COMPRESSED_TENSORS, Scheme
+from kompressor_worker.schemes import COMPRESSED_TENSORS, GGUF, Scheme
 
 EXACT = "none"
+CHOOSABLE = COMPRESSED_TENSORS | {name: scheme for name, scheme in GGUF.items() if name in MIXES}
+"""By name; types of GGUF only those that are asked for by their names, and are not what rows get in place of them."""
 GAP = 1e-6
 """Relative: a solution so near the best one is as good."""
 ROUGH = 1e-3
@@ -48,11 +51,11 @@ class Candidate:
         if name == EXACT:
             return cls(name, None)
         scheme, _, group = name.partition(":")
-        if scheme not in COMPRESSED_TENSORS:
-            near = difflib.get_close_matches(scheme, [*COMPRESSED_TENSORS, EXACT], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMPRESSED_TENSORS)}, {EXACT}"
+        if scheme not in CHOOSABLE:
+            near = difflib.get_close_matches(scheme, [*CHOOSABLE, EXACT], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(CHOOSABLE)}, {EXACT}"
             raise ValueError(f"{name!r} is not a scheme; {hint}")
-        found = COMPRESSED_TENSORS[scheme]
+        found = CHOOSABLE[scheme]
         if not group:
             return cls(name, found)
         if not found.choosable_groups:
@@ -86,8 +89,12 @@ def groups_of(layout: ModelLayout, linears: Sequence[LinearLayout], candidates: 
     any."""
     members: dict[str, list[LinearLayout]] = {}
     for linear in linears:
-        alone = single and is_routed_expert(linear.name)
-        members.setdefault(linear.name.rpartition(".")[0] if alone else linear.fused or linear.name, []).append(linear)
+        routed = is_routed_expert(linear.name)
+        if routed and single:
+            name = linear.name.rpartition(".")[0]
+        else:  # a GGUF file fuses nothing but experts
+            name = linear.fused if linear.fused and (routed or layout.file_format != "gguf") else linear.name
+        members.setdefault(name, []).append(linear)
     reasons: dict[str, str] = {}
     groups = []
     for name, found in members.items():
@@ -115,12 +122,6 @@ def _refusal(layout: ModelLayout, linears: Sequence[LinearLayout], scheme: Schem
     except UserError as error:
         return str(error)
     return ""
-
-
-def stored_bytes(linear: LinearLayout, scheme: Scheme | None) -> int:
-    if scheme is None:
-        return prod(linear.shape) * DTYPE_BYTES[linear.dtype]
-    return sum(t.nbytes for t in planned_tensors(linear.name, linear.shape, linear.dtype, scheme))
 
 
 def smallest(groups: Sequence[SchemeGroup]) -> int:

@@ -13,6 +13,7 @@ from kompressor_worker.block import Encoded, Site, Stage
 from kompressor_worker.formats.stored import decode
 from kompressor_worker.layout import LinearLayout, StageLayout
 from kompressor_worker.passes.auto_scheme import encoder
+from kompressor_worker.passes.linear_params import fitted
 from kompressor_worker.passes.surveyor import SeenExpert
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.statistics import Statistics
@@ -28,16 +29,16 @@ def encode(
     shaped = [_shaped(x, weights) for x in linears]
     stage = Stage(StageLayout(shaped[0].name, (), tuple(shaped)), {x.weight: weights[x.weight] for x in shaped}, sites=tuple(sites))
     made = encoder(algorithm, scheme.name)
-    made.take({x.name: fitting(scheme, linears, weights) for x in linears})
+    made.take(stored_in(scheme, linears, weights))
     made.apply(stage)
     return stage.encoded
 
 
-def fitting(scheme: Scheme, linears: Sequence[LinearLayout], weights: Mapping[str, Tensor]) -> Scheme:
-    """The source's columns may be more than the result's, and not divisible by what these are divided by."""
-    if scheme.group_size is None or not scheme.choosable_groups:
-        return scheme
-    return scheme.with_group_size(math.gcd(scheme.group_size, *(weights[x.weight].shape[1] for x in linears)))
+def stored_in(scheme: Scheme, linears: Sequence[LinearLayout], weights: Mapping[str, Tensor]) -> dict[str, Scheme]:
+    """By linear. The source's columns may be more than the result's, and not divisible by what these are divided by."""
+    if scheme.group_size is not None and scheme.choosable_groups:
+        scheme = scheme.with_group_size(math.gcd(scheme.group_size, *(weights[x.weight].shape[1] for x in linears)))
+    return {x.name: fitted(scheme, weights[x.weight].shape[1]) for x in linears}
 
 
 def _shaped(linear: LinearLayout, weights: Mapping[str, Tensor]) -> LinearLayout:
@@ -51,16 +52,13 @@ def decoded(
 ) -> dict[str, Tensor]:
     """By full name, what a reader makes of these weights. Raises BadNumerics."""
     made = encode(algorithm, linears, weights, scheme, sites)
-    return as_read({name: x.tensors for name, x in made.items()}, weights, fitting(scheme, linears, weights))
+    schemes = stored_in(scheme, linears, weights)
+    return {f"{name}.weight": as_read(name, x.tensors, weights[f"{name}.weight"], schemes[name]) for name, x in made.items()}
 
 
-def as_read(tensors: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
-    """By full name, what a reader makes of the tensors of linears that are stored in this scheme; `weights` as they were."""
-    found = {}
-    for name, stored in tensors.items():
-        before = weights[f"{name}.weight"]
-        found[f"{name}.weight"] = decode(name, stored, scheme, before.dtype).to(before.device)
-    return found
+def as_read(name: str, tensors: Mapping[str, Tensor], before: Tensor, scheme: Scheme) -> Tensor:
+    """What a reader makes of the tensors of this linear, stored in this scheme; `before`: the weight as it was."""
+    return decode(name, tensors, scheme, before.dtype).to(before.device)
 
 
 def expert_sites(seen: SeenExpert, linears: Sequence[LinearLayout], statistics: Collection[Statistic]) -> list[Site]:

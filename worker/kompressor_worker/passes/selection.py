@@ -25,9 +25,14 @@ def select(layout: ModelLayout, taken: Mapping[str, Scheme], targets: Sequence[s
     where a fused group would be split."""
     gguf = layout.file_format == "gguf"
     chosen = choose(layout, taken, targets, ignore, "quantise", MATRICES if gguf else LINEARS)
-    linears = list(layout.linears())
-    refuse_split([stacked(x) for x in linears] if gguf else linears, {linear.name for linear in chosen}, taken)
+    refuse_split(held_as_one(layout), {linear.name for linear in chosen}, taken)
     return chosen
+
+
+def held_as_one(layout: ModelLayout) -> list[LinearLayout]:
+    """The model's linears, as the loaders of its file fuse them."""
+    linears = list(layout.linears())
+    return [stacked(x) for x in linears] if layout.file_format == "gguf" else linears
 
 
 def stacked(linear: LinearLayout) -> LinearLayout:
