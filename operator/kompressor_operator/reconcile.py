@@ -216,16 +216,24 @@ class Reconciler:
 
         The RoleBinding goes beside the Job, since the API server takes 100 ms to see that it does not escalate and the worker needs it
         only later. So a Job may be there without it, if we die in between: until the status names the Job, all of this is done again.
-        What the others need was made for the preflight already, so its Job is proof that it is there.
+        What the others need was made for the preflight already, so its Job is proof that it is there. All that takes its time, and a name
+        is free again once its Job is deleted: what has changed meanwhile is decided anew, or another operator's Job would rise again.
         """
         job, worker_job = view.told, manifests.worker_job(view.told, attempt, self.settings)
         proved = view.observed.preflight is not None and not view.job.status.get("jobName")
         supports = [] if proved else manifests.supports(job, config=view.resolved is None)
         for together in (supports, [manifests.role_binding(job), worker_job]):
+            if worker_job in together and self._changed(job):
+                raise RetryLater(f"{job.namespace}/{job.name} has changed while its start was prepared")
             refusals = await asyncio.gather(*(self._create(job, child) for child in together))
             if refused := next((found for found in refusals if found), None):
                 return refused
         return None
+
+    def _changed(self, job: CompressionJob) -> bool:
+        """As far as the watches have told."""
+        now = self.store.resources.records.get(job.key)
+        return now is None or (now.uid, now.resource_version) != (job.uid, job.resource_version)
 
     async def _keep(self, job: CompressionJob, child: Manifest) -> Refusal | None:
         """One request where it is there, which it nearly always is."""
