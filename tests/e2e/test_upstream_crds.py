@@ -23,7 +23,7 @@ from cluster_access import Cluster, CommandError
 from kompressor_api import names
 from test_docs import commands
 from upstream_crds import CRDS, upstream_crd
-from waiting import PATIENCE
+from waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -45,6 +45,8 @@ def crds(cluster: Cluster) -> Iterator[Cluster]:
     made = wanted.keys() - {one["metadata"]["name"] for one in cluster.get("crds")["items"]}
     for name in made:
         cluster.kubectl("apply", "--server-side", "-f", wanted[name])
+    # kubectl does not wait for what has no conditions yet
+    eventually(lambda: all("conditions" in cluster.get("crd", name).get("status", {}) for name in wanted))
     cluster.kubectl("wait", "--for=condition=Established", f"--timeout={PATIENCE:.0f}s", *(f"crd/{name}" for name in wanted))
     cluster.kubectl("create", "namespace", NAMESPACE)
     yield cluster
