@@ -50,13 +50,14 @@ docs: venv ## generate docs/failures.md from the table of failures
 lock: venv ## compile the lock files from pyproject.toml
 	$(PYTHON) tools/lock.py
 
-bench: venv ## throughput, memory and quality beside cp, boto3, llm-compressor and TRL; kernels; latency from apply to Job (an hour and a half)
+bench: venv ## throughput, memory and quality beside cp, boto3, llm-compressor, TRL and llama.cpp; kernels; latency from apply to Job (an hour and a half)
 	$(BIN)/python benchmarks/data_free.py
 	$(BIN)/python benchmarks/calibrated.py
 	$(BIN)/python benchmarks/pruning.py
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/expert_memory.py
 	$(BIN)/python benchmarks/distil.py
+	$(BIN)/python benchmarks/gguf_beside.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/apply_latency.py
 

@@ -14,7 +14,7 @@ from installation import Installed
 from agent.contract import RunState
 from calibrated_jobs import samples, write_data
 from local_cluster import LocalCluster
-from waiting import eventually
+from waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -46,7 +46,7 @@ def test_two_pods_train_one_student_whatever_becomes_of_a_pod(installed: Install
         running: dict[str, Any] = found[0]
         return running
 
-    eventually(lambda: step() > 5)
+    eventually(lambda: step() > 5, 2 * PATIENCE)  # two processes import torch, read a checkpoint, and train beside other tests
     gone = pod(1)["metadata"]["name"]
     cluster.kubectl("delete", "pod", gone)
     eventually(lambda: "Retrying" in json.dumps(installed.status("together")["conditions"]))
