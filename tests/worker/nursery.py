@@ -26,13 +26,14 @@ PATIENCE = 300.0
 """Seconds until a worker must have ended."""
 
 PROGRAM = """
-import torch, transformers.models.llama.modeling_llama
+import tempfile, torch, transformers.models.llama.modeling_llama
 import kompressor_worker.flow, kompressor_worker.stream
 from kompressor_worker.cli import main
 
 def work(order):
     die_with_parent()
     os.environ.clear(), os.environ.update(order["environ"])
+    tempfile.tempdir = None  # asked for before, it would be the parent's
     out = os.open(order["fifo"], os.O_WRONLY)
     os.dup2(out, 1), os.dup2(out, 2)
     sys.argv = ["kompressor", *order["arguments"]]

@@ -295,7 +295,7 @@ def test_killed_while_it_is_measured_it_is_measured_anew_and_nothing_else_is_don
     assert "model.safetensors" in elsewhere.bucket.names("out") and "config.json" not in elsewhere.bucket.names("out")
     os.kill(worker.pid, signal.SIGKILL)
     worker.communicate()
-    assert (folder / "tmp").glob("kompressor-runtime-*"), "killed, it could not tidy up"
+    assert list((folder / "tmp").glob("kompressor-runtime-*")), "killed, it could not tidy up"
     told = nursery.worker(elsewhere.job(), {**environ, **stand_in(folder / "engine", "hangs")})
     wait_for(lambda: len(seen(folder / "engine")) == 2)
     os.kill(told.pid, signal.SIGTERM)
