@@ -31,8 +31,9 @@ class Times:
     applied: float
     """When its creation was sent."""
     first_job: float = 0.0
+    started: float = 0.0
+    """When the Job that compresses was seen first, and when it was seen to have ended."""
     ended: float = 0.0
-    """When the Job that compresses was seen to have ended."""
     complete: float = 0.0
 
 
@@ -115,8 +116,9 @@ class Crowd:
             return
         self._moved.set()
         times.first_job = times.first_job or now
-        if meta["labels"].get(names.LABEL_STEP) == names.Step.COMPRESS and _is_true(job, "Complete"):
-            times.ended = times.ended or now
+        if meta["labels"].get(names.LABEL_STEP) == names.Step.COMPRESS:
+            times.started = times.started or now
+            times.ended = times.ended or (now if _is_true(job, "Complete") else 0.0)
 
     def tell_resource(self, resource: Manifest, now: float) -> None:
         name = resource["metadata"]["name"]

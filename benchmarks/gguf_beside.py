@@ -6,7 +6,8 @@
 Both begin with the same model: llama.cpp with the BF16 file that a job of ours makes, we with the checkpoint. The importance matrix that
 llama.cpp gets is measured by transformers on the rows that calibrate our job, so both know the same of the data. All files are read by
 llama.cpp then, on held-out rows: mean KL to the BF16 file over all tokens and the whole vocabulary, as a ratio with its 95 % interval by
-paired bootstrap over rows. Time, by as many threads, is that of random blocks of Llama's shape from file to file, without calibration.
+paired bootstrap over rows. Time, by as many threads, is that of random blocks of Llama's shape from file to file, without calibration;
+memory is the peak of our worker beyond what it has at idle, at two depths, without calibration and with it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ CALIBRATED, JUDGED, LENGTH = 128, 48, 128
 """Rows, and tokens of each."""
 ROUNDS = 3
 BLOCKS, HIDDEN, FFN, VOCABULARY = 4, 2048, 5632, 8192
+DEPTHS = (4, 24)
 
 
 def ours(bench: Bench, pass_name: str, mix: str, calibrated: bool) -> tuple[Path, float]:
@@ -165,22 +167,41 @@ def times(mixes: Sequence[str], work: Path) -> list[list[object]]:
     return rows
 
 
+def depths(work: Path) -> list[list[object]]:
+    """Peaks of our worker in MB, of few blocks and of many."""
+    rows: list[list[object]] = []
+    for pass_name, mix, calibrated in (("rtn", "Q4_K_M", False), ("gptq", "Q4_K_M", True)):
+        peaks = []
+        for blocks in DEPTHS:
+            source = checkpoint.make(work / f"{blocks}", blocks, HIDDEN // 4, FFN // 4, VOCABULARY)
+            tokens = torch.randint(3, VOCABULARY, (CALIBRATED, LENGTH), generator=torch.Generator().manual_seed(0))
+            bench = Bench(work, source, write_rows(work / "random.jsonl", tokens), CALIBRATED, LENGTH)
+            said = bench.ours([{pass_name: {"scheme": mix}}], "deep", output={"format": "gguf", "name": "m.gguf"}, calibrated=calibrated)
+            peaks.append(said["peak"] / 1e6)
+        print(json.dumps({"pass": pass_name, "mix": mix, "blocks": DEPTHS, "peaks": peaks}), flush=True)
+        rows.append([pass_name, mix, *(f"{peak:.0f}" for peak in peaks), f"{peaks[-1] / peaks[0]:.3f}"])
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--mixes", nargs="+", default=MIXES)
-    parser.add_argument("--only", choices=("quality", "time"))
+    parser.add_argument("--only", choices=("quality", "time", "memory"))
     options = parser.parse_args()
-    if options.only != "time":
+    if options.only in (None, "quality"):
         heads = ["model", "mix", "KL of llama.cpp, without / with data", "rtn", "rtn with data", "gptq, beside theirs with data", "size"]
         found = []
         for model in options.models:
             with tempfile.TemporaryDirectory(prefix="kompressor-gguf-") as folder:
                 found += quality(model, options.mixes, Path(folder))
         print(table(heads, found))
-    if options.only != "quality":
+    if options.only in (None, "time"):
         with tempfile.TemporaryDirectory(prefix="kompressor-gguf-") as folder:
             print(table(["mix", "llama.cpp, s", "ours / llama.cpp"], times(options.mixes, Path(folder))))
+    if options.only in (None, "memory"):
+        with tempfile.TemporaryDirectory(prefix="kompressor-gguf-") as folder:
+            print(table(["by", "mix", *(f"{n} blocks, MB" for n in DEPTHS), "ratio"], depths(Path(folder))))
     return 0
 
 

@@ -66,8 +66,8 @@ class Settings:
     concurrency: int = 16
     """Reconciles at once. Default 16: enough to keep an API server busy, few enough not to flood it."""
 
-    relist_seconds: float = 300.0
-    """Seconds between two full lists, which repair whatever a watch has missed. Default 300."""
+    relist_seconds: float = 600.0
+    """Seconds between two full lists, which repair whatever a watch has missed. Default 600."""
 
     watch_seconds: int = 240
     """Seconds until the server ends a watch, which is then opened again; a stream cannot stay dead for longer. Default 240."""

@@ -15,20 +15,21 @@ from torch import Tensor
 from kompressor_worker.activations import Activations, Spill
 from kompressor_worker.block_work import Streams
 from kompressor_worker.calibrated import Engine
-from kompressor_worker.calibrated_units import Calibrated, FinalNorm
+from kompressor_worker.calibrated_units import Calibrated
 from kompressor_worker.calibration import Rows
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.distil.lesson import StoredModel
 from kompressor_worker.errors import Terminated
 from kompressor_worker.last_hidden import LastHidden
 from kompressor_worker.layout import UnitLayout
+from kompressor_worker.matrix_units import FinalNorm, MatrixUnits
 from kompressor_worker.pipeline import Limits, Load, Prefetcher
 from kompressor_worker.shards import plan_output
 from kompressor_worker.snapshots import Snapshots
 from kompressor_worker.storage import Output
 from kompressor_worker.stream import Step, Work
 from kompressor_worker.tensors import decode
-from kompressor_worker.trained_units import Evaluated
+from kompressor_worker.trained_units import Evaluated, TrainedMatrices
 from kompressor_worker.unit_kinds import final_norm, kind_of
 
 __all__ = ["Apart", "Original"]
@@ -107,9 +108,9 @@ class Met(LastHidden):
         super().add(offset, self._head[offset : offset + len(compressed)], compressed)
 
 
-@dataclass
-class Apart(Evaluated):
-    """Units that are evaluated so."""
+@dataclass(frozen=True)
+class ApartMatrices(TrainedMatrices):
+    """The head meets what is kept of the original."""
 
     original: Original
 
@@ -119,3 +120,13 @@ class Apart(Evaluated):
 
     def _last_hidden(self, norm: FinalNorm, nbytes: int, step: Step) -> LastHidden:
         return Met(self.original, self.engine, final_norm(norm.changed), nbytes, step)
+
+
+@dataclass
+class Apart(Evaluated):
+    """Units that are evaluated so."""
+
+    original: Original
+
+    def matrices(self) -> MatrixUnits:
+        return ApartMatrices(self.work, self.engine, self.trained, self.original)

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from kompressor_worker import kernels
 from kompressor_worker.block import Encoded, Pruned
-from kompressor_worker.calibrated_units import Calibrated, FinalNorm
+from kompressor_worker.calibrated_units import Calibrated
 from kompressor_worker.distil.lesson import trained_object
 from kompressor_worker.errors import StorageError
 from kompressor_worker.formats import bitmask
 from kompressor_worker.journal import Journal
 from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
+from kompressor_worker.matrix_units import FinalNorm, MatrixUnits
 from kompressor_worker.pipeline import Load, Loaded
 from kompressor_worker.shards import PlacedTensor
 from kompressor_worker.storage import Output
@@ -142,11 +143,41 @@ class Written:
         return kind_of(self.work.layout.units[unit]) == "other"
 
 
+@dataclass(frozen=True)
+class TrainedMatrices(MatrixUnits):
+    """Embeddings and head as they were trained, beside the source's."""
+
+    trained: Trained
+
+    def _changed(self, name: str, first: int, rows: Tensor, norms: Sequence[Tensor | None]) -> Tensor:
+        return self.trained.tensor(name)[first : first + len(rows)]
+
+    def _beside(self, name: str, value: Tensor) -> Tensor:
+        return self.trained.tensor(name)
+
+    def _change_norm(self, layout: UnitLayout, norm: FinalNorm) -> None:
+        norm.changed |= {name: self.trained.tensor(name) for name in norm.stored}
+        norm.met = [*norm.changed.values()][:1] * len(self.work.passes)
+
+    def _encode_head(
+        self, stage: StageLayout, matrix: LinearLayout, weights: dict[str, Tensor], norms: Sequence[Tensor], step: Step
+    ) -> Encoded:
+        number = next(n for n, unit in enumerate(self.work.layout.units) if stage in unit.stages)
+        self.trained.take(number)
+        placed = next(p for s, p in zip(self.work.layout.units[number].stages, self.work.plan.stages[number], strict=True) if s is stage)
+        made = self.trained.stage(stage, placed)
+        weights |= {name: value for name, value in made.items() if name in weights}
+        return self.trained.encoded(matrix.name, made)
+
+
 @dataclass
 class Evaluated(Calibrated):
     """The same with the evaluation's rows: the original's through the source's weights, the result's through the trained ones."""
 
     trained: Trained
+
+    def matrices(self) -> MatrixUnits:
+        return TrainedMatrices(self.work, self.engine, self.trained)
 
     def replay(self, unit: int, incoming: Iterator[Loaded], step: Step) -> None:
         layout = self.work.layout.units[unit]
@@ -171,25 +202,3 @@ class Evaluated(Calibrated):
             return self.trained.stage(stage, placed[stage.name])
 
         self.engine.replay(self.place(unit), layout, self.reader(incoming), published, step)
-
-    # ---- what becomes of the source's values
-
-    def _changed(self, name: str, first: int, rows: Tensor, norms: Sequence[Tensor | None]) -> Tensor:
-        return self.trained.tensor(name)[first : first + len(rows)]
-
-    def _beside(self, name: str, value: Tensor) -> Tensor:
-        return self.trained.tensor(name)
-
-    def _change_norm(self, layout: UnitLayout, norm: FinalNorm) -> None:
-        norm.changed |= {name: self.trained.tensor(name) for name in norm.stored}
-        norm.met = [*norm.changed.values()][:1] * len(self.work.passes)
-
-    def _encode_head(
-        self, stage: StageLayout, matrix: LinearLayout, weights: dict[str, Tensor], norms: Sequence[Tensor], step: Step
-    ) -> Encoded:
-        number = next(n for n, unit in enumerate(self.work.layout.units) if stage in unit.stages)
-        self.trained.take(number)
-        placed = next(p for s, p in zip(self.work.layout.units[number].stages, self.work.plan.stages[number], strict=True) if s is stage)
-        made = self.trained.stage(stage, placed)
-        weights |= {name: value for name, value in made.items() if name in weights}
-        return self.trained.encoded(matrix.name, made)
