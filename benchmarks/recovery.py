@@ -29,8 +29,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 import jobs  # noqa: E402
 from models import RECIPES, token_rows, trained_model  # noqa: E402
 
-LENGTH, JUDGED, TRAINED = 128, 64, 4096
-"""Tokens of a row; held-out rows; rows for trainings."""
+LENGTH, JUDGED, BATCH = 128, 64, 16
+"""Tokens of a row; held-out rows; rows of a step of a training, all of them different."""
 SEEDS = {"calibration": 21, "evaluation": 1_000_003, "training": 22}
 """Of the text; the models were trained on that of seed 0."""
 Passes = list[dict[str, Any]]
@@ -63,10 +63,10 @@ class Outcome:
     seconds: float
 
 
-def write_rows(folder: Path, model: str, rows: int) -> dict[str, Path]:
+def write_rows(folder: Path, model: str, rows: int, trained: int) -> dict[str, Path]:
     """By section: token ids, as the model's own training had them: one BOS at the beginning of a row, none within it."""
     written = {}
-    for section, count in (("calibration", rows), ("evaluation", JUDGED), ("training", TRAINED)):
+    for section, count in (("calibration", rows), ("evaluation", JUDGED), ("training", trained)):
         written[section] = folder / f"{section}.jsonl"
         drawn = token_rows(trained_model(model), RECIPES[model].language, SEEDS[section], count, LENGTH)
         written[section].write_text("".join(json.dumps({"ids": row}) + "\n" for row in drawn.tolist()))
@@ -92,9 +92,9 @@ def compress(folder: Path, model: str, data: dict[str, Path], rows: int, passes:
 def ways(asked: argparse.Namespace, training: Path) -> dict[str, tuple[Passes, int]]:
     """Passes, and the rows that go through them."""
     recover = {"recover": {"steps": asked.steps, "batchRows": asked.batch_rows}}
-    how = {"sequenceLength": LENGTH, "batch": 16, "steps": asked.distil_steps, "learningRate": asked.learning_rate}
+    how = {"sequenceLength": LENGTH, "batch": BATCH, "steps": asked.distil_steps, "learningRate": asked.learning_rate}
     distil = {"dataset": {"uri": training.as_uri(), "tokens": "ids"}, "packing": False, **how}
-    tuned, trained = asked.steps * asked.batch_rows, 16 * asked.distil_steps
+    tuned, trained = asked.steps * asked.batch_rows, BATCH * asked.distil_steps
     taught = {**distil, "hiddenStates": {}}
     return {
         "recover": ([recover], tuned),
@@ -124,7 +124,7 @@ def main() -> None:
     found = cases(int(json.loads((trained_model(asked.model) / "config.json").read_text())["num_hidden_layers"]))
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        data = write_rows(Path(folder), asked.model, asked.rows)
+        data = write_rows(Path(folder), asked.model, asked.rows, BATCH * asked.distil_steps)
         by = ways(asked, data["training"])
         for name in asked.cases or found:
             model = f"{asked.model}_six" if name == DEEPER else asked.model

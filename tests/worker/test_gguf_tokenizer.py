@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     "phi3": (tokenizer_files.phi3, "default", "<|user|>\n {}<|end|> \n<|assistant|>  x</s>  y<|endoftext|>\n z<s> w"),
 }
 """The tokenizer, llama.cpp's name of its pre-tokenizer, and how special tokens stand around a text."""
-TEXTS = ("", " ", "a", " a  b", "\n", "\n\n\n\n", *TEXT.splitlines(True), TEXT)
+TEXTS = ("", " ", "a", " a  b", "\n", "\n\n\n\n", f"x{' ' * 20}y    ", *TEXT.splitlines(True), TEXT)
 
 
 def rows_of(tokenizer: Mapping[str, Any]) -> int:
@@ -105,6 +105,13 @@ def test_special_tokens_and_the_chat_template_come_along(built: dict[str, dict[s
     assert both.values["tokenizer.ggml.bos_token_id"].value == ids["<|im_start|>"]
 
 
+def test_a_token_that_llama_cpp_takes_for_a_special_one_is_told_of(built: dict[str, dict[str, Any]]) -> None:
+    tokenizer = copy.deepcopy(built["qwen2"])
+    tokenizer["model"]["vocab"]["</s>"] = rows_of(tokenizer)
+    assert "'</s>'" in metadata(tokenizer).warnings[-1]
+    assert "'</s>'" not in "".join(metadata(built["qwen2"]).warnings)
+
+
 def model(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda tokenizer: tokenizer["model"].update(changes)
 
@@ -125,6 +132,11 @@ def merged_later(tokenizer: dict[str, Any]) -> None:
     merges = tokenizer["model"]["merges"]
     twice = next(n for n in range(len(merges) - 1) if "".join(merges[n]) == "".join(merges[n + 1]))
     merges.append(merges.pop(twice))
+
+
+def without_a_space(tokenizer: dict[str, Any]) -> None:
+    """A run of four is no token by itself."""
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "▁" * 4]
 
 
 def without_a_byte(tokenizer: dict[str, Any]) -> None:
@@ -161,6 +173,7 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
     "normalised": ("llama2", added(normalized=True), "'[TOOL]' is looked for in the normalised text"),
     "one merge less": ("llama2", without_a_merge, "are not merged into"),
     "merges apart": ("llama2", merged_later, "stand apart"),
+    "spaces apart": ("gemma", without_a_space, "stand apart"),
     "no byte": ("gemma", without_a_byte, "without the token <0x7F>"),
     "first": ("llama2", metaspace("first"), "behind every special token too"),
     "always": ("llama2", metaspace("always"), "does not begin with one"),

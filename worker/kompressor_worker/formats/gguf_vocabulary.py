@@ -15,16 +15,26 @@ from typing import Any
 from kompressor_worker.errors import CorruptSource
 from kompressor_worker.formats import sentencepiece_model
 from kompressor_worker.formats.gguf_architectures import unsupported
+from kompressor_worker.formats.gguf_merges import SPACE, places_of, runs_of_spaces
 from kompressor_worker.formats.gguf_pre_tokenizers import pre_tokenizer, rules
 from kompressor_worker.formats.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 __all__ = ["Vocabulary", "of_json", "of_sentencepiece", "text_of"]
 
-SPACE = "▁"
 PAD_SCORE, ADDED_SCORE = -10000.0, -1000.0
 STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
 """Added tokens that do not take the whitespace behind them in the vocabulary of which llama.cpp knows, by the model's name, that all others
 do."""
+TAKEN_FOR_SPECIAL = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "</s>",
+    "<eos>", "<end_of_utterance>", "<|eom_id|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<turn|>", "<|tool_response>",
+    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<PRE>", "<|code_prefix|>", "<|prefix|>",
+    "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<SUF>", "<|code_suffix|>", "<|suffix|>",
+    "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<MID>", "<|code_middle|>", "<|middle|>",
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>",
+    "<|file_sep|>", "<|channel|>", "<|message|>", "<|start|>", "<|constrain|>",
+})  # fmt: skip
+"""Texts that llama.cpp takes for special tokens where a vocabulary has them, whatever their type."""
 
 
 @dataclass
@@ -53,6 +63,7 @@ def of_json(tokenizer: Mapping[str, Any], rows: int, settings: Mapping[str, Any]
             raise unsupported(f"tokenizer.json: model.{key} {model[key]!r}, which llama.cpp does not have")
     made = _by_scores(tokenizer, rows) if model.get("byte_fallback") else _byte_level(tokenizer, rows)
     made.adds = _adds(tokenizer, settings)
+    _warn_of_special(made)
     return made
 
 
@@ -80,7 +91,10 @@ def _by_scores(tokenizer: Mapping[str, Any], rows: int) -> Vocabulary:
             raise unsupported(
                 f"tokenizer.json: the added token {token['content']!r} is looked for in the normalised text, and llama.cpp does not"
             )
-    if missing := next((text for byte in range(256) if (text := f"<0x{byte:02X}>") not in vocab), None):
+    # a tab is a token of its own in Gemma's vocabulary, in place of its byte
+    if missing := next(
+        (t for byte in range(256) if (t := f"<0x{byte:02X}>") not in vocab and not (byte < 128 and chr(byte) in vocab)), None
+    ):
         raise unsupported(f"tokenizer.json: byte_fallback without the token {missing}")
     unknown = tokenizer["model"].get("unk_token")
     for number, text in enumerate(tokens):
@@ -92,37 +106,16 @@ def _by_scores(tokenizer: Mapping[str, Any], rows: int) -> Vocabulary:
             types[number] = NORMAL  # it stands for spaces, which merges find
     if tokenizer["model"].get("ignore_merges"):
         raise unsupported("tokenizer.json: model.ignore_merges true beside byte_fallback, which llama.cpp does not have")
-    places = _places([pair for pair in _merges(tokenizer) if types[vocab[pair[0] + pair[1]]] in (NORMAL, BYTE)], vocab, types)
+    merges = _merges(tokenizer)
+    for text in runs_of_spaces(tokenizer.get("added_tokens", ()), merges) if not prefix else ():
+        tokens[vocab[text]], types[vocab[text]] = " " * len(text), USER_DEFINED
+    kept = [pair for pair in merges if types[vocab[pair[0] + pair[1]]] in (NORMAL, BYTE)]
+    places = places_of(kept, {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}, set(tokens))
     scores = [
         -float(places[text]) if text in places else 0.0 if kind in (NORMAL, BYTE) else PAD_SCORE if kind == UNUSED else ADDED_SCORE
         for text, kind in zip(tokens, types, strict=True)
     ]
     return Vocabulary("llama", tokens, types, scores, space_prefix=prefix, strips=_strips(tokenizer))
-
-
-def _places(merges: Sequence[tuple[str, str]], vocab: Mapping[str, int], types: Sequence[int]) -> dict[str, int]:
-    """By token: the place of its merges among those of all tokens. Raises UserError where neighbours would become a token by scores and not
-    by merges, or in another order."""
-    places: dict[str, int] = {}
-    before = None
-    for left, right in merges:
-        token = left + right
-        if token != before and token in places:
-            raise unsupported(
-                f"tokenizer.json: merges into {token!r} stand apart, and llama.cpp has one score for all; it would merge in another order"
-            )
-        places.setdefault(token, len(places))
-        before = token
-    pairs = set(merges)
-    for token, number in vocab.items():
-        if types[number] == NORMAL:
-            for cut in range(1, len(token)):
-                pair = token[:cut], token[cut:]
-                if pair not in pairs and pair[0] in vocab and pair[1] in vocab:
-                    raise unsupported(
-                        f"tokenizer.json: {pair[0]!r} and {pair[1]!r} are not merged into {token!r}, and llama.cpp would merge them"
-                    )
-    return places
 
 
 def _space_prefix(tokenizer: Mapping[str, Any]) -> bool:
@@ -179,7 +172,9 @@ def of_sentencepiece(data: bytes, rows: int, added: Mapping[str, Any], settings:
         text_of(settings.get("eos_token")) if settings.get("add_eos_token") else None,
     )
     kinds, scores = [kind for _, _, kind in listed], [score for _, score, _ in listed]
-    return Vocabulary("llama", tokens, kinds, scores, space_prefix=model.dummy_prefix, adds=adds)
+    made = Vocabulary("llama", tokens, kinds, scores, space_prefix=model.dummy_prefix, adds=adds)
+    _warn_of_special(made)
+    return made
 
 
 def _listed(tokenizer: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
@@ -195,6 +190,14 @@ def _listed(tokenizer: Mapping[str, Any], rows: int) -> tuple[list[str], list[in
     tokens = [text for text, _ in listed]
     _check_twice(tokens)
     return tokens, [kind for _, kind in listed]
+
+
+def _warn_of_special(v: Vocabulary) -> None:
+    if taken := [text for text, kind in zip(v.tokens, v.types, strict=True) if kind == NORMAL and text in TAKEN_FOR_SPECIAL]:
+        named = ", ".join(map(repr, taken))
+        v.warnings.append(
+            f"llama.cpp takes {named} for special wherever it stands, and the tokenizer does not: a text that has it gets other tokens"
+        )
 
 
 def _check_added(token: Mapping[str, Any]) -> None:
