@@ -146,13 +146,15 @@ def gemma() -> dict[str, Any]:
     newlines, spaces = ["\n\n", "\n\n\n"], ["▁" * n for n in range(2, 9)]
     made = sentencepiece(
         ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
-        extra=["\n", *newlines, *spaces],
+        extra=["\n", *newlines, *spaces, "\t"],
         prefix=False,
         added=[{"content": text} for text in (*newlines, *spaces, "<table>")],
         begin="<bos>",
     )
     runs = [pair for pair in made["model"]["merges"] if set("".join(pair)) in ({"▁"}, {"\n"})]
-    made["model"]["vocab"]["\t"] = made["model"]["vocab"].pop("<0x09>")
+    vocab: dict[str, int] = made["model"]["vocab"]
+    vocab["<unused>"] = vocab.pop("\t")
+    vocab["\t"] = vocab.pop("<0x09>")
     others = [pair for pair in made["model"]["merges"] if pair not in runs]
     made["model"]["merges"] = sorted(runs, key=lambda pair: (-len(pair[0]), -len(pair[1]))) + others
     return made

@@ -29,11 +29,9 @@ def places_of(merges: Sequence[Pair], normal: Iterable[str], known: Collection[s
     pairs = set(merges)
     for token in normal:
         for cut in range(1, len(token)):
-            pair = token[:cut], token[cut:]
-            if pair not in pairs and pair[0] in known and pair[1] in known:
-                raise unsupported(
-                    f"tokenizer.json: {pair[0]!r} and {pair[1]!r} are not merged into {token!r}, and llama.cpp would merge them"
-                )
+            left, right = token[:cut], token[cut:]
+            if left in known and right in known and (left, right) not in pairs:
+                raise unsupported(f"tokenizer.json: {left!r} and {right!r} are not merged into {token!r}, and llama.cpp would merge them")
     return places
 
 
@@ -41,11 +39,11 @@ def runs_of_spaces(added: Iterable[Mapping[str, Any]], merges: Sequence[Pair]) -
     """Added tokens of two spaces or more, as Gemma's vocabulary has them, if merges make the longest of them out of any run of spaces
     before anything else is made of one: then llama.cpp may look for them in the text, where it takes the longest first. Else none."""
     runs = sorted({t["content"] for t in added if not t.get("special") and len(t["content"]) > 1 and set(t["content"]) == {SPACE}}, key=len)
-    if [len(run) for run in runs] != list(range(2, len(runs) + 2)):
+    if not runs or [len(run) for run in runs] != list(range(2, len(runs) + 2)) or (SPACE, SPACE) not in merges:
         return []
-    ranks = {pair: rank for rank, pair in enumerate(merges)}
-    first = ranks.get((SPACE, SPACE), len(merges))
-    longer = all(ranks.get((run, SPACE), first) < first for run in runs[:-1])
-    others = (ranks[pair] for pair in ranks if set("".join(pair)) != {SPACE} and SPACE in (pair[0][-1:], pair[1][:1]))
-    operands = (pair for pair in ranks if set("".join(pair)) != {SPACE} for part in pair if part in set(runs))
-    return runs if runs and longer and first < min(others, default=len(merges)) and not any(operands) else []
+    first, spaces = set(merges[: merges.index((SPACE, SPACE))]), {SPACE, *runs}
+    longer = all((run, SPACE) in first for run in runs[:-1])
+    others = any(SPACE in (left[-1:], right[:1]) and left + right not in spaces for left, right in first)
+    long = spaces - {SPACE}
+    operands = any((left in long or right in long) and left + right not in spaces for left, right in merges)
+    return runs if longer and not others and not operands else []
