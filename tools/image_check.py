@@ -1,7 +1,8 @@
 """Builds the images with buildah, over a Debian made by debootstrap, and starts them: no container engine, no registry.
 
-    python tools/image_check.py                     all three; the worker's CUDA libraries take several GB and some minutes
+    python tools/image_check.py                     operator, planner, worker, whose CUDA libraries take several GB and some minutes
     python tools/image_check.py --only operator     a minute; planner likewise
+    python tools/image_check.py --only worker-llama-cpp    the worker's, and llama.cpp beside it, which measures a GGUF file there
 
 Starts what is built as a kubelet would: the image's own user, environment and entry, a read-only root, a writable /tmp. How it is built and
 unpacked is in images.py.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -40,17 +42,17 @@ print(f"{os.path.basename(loaded)} loaded in {took:.2f} s, others compiled")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the images with buildah, start them, check what they are.")
-    parser.add_argument("--only", choices=list(CHECKS), help="one of the three; the worker's takes several GB and minutes")
+    parser.add_argument("--only", choices=list(CHECKS), help="one of them; the worker's takes several GB and minutes")
     parser.add_argument("--keep", action="store_true", help="leave the images in the cache folder's store (buildah --root ...)")
     options = parser.parse_args()
     try:
         install_tools()
-        make_base()
         for target, check in CHECKS.items():
-            if options.only not in (None, target):
+            if options.only != target and (options.only or target in SUITES):
                 continue
+            base = make_base(*([SUITES[target]] if target in SUITES else []))
             with step(f"building the {target}'s image"):
-                build(target)
+                build(target, base)
             with unpacked(target) as image, scratch_folder() as scratch, step(f"starting the {target}"):
                 check(image, scratch)
             if not options.keep:
@@ -122,6 +124,31 @@ def check_worker(image: Image, scratch: Path) -> None:
     print(f"    {version}, torch {torch}, kernels {kernels}, as user {image.user}, {size(image)}", flush=True)
 
 
+def check_llama_cpp(image: Image, scratch: Path) -> None:
+    """A worker that compresses a model of the tests to GGUF and has llama.cpp measure it beside the original."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    from corpus import Corpus
+    from models import trained_model
+
+    check_worker(image, scratch)
+    shutil.copytree(trained_model("llama"), scratch / "source")
+    (scratch / "held-out.txt").write_text("\n\n".join(Corpus(0).text(1_000_003, characters=40_000).splitlines()))
+    spec = {
+        "model": {"source": {"uri": "file:///tmp/source"}},
+        "output": {"uri": "file:///tmp/out", "format": "gguf"},
+        "passes": [{"rtn": {"scheme": "Q4_K_M"}}],
+        "evaluation": {
+            "dataset": {"uri": "file:///tmp/held-out.txt"}, "samples": 8, "sequenceLength": 128, "packing": True,
+            "runtime": {"engine": "llama.cpp", "prompt": 32, "generate": 16, "batch": [1]},
+        },
+    }  # fmt: skip
+    job = {"apiVersion": "kompressor.io/v1alpha1", "kind": "CompressionJob", "metadata": {"name": "j"}, "spec": spec}
+    (scratch / "job.json").write_text(json.dumps(job))
+    image.run(*image.entry, "run", "/tmp/job.json", scratch=scratch, extra={"HOME": "/tmp", "XDG_CACHE_HOME": "/tmp/cache"})
+    measured = json.loads((scratch / "out" / "kompressor.json").read_text())["runtime"]
+    print(f"    llama.cpp there: {json.dumps(measured)[:300]}", flush=True)
+
+
 def check_user(image: Image, scratch: Path) -> None:
     uid = image.run("id", "-u", scratch=scratch)
     expect(uid == str(USER) and image.user.split(":")[0] == uid, f"{image.name} runs as {uid} ({image.user}), not as {USER}")
@@ -153,7 +180,9 @@ def _answers(url: str, process: subprocess.Popen[str]) -> float:
     raise CheckError(f"{url} does not answer:\n{process.communicate(timeout=20)[0]}")
 
 
-CHECKS = {"operator": check_operator, "planner": check_planner, "worker": check_worker}
+CHECKS = {"operator": check_operator, "planner": check_planner, "worker": check_worker, "worker-llama-cpp": check_llama_cpp}
+SUITES = {"worker-llama-cpp": "trixie"}
+"""Its library wants a younger glibc than the base of the others has."""
 
 
 if __name__ == "__main__":

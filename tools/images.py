@@ -20,7 +20,6 @@ from setup import ROOT, cache_directory, step
 
 __all__ = ["CheckError", "Image", "build", "install_tools", "make_base", "remove", "scratch_folder", "unpacked"]
 
-BASE = "localhost/base:1"
 SUITE = "bookworm"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PIP_SETTINGS = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")
@@ -85,27 +84,28 @@ def install_tools() -> None:
         subprocess.run(install, check=True, **quiet)  # type: ignore[call-overload]
 
 
-def make_base() -> None:
-    """localhost/base:1: a minimal Debian with Python, made once."""
-    archive = cache_directory() / f"base-{SUITE}.tar"
+def make_base(suite: str = SUITE) -> str:
+    """Name of an image: a minimal Debian with Python, made once."""
+    archive, base = cache_directory() / f"base-{suite}.tar", f"localhost/base-{suite}:1"
     if not archive.exists():
-        with step(f"debootstrap {SUITE}"), tempfile.TemporaryDirectory(dir=archive.parent) as folder:
+        with step(f"debootstrap {suite}"), tempfile.TemporaryDirectory(dir=archive.parent) as folder:
             packages = "--include=python3,python3-venv,ca-certificates"
-            subprocess.run(["debootstrap", "--variant=minbase", packages, SUITE, folder, *_mirror()], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(["debootstrap", "--variant=minbase", packages, suite, folder, *_mirror()], check=True, stdout=subprocess.DEVNULL)
             shutil.rmtree(Path(folder, "var/cache/apt/archives"))
             partial = archive.with_suffix(".part")
             subprocess.run(["tar", "-C", folder, "--numeric-owner", "-cf", partial, "."], check=True)
             partial.replace(archive)
-    if not buildah("images", "--quiet", "--filter", f"reference={BASE}", check=False):
-        with step(f"importing {BASE}"):
+    if not buildah("images", "--quiet", "--filter", f"reference={base}", check=False):
+        with step(f"importing {base}"):
             container = buildah("from", "scratch")
             buildah("add", "--quiet", container, str(archive), "/")
             buildah("config", "--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", container)
-            buildah("commit", "--quiet", "--rm", container, BASE)
+            buildah("commit", "--quiet", "--rm", container, base)
+    return base
 
 
-def build(target: str) -> None:
-    """`buildah bud` of one target, with this machine's settings of pip and its certificates, none of which stays in the image."""
+def build(target: str, base: str) -> None:
+    """`buildah bud` of one target over `base`, with this machine's settings of pip and its certificates; none of these stays in it."""
     arguments = [f"--build-arg={name}={os.environ[name]}" for name in PIP_SETTINGS if os.environ.get(name)]
     if configuration := _first(os.environ.get("PIP_CONFIG_FILE"), Path.home() / ".config/pip/pip.conf", "/etc/pip.conf"):
         arguments.append(f"--volume={configuration}:/etc/pip.conf:ro")
@@ -113,7 +113,7 @@ def build(target: str) -> None:
     if bundle := _first(*bundles, CERTIFICATES):
         arguments += [f"--volume={bundle}:{CERTIFICATES}:ro", f"--build-arg=PIP_CERT={CERTIFICATES}"]
     log = cache_directory() / f"image-{target}.log"
-    bases = [f"--build-arg=BASE={BASE}", f"--build-arg=CUDA_BASE={BASE}"]
+    bases = [f"--build-arg=BASE={base}", f"--build-arg=CUDA_BASE={base}"]
     command = [*_buildah(), "bud", "--target", target, "--tag", _name(target), "--format", "oci", *bases, *arguments, str(ROOT)]
     with log.open("w") as output:
         code = subprocess.run(command, env=_environ(), stdout=output, stderr=subprocess.STDOUT).returncode
