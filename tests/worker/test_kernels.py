@@ -230,6 +230,18 @@ def test_an_image_brings_the_library_along(source: Path, monkeypatch: pytest.Mon
 
 
 @needs_compiler
+def test_what_root_builds_others_can_read(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also by a linker that writes into the file that is there, and leaves its mode as it was."""
+    compiler = tmp_path / "keeping"
+    compiler.write_text(
+        '#!/bin/sh\nfor out; do :; done\ncp -p "$out" "$out.was"\ng++ "$@" && cat "$out" > "$out.was" && mv "$out.was" "$out"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert build.build().stat().st_mode & 0o777 == 0o755
+
+
+@needs_compiler
 @pytest.mark.skipif(not prebuilt.paths(""), reason="an image's libraries are for x86-64")
 def test_a_cpu_gets_the_best_library_that_it_can_run(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.build_ahead()

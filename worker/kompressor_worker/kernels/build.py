@@ -126,6 +126,7 @@ def _compile(compiler: list[str], path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
         if done.returncode != 0:
             raise CannotCompile(f"exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+        Path(scratch).chmod(0o755)  # some linkers keep what was there, which is its maker's alone: an image's user is another one
         Path(scratch).replace(path)
     finally:
         Path(scratch).unlink(missing_ok=True)
