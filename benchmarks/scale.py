@@ -130,7 +130,7 @@ async def beside(run: Run, stage: Stage, life: Sequence[Call], before: tuple[str
     other.api = Api(stage.cluster)
     other.enter_namespace()
     wanted = [f"bare-{number}" for number in range(min(run.jobs, BARE_JOBS) // 2)]
-    async with gathered(other, preflight=preflight):
+    async with gathered(other, (), preflight):
         began = time.monotonic()
         with cpu(run.bare_cpu, stage, len(wanted)):
             seconds = await live(other, life, before, wanted, preflight)

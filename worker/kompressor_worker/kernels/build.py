@@ -64,7 +64,12 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("KOMPRESSOR_KERNELS") == "eager":
         return None
     try:
-        return ctypes.CDLL(str(prebuilt.find(_digest()) or build()))
+        if brought := prebuilt.find(_digest()):
+            return ctypes.CDLL(str(brought))
+    except OSError as error:
+        log.warning("kernels: %s; they are compiled here in place of it", error)
+    try:
+        return ctypes.CDLL(str(build()))
     except (CannotCompile, OSError) as error:
         log.warning(
             "kernels: %s. Quantisation runs in plain PyTorch: the same result, several times slower. Install g++ or clang++, or set CXX; "
