@@ -27,9 +27,10 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/worker"), str(ROOT / "ben
 import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
+from corpus import Corpus  # noqa: E402
 from figures import table  # noqa: E402
 from gguf_files import Request, llama_cpp  # noqa: E402
-from models import token_rows, trained_model  # noqa: E402
+from models import save_tokenizer, token_rows, train_tokenizer, trained_model  # noqa: E402
 from peer import Bench, ratio, write_rows  # noqa: E402
 
 MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q3_K_S", "Q2_K")
@@ -153,9 +154,16 @@ def quality(model: str, mixes: Sequence[str], work: Path) -> list[list[object]]:
     return lines
 
 
+def blocks(folder: Path, count: int, hidden: int, ffn: int) -> Path:
+    """A checkpoint of random blocks, with a tokenizer, which a GGUF file has inside."""
+    made = checkpoint.make(folder, count, hidden, ffn, VOCABULARY)
+    save_tokenizer(train_tokenizer(Corpus(0), 512), made)
+    return made
+
+
 def times(mixes: Sequence[str], work: Path) -> list[list[object]]:
     """Medians of rounds by turns: seconds of llama.cpp, and ours as a share of it."""
-    source = checkpoint.make(work / "blocks", BLOCKS, HIDDEN, FFN, VOCABULARY)
+    source = blocks(work / "blocks", BLOCKS, HIDDEN, FFN)
     bench = Bench(work, source, work / "none.jsonl", 0, 0)
     original, _ = ours(bench, "rtn", "BF16", False)
     rows: list[list[object]] = []
@@ -172,8 +180,8 @@ def depths(work: Path) -> list[list[object]]:
     rows: list[list[object]] = []
     for pass_name, mix, calibrated in (("rtn", "Q4_K_M", False), ("gptq", "Q4_K_M", True)):
         peaks = []
-        for blocks in DEPTHS:
-            source = checkpoint.make(work / f"{blocks}", blocks, HIDDEN // 4, FFN // 4, VOCABULARY)
+        for depth in DEPTHS:
+            source = blocks(work / f"{depth}", depth, HIDDEN // 4, FFN // 4)
             tokens = torch.randint(3, VOCABULARY, (CALIBRATED, LENGTH), generator=torch.Generator().manual_seed(0))
             bench = Bench(work, source, write_rows(work / "random.jsonl", tokens), CALIBRATED, LENGTH)
             said = bench.ours([{pass_name: {"scheme": mix}}], "deep", output={"format": "gguf", "name": "m.gguf"}, calibrated=calibrated)
