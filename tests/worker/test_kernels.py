@@ -233,9 +233,9 @@ def test_an_image_brings_the_library_along(source: Path, monkeypatch: pytest.Mon
 def test_what_root_builds_others_can_read(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also by a linker that writes into the file that is there, and leaves its mode as it was."""
     compiler = tmp_path / "keeping"
-    compiler.write_text(
-        '#!/bin/sh\nfor out; do :; done\ncp -p "$out" "$out.was"\ng++ "$@" && cat "$out" > "$out.was" && mv "$out.was" "$out"\n'
-    )
+    version = '[ "$1" = --version ] && exec g++ --version'
+    keeping = 'cp -p "$out" "$out.was"; g++ "$@" && cat "$out" > "$out.was" && mv "$out.was" "$out"'
+    compiler.write_text(f"#!/bin/sh\n{version}\nfor out; do :; done\n{keeping}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     assert build.build().stat().st_mode & 0o777 == 0o755
