@@ -32,7 +32,8 @@ from kompressor_worker.runtime.engine_process import EngineProcess
 from kompressor_worker.runtime.original_gguf import plan_original, write_original
 from models import trained_model
 
-HIDDEN, WIDTH, LAYERS, HEADS, VOCABULARY = 256, 1024, 2, 4, 2048
+HIDDEN, WIDTH, LAYERS, HEADS, VOCABULARY = 256, 1024, 2, 4, 16384
+"""Large enough that the weights outweigh the few MB by which two processes' mapped libraries differ."""
 PROMPT, GENERATE = 24, 8
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
 """Several would wait for each other on cores that other tests take."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +223,21 @@ def started(how: str, data: dict[str, Any], folder: Path, limit: float = 60.0, s
 
 
 def gone(engine: EngineProcess) -> bool:
-    """Whether nothing of its process group runs any more."""
-    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
-    return not any(state != "Z" and int(group) == engine._process.pid for state, _, group, *_ in stats)
+    """Whether nothing of its process group runs any more. What it has started is killed with it, and ends when the kernel comes to it."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        if not any(state != "Z" and group == engine._process.pid for state, group in processes()):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def processes() -> Iterator[tuple[str, int]]:
+    """The state and the process group of each."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
+            yield state, int(group)
 
 
 def test_where_there_is_no_engine_nothing_is_begun(data: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
