@@ -177,3 +177,11 @@ def free(pod: ChildPod) -> bool:
     """Does its end not count, by the first two rules of the podFailurePolicy, or for want of a worker that failed?"""
     ended = pod.terminated
     return bool(pod.disrupted) or (ended is not None and (ended.never_ran or ended.exit_code in (ExitCode.TERMINATED, ExitCode.PEER_LOST)))
+
+
+def decides(pod: ChildPod) -> bool:
+    """An ended pod after which the Job ends: within a second it says so itself, and until then there is no news to tell."""
+    ends, ended = {*names.FINAL_EXIT_CODES, ExitCode.OUT_OF_MEMORY, KILLED}, pod.terminated
+    if pod.phase == "Succeeded" or ended is None:
+        return pod.phase == "Succeeded" and pod.index == 0  # of a group, the one that publishes
+    return ended.exit_code in ends and not (pod.disrupted or ended.never_ran)  # one that never ran was no news to begin with

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kompressor_api.names import FINAL_EXIT_CODES, Condition, ExitCode, Reason
+from kompressor_api.names import Condition, ExitCode, Reason
 from kompressor_operator.conditions import Phase, Verdict
 from kompressor_operator.decide import Decision, Involved, JobPatch, View
-from kompressor_operator.endings import ending_of, ending_of_pod
+from kompressor_operator.endings import decides, ending_of, ending_of_pod
 from kompressor_operator.group import LEADER, foremost
-from kompressor_operator.manifests import OUT_OF_MEMORY_CODES
 from kompressor_operator.object_meta import moment
 from kompressor_operator.observed import ChildJob
 from kompressor_operator.pods import ChildPod
@@ -29,7 +28,7 @@ LOOK_AGAIN_SECONDS = 60.0
 
 def running(view: View, job: ChildJob, patches: tuple[JobPatch, ...], facts: Mapping[str, Any]) -> Decision:
     """What the status says while a Job goes on."""
-    alive = [pod for pod in view.observed.pods_of(job) if not pod.ended or _decides(pod)]
+    alive = [pod for pod in view.observed.pods_of(job) if not pod.ended or decides(pod)]
     told = _of_group(view, job, alive) if alive and job.pods > 1 else _of_pod(view, job, alive[-1]) if alive else _of_none(view, job)
     if isinstance(told, Involved):
         return Decision(look=told)
@@ -154,14 +153,6 @@ def _as_stored(view: View) -> tuple[Phase, str]:
     if reason and phase in (Phase.COMPRESSING, Phase.RETRYING):
         return Phase(phase), str(reason)
     return Phase.PENDING, str(reason) if reason and phase == Phase.PENDING else Reason.PENDING
-
-
-def _decides(pod: ChildPod) -> bool:
-    """An ended pod after which the Job ends: within a second it says so itself, and until then there is no news to tell."""
-    ends, ended = {*FINAL_EXIT_CODES, *OUT_OF_MEMORY_CODES}, pod.terminated
-    if pod.phase == "Succeeded" or ended is None:
-        return pod.phase == "Succeeded" and pod.index == LEADER
-    return ended.exit_code in ends and not (pod.disrupted or ended.never_ran)  # one that never ran was no news to begin with
 
 
 def _last_ended(view: View, job: ChildJob) -> ChildPod | None:

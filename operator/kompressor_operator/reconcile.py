@@ -182,7 +182,7 @@ class Reconciler:
         children = [child for child in map(ChildJob.parse, jobs) if child.owner == uid]
         for child in children:
             self.store.put_job(child)
-        observed = observe(children, map(ChildPod.parse, pods), live=True)
+        observed = observe(children, [*map(ChildPod.parse, pods), *self.store.last_words.of(uid, children)], live=True)
         return replace(view, job=job, observed=observed, now=self.clock())
 
     async def _act(self, view: View, decision: Decision) -> Refusal | None:

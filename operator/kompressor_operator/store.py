@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from kompressor_api.names import Step
 from kompressor_operator.conditions import Phase
+from kompressor_operator.last_words import LastWords
 from kompressor_operator.observed import ChildJob, CompressionJob, Key, Manifest, Observed
 from kompressor_operator.pods import ChildPod
 from kompressor_operator.training import Training, training_of
@@ -128,8 +129,8 @@ class Shelf(Generic[R]):
     def begin_list(self) -> None:
         self._gone.clear()
 
-    def listed(self, records: Iterable[R], version: str) -> set[Key]:
-        """A full list as of this version: repair what the watch has missed. Returns the keys of records that are gone."""
+    def listed(self, records: Iterable[R], version: str) -> list[R]:
+        """A full list as of this version: repair what the watch has missed. Returns the records that are gone."""
         seen: set[Key] = set()
         for record in records:
             key = (record.namespace, record.name)
@@ -138,11 +139,10 @@ class Shelf(Generic[R]):
             if self.put(record) and (known is None or _version(known) < _version(record)):
                 self._unproven[key] = _version(record)
         as_of = int(version) if version.isdigit() else 0
-        gone = {key for key, record in self.records.items() if key not in seen and _version(record) <= as_of}
+        gone = [key for key, record in self.records.items() if key not in seen and _version(record) <= as_of]
         for key in gone:
-            del self.records[key]
             self._unproven.pop(key, None)
-        return gone
+        return [self.records.pop(key) for key in gone]
 
     @property
     def unproven(self) -> frozenset[tuple[Key, int]]:
@@ -165,6 +165,7 @@ class Store:
         self._keys: dict[str, Key] = {}
         self._jobs_of: dict[str, tuple[Key, ...]] = {}
         self._pods_of: dict[str, tuple[Key, ...]] = {}
+        self.last_words = LastWords()
 
     def job(self, key: Key) -> CompressionJob | None:
         packed = self.resources.records.get(key)
@@ -178,7 +179,7 @@ class Store:
     def observed(self, uid: str) -> Observed:
         jobs = [job for key in self._jobs_of.get(uid, ()) if (job := self.jobs.records.get(key)) and job.owner == uid]
         pods = [pod for key in self._pods_of.get(uid, ()) if (pod := self.pods.records.get(key)) and pod.owner == uid]
-        return observe(jobs, pods)
+        return observe(jobs, [*pods, *self.last_words.of(uid, jobs)])
 
     def tell_resource(self, body: Manifest, deleted: bool = False) -> Key:
         """A watch event of a CompressionJob. Returns its key."""
@@ -195,6 +196,8 @@ class Store:
     def tell_pod(self, body: Manifest, deleted: bool = False) -> Key | None:
         pod = self.pods.read(body, ChildPod.parse)
         self.pods.told(pod, deleted)
+        if deleted:
+            self._keep_words(pod)
         return self._index_child(self._pods_of, pod, deleted)
 
     def put_resource(self, body: Manifest) -> CompressionJob:
@@ -216,13 +219,15 @@ class Store:
         """All of them, as of this version."""
         self.resources.listed(records, version)
         self._keys = {record.uid: key for key, record in self.resources.records.items()}
+        self.last_words.forget_all_but(record.uid for record in self.resources if not record.over)
 
     def list_jobs(self, records: Iterable[ChildJob], version: str) -> None:
         self.jobs.listed(records, version)
         self._jobs_of = _by_owner(self.jobs)
 
     def list_pods(self, records: Iterable[ChildPod], version: str) -> None:
-        self.pods.listed(records, version)
+        for pod in self.pods.listed(records, version):
+            self._keep_words(pod)
         self._pods_of = _by_owner(self.pods)
 
     @property
@@ -248,7 +253,14 @@ class Store:
             self._keys.pop(packed.uid, None)
         else:
             self._keys[packed.uid] = key
+        if deleted or packed.over:
+            self.last_words.forget(packed.uid)
         return key
+
+    def _keep_words(self, pod: ChildPod) -> None:
+        owner = self._keys.get(pod.owner)
+        if owner and not self.over(owner):
+            self.last_words.keep(pod, self.jobs.records.get((pod.namespace, pod.job)))
 
     def _index_child(self, index: dict[str, tuple[Key, ...]], child: ChildJob | ChildPod, deleted: bool) -> Key | None:
         key = (child.namespace, child.name)

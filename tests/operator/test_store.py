@@ -8,6 +8,8 @@ from typing import Any
 
 from kcj_builders import NOW, UID, child_body, job_body
 
+from kompressor_api import names
+from kompressor_api.names import ExitCode
 from kompressor_operator.observed import ChildJob
 from kompressor_operator.store import Packed, Store
 
@@ -189,3 +191,65 @@ def test_a_job_is_over_once_it_has_ended_and_until_it_is_deleted() -> None:
     store.tell_resource(body)
     assert not store.over(KEY), "its children's end is waited for"
     assert not store.over(("team", "unknown"))
+
+
+def ended_pod(version: int, code: int = 0, name: str = "llama-1-a", created: str = "2026-01-02T03:03:30Z") -> dict[str, Any]:
+    state = {"terminated": {"exitCode": code, "message": '{"reason": "Completed"}'}}
+    return {
+        "metadata": {
+            "namespace": "team",
+            "name": name,
+            "uid": f"pod-{name}",
+            "resourceVersion": str(version),
+            "creationTimestamp": created,
+            "labels": {names.LABEL_JOB_UID: UID, "batch.kubernetes.io/job-name": "llama-1"},
+        },
+        "status": {"phase": "Failed" if code else "Succeeded", "containerStatuses": [{"name": names.WORKER_CONTAINER, "state": state}]},
+    }
+
+
+def known(store: Store) -> list[str]:
+    return [pod.name for pod in store.observed(UID).pods]
+
+
+def test_what_a_pod_said_outlives_it_until_the_job_has_taken_it_in() -> None:
+    store = Store()
+    store.tell_resource(job_body(version=1))
+    store.tell_job(child_body(2))
+    store.tell_pod(ended_pod(3))
+    store.tell_pod(ended_pod(4), deleted=True)  # collected by the controller manager
+    assert known(store) == ["llama-1-a"] and store.observed(UID).pods[0].terminated
+    over = job_body(version=5)
+    store.tell_resource(over | {"status": {"phase": "Complete"}})
+    assert known(store) == []
+    store.tell_pod(ended_pod(6, name="llama-1-b"), deleted=True)
+    assert known(store) == [], "nobody waits for it"
+
+
+def test_a_list_that_lacks_a_pod_keeps_its_words_too() -> None:
+    store = Store()
+    store.tell_resource(job_body(version=1))
+    store.tell_job(child_body(2))
+    store.tell_pod(ended_pod(3, code=ExitCode.USER_ERROR))
+    store.begin_list()
+    store.list_pods([], "9")
+    assert known(store) == ["llama-1-a"]
+    store.list_resources([], "10")
+    store.tell_resource(job_body(version=11))
+    assert known(store) == [], "its CompressionJob was gone in between"
+
+
+def test_no_words_are_kept_of_what_another_pod_or_another_job_follows() -> None:
+    store = Store()
+    store.tell_resource(job_body(version=1))
+    store.tell_job(child_body(2))
+    store.tell_pod(ended_pod(3, code=ExitCode.TERMINATED), deleted=True)
+    assert known(store) == [], "stopped on the way: another pod follows"
+    store.tell_pod(ended_pod(4, created="2026-01-02T03:00:00Z"), deleted=True)
+    assert known(store) == [], "older than this Job: a namesake's"
+    store.tell_pod(ended_pod(5), deleted=True)
+    store.tell_job(child_body(6), deleted=True)
+    again = child_body(7)
+    again["metadata"]["uid"] = "another"
+    store.tell_job(again)
+    assert known(store) == [], "its Job is gone, and this is another of its name"
