@@ -60,6 +60,7 @@ class Run:
     """p50 and p99 from apply to the first child Job; `told`: from the Job's end to Complete."""
     told: tuple[float, float] = (0.0, 0.0)
     requests: float = 0.0
+    kinds: dict[str, int] = field(default_factory=dict)
     steady_rate: float = 0.0
     steady_first_job: tuple[float, float] = (0.0, 0.0)
     steady_told: tuple[float, float] = (0.0, 0.0)
@@ -68,8 +69,9 @@ class Run:
     rss: float = 0.0
     peak_rss: float = 0.0
     cpu: dict[str, float] = field(default_factory=dict)
-    """By process, while all came at once; `bare_cpu`: of the second half of the bare client's."""
+    """By process, while all came at once; `bare_cpu`: of the second half of the bare client's; `steady_cpu`: at a third of the rate."""
     bare_cpu: dict[str, float] = field(default_factory=dict)
+    steady_cpu: dict[str, float] = field(default_factory=dict)
     load: float = 0.0
 
     @property
@@ -120,6 +122,7 @@ async def all_at_once(run: Run, crowd: Crowd, operator: RunningOperator) -> None
     run.first_job, run.told = middle_and_tail(crowd, wanted)
     await asyncio.sleep(5)  # the TTL of the last ones is written after they are complete
     run.requests = made(operator, asked) / run.jobs
+    run.kinds = dict(operator.requests() - asked)
     run.rss, run.peak_rss, run.load = operator.rss, operator.peak_rss, os.getloadavg()[0]
 
 
@@ -142,8 +145,9 @@ async def steadily(run: Run, crowd: Crowd, operator: RunningOperator) -> None:
     run.steady_rate = run.rate / 3
     wanted = [f"steady-{number}" for number in range(round(run.steady_rate * STEADY_SECONDS))]
     asked = operator.requests()
-    await crowd.apply(wanted, run.steady_rate)
-    await crowd.complete(wanted, PATIENCE)
+    with cpu(run.steady_cpu, crowd.stage, len(wanted), operator):
+        await crowd.apply(wanted, run.steady_rate)
+        await crowd.complete(wanted, PATIENCE)
     run.steady_first_job, run.steady_told = middle_and_tail(crowd, wanted)
     await asyncio.sleep(5)
     run.steady_requests = made(operator, asked) / len(wanted)
@@ -192,14 +196,15 @@ def show(runs: Sequence[Run]) -> str:
         "Job's end to Complete then, p50 / p99": [two(run.steady_told) for run in runs],
         "requests a job then": [f"{run.steady_requests:.1f}" for run in runs],
         "operator's memory with all of them / peak": [f"{run.rss:.0f} / {run.peak_rss:.0f} MB" for run in runs],
-        "CPU a job: operator / API server / etcd": [
-            " / ".join(f"{run.cpu[name]:.0f}" for name in ("operator", "kube-apiserver", "etcd")) + " ms" for run in runs
-        ],
-        "CPU a bare job: API server / etcd": [
-            " / ".join(f"{run.bare_cpu[name]:.0f}" for name in ("kube-apiserver", "etcd")) + " ms" for run in runs
-        ],
+        "CPU a job: operator / API server / etcd / controllers": [milliseconds(run.cpu, "operator") for run in runs],
+        "CPU a job at a third": [milliseconds(run.steady_cpu, "operator") for run in runs],
+        "CPU a bare job: API server / etcd / controllers": [milliseconds(run.bare_cpu) for run in runs],
     }
     return table(["", *(f"{run.jobs:,} jobs" for run in runs)], [[name, *cells] for name, cells in rows.items()])
+
+
+def milliseconds(cpu: dict[str, float], *before: str) -> str:
+    return " / ".join(f"{cpu[name]:.0f}" for name in (*before, "kube-apiserver", "etcd", "kube-controller-manager")) + " ms"
 
 
 def main() -> int:
