@@ -6,7 +6,8 @@ For each size a control plane of its own, with KWOK in place of nodes: every pod
    half of them before 1 and half after it, so that what else the machine does counts for both. Its clock stops with its last call, when
    most of its pods wait still, and once more when they have ended: beside the one stands our rate of Jobs started, beside the other that
    of resources complete;
-3. jobs come at a third of the greatest rate for a minute: the delays that a cluster in order sees.
+3. once the controllers are done with what that has left to them (ended pods beyond 12,500 are collected for minutes), jobs come at a third of
+   the greatest rate for a minute: the delays that a cluster in order sees.
 Exit code 1 below half of either of the bare client's rates, above a p99 of 1 s at a third of it, 12 requests a job there, or 200 MB.
 """
 
@@ -39,6 +40,8 @@ BARE_JOBS = 2000
 STEADY_SECONDS = 60.0
 SHARE, P99, REQUESTS, RSS = 0.5, 1.0, 12.0, 200.0
 PATIENCE = 120.0
+CALM, LOOK_SECONDS, LONGEST = 0.5, 5.0, 900.0
+"""Cores that all processes together take when nothing is left to do, looked at for so long; seconds after which it goes on anyway."""
 RECORDED = "recorded-life"
 UNCOUNTED = ("LIST", "GET API")
 
@@ -61,6 +64,8 @@ class Run:
     told: tuple[float, float] = (0.0, 0.0)
     requests: float = 0.0
     kinds: dict[str, int] = field(default_factory=dict)
+    calm_after: float = 0.0
+    """Seconds from the end of the bare client's second half until the controllers rested."""
     steady_rate: float = 0.0
     steady_first_job: tuple[float, float] = (0.0, 0.0)
     steady_told: tuple[float, float] = (0.0, 0.0)
@@ -91,6 +96,7 @@ async def measure(jobs: int, preflight: str) -> Run:
             halves.append(await beside(run, stage, life, before, preflight))
             run.bare, run.bare_ended = (min(run.jobs, BARE_JOBS) // 2 * 2 / sum(seconds) for seconds in zip(*halves, strict=True))
             run.ratio, run.ratio_ended = run.started / run.bare, run.rate / run.bare_ended
+            run.calm_after = await calm(operator)
             await steadily(run, crowd, operator)
     return run
 
@@ -139,6 +145,17 @@ async def beside(run: Run, stage: Stage, life: Sequence[Call], before: tuple[str
             seconds = await live(other, life, before, wanted, preflight)
         await ended(other)
         return seconds, time.monotonic() - began
+
+
+async def calm(operator: RunningOperator) -> float:
+    """Returns when nothing is left to do: the seconds that it took."""
+    began, used = time.monotonic(), sum(map(cpu_seconds, operator.needs))
+    while time.monotonic() - began < LONGEST:
+        await asyncio.sleep(LOOK_SECONDS)
+        before, used = used, sum(map(cpu_seconds, operator.needs))
+        if used - before < CALM * LOOK_SECONDS:
+            break
+    return time.monotonic() - began
 
 
 async def steadily(run: Run, crowd: Crowd, operator: RunningOperator) -> None:
