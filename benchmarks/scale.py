@@ -6,8 +6,8 @@ For each size a control plane of its own, with KWOK in place of nodes: every pod
    half of them before 1 and half after it, so that what else the machine does counts for both. Its clock stops with its last call, when
    most of its pods wait still, and once more when they have ended: beside the one stands our rate of Jobs started, beside the other that
    of resources complete;
-3. once the controllers are done with what that has left to them (ended pods beyond 12,500 are collected for minutes), jobs come at a third of
-   the greatest rate for a minute: the delays that a cluster in order sees.
+3. once the controllers are done with what that has left to them (ended pods beyond 12,500 are collected for minutes), jobs come at a
+   third of the greatest rate for a minute: the delays that a cluster in order sees.
 Exit code 1 below half of either of the bare client's rates, above a p99 of 1 s at a third of it, 12 requests a job there, or 200 MB.
 """
 
