@@ -28,7 +28,7 @@ from kompressor_operator.progress import running
 from kompressor_operator.resources import below_plan
 from kompressor_operator.retries import next_attempt
 
-QUIET_SECONDS = 3.0
+QUIET_SECONDS = 5.0
 """It usually takes less, and then it is no status of its own."""
 POD_SECONDS = 2.0
 """From the end of the Job until its pod's is told too."""

@@ -13,7 +13,8 @@ from kompressor_api import names
 from kompressor_operator.cluster import ApiError, Cluster
 from kompressor_operator.observed import ChildJob, Key
 from kompressor_operator.pods import ChildPod
-from kompressor_operator.store import Packed, Record, Shelf, Store
+from kompressor_operator.shelf import Record, Shelf
+from kompressor_operator.store import Packed, Store
 
 log = logging.getLogger(__name__)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,11 @@ from jobs import Bucket
 from kompressor_api.names import ExitCode, Reason
 from kompressor_api.v1alpha1 import PlanStatus, Result
 from kompressor_worker.cli import run_cli
-from kompressor_worker.errors import EngineFailed, EngineMissing, GateFailed, NoSpaceLeft, Terminated, UserError
+from kompressor_worker.errors import EngineFailed, EngineMissing, GateFailed, NoSpaceLeft, UserError
 from kompressor_worker.job import load_job
 from kompressor_worker.plan import make_plan
 from kompressor_worker.progress import Progress
 from kompressor_worker.run import Summary, run
-from kompressor_worker.runtime import find_engine
-from kompressor_worker.runtime.engine_process import EngineProcess
 from kompressor_worker.runtime.room import host_free
 from models import trained_model
 
@@ -187,57 +184,6 @@ def test_a_target_is_told_beside_what_was_predicted_and_a_slow_plan_ends_it(data
     assert all(each["after"] > each["before"] > 0 for each in target["predicted"])
     page = left["report.html"].read_text()
     assert "Predicted and measured" in page and "Predicted for a GPU of 2G, by roofline" in page
-
-
-@pytest.mark.parametrize(
-    "how, why",
-    [
-        ("dies", "killed by signal 11; its log ends: stand-in starts | stand-in warns | Segmentation fault"),
-        ("refuses", "ValueError: no kernel for this scheme"),
-        ("hangs", "not done within timeoutSeconds 1"),
-    ],
-)
-def test_an_engine_that_fails_says_how(how: str, why: str, data: dict[str, Any], tmp_path: Path) -> None:
-    with started(how, data, tmp_path, limit=1.0) as engine, pytest.raises(EngineFailed) as caught:
-        engine.ask("serving", prompts=[[1]], generate=2)
-    assert why in str(caught.value) and "\n" not in str(caught.value)
-    assert gone(engine)
-
-
-def test_told_to_stop_the_engine_goes_with_all_that_it_has_started(data: dict[str, Any], tmp_path: Path) -> None:
-    stop = threading.Event()
-    threading.Timer(0.5, stop.set).start()
-    with started("hangs", data, tmp_path, stop=stop) as engine, pytest.raises(Terminated):
-        engine.ask("serving", prompts=[[1]], generate=2)
-    assert gone(engine)
-
-
-def started(how: str, data: dict[str, Any], folder: Path, limit: float = 60.0, stop: threading.Event | None = None) -> EngineProcess:
-    """An engine that has loaded its model."""
-    environ = {**os.environ, **stand_in(folder / "engine", how)}
-    installed = find_engine(load_job(ordered(folder, data), {}).spec, environ)
-    assert installed is not None
-    engine = EngineProcess(installed, "original", folder, environ, stop or threading.Event(), time.monotonic() + limit)
-    engine.ask("loading", model=str(trained_model("llama")))
-    return engine
-
-
-def gone(engine: EngineProcess) -> bool:
-    """Whether nothing of its process group runs any more. What it has started is killed with it, and ends when the kernel comes to it."""
-    until = time.monotonic() + 10
-    while time.monotonic() < until:
-        if not any(state != "Z" and group == engine._process.pid for state, group in processes()):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def processes() -> Iterator[tuple[str, int]]:
-    """The state and the process group of each."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
-            yield state, int(group)
 
 
 def test_where_there_is_no_engine_nothing_is_begun(data: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ class Assignment:
             refuse_unknown_forward(layout.family, layout.config)
         gguf = layout.file_format == "gguf"
         if gguf:
-            refuse_impossible(spec, passes, schemes, layout)
+            refuse_impossible(spec, passes, layout)
         warnings = (
             *layout.warnings,
             *(gguf_warnings(layout, schemes) if gguf else reader_warnings(layout, schemes)),

@@ -19,22 +19,19 @@ from torch import Tensor
 
 from kompressor_worker.activations import Activations
 from kompressor_worker.batch import Batch
-from kompressor_worker.block import Encoded, Stage
 from kompressor_worker.block_work import (
     BlockWork,
     Finished,
     PartWork,
     Place,
     Streams,
-    batch_tokens,
-    columns_of,
     expected_work,
     output_error,
-    size_of,
     size_of_unit,
 )
+from kompressor_worker.compressing import Compressing, KvHook, flow, runtime_of, turned
 from kompressor_worker.decoder import Decoder
-from kompressor_worker.decoder_block import Block, Cache, Step
+from kompressor_worker.decoder_block import Block, Step
 from kompressor_worker.ending import FindEnding
 from kompressor_worker.formats.stored import decode
 from kompressor_worker.forward import KvObserver, Projection, Published, kv_rounding
@@ -44,17 +41,11 @@ from kompressor_worker.memory import give_back_freed_memory, peak_bytes
 from kompressor_worker.pace import Pace, unheard
 from kompressor_worker.parts import Part, held, parts_of, plain, together
 from kompressor_worker.passes import Pass
-from kompressor_worker.recovering import Judge, Recovery, Rows
 from kompressor_worker.reshaping import Reshaper
 from kompressor_worker.schemes import Scheme
-from kompressor_worker.segments import Segment, segments_of
-from kompressor_worker.sites import join, sites_of
-from kompressor_worker.statistics import Statistic
 
 GIVEN_BACK = 32 << 20
 """Bytes of source after which freed memory goes back to the system: experts are often small, and it takes a while."""
-
-KvHook = Callable[[Batch], Cache | None]
 
 
 def effective(
@@ -86,11 +77,10 @@ class Engine:
         calibration data's are measured on all of them."""
         self.decoder, self.passes, self.schemes, self.streams = decoder, passes, schemes, streams
         self.source, self.least_tokens = source or decoder, least_tokens
-        self._measuring = Measuring(streams, decoder, least_tokens, lambda work: self._pace(work))
-        self._segments = segments_of(passes)
-        self.tunes = len(self._segments) > 1
-        self._kv = any(p.kv for p in passes)
         self._pace = Pace(0, 0, unheard)
+        measuring = Measuring(streams, decoder, least_tokens, lambda work: self._pace(work))
+        self._compressing = Compressing(decoder, passes, streams, measuring, lambda work: self._pace(work))
+        self.tunes = self._compressing.tunes
 
     def block(
         self,
@@ -215,7 +205,7 @@ class Engine:
             work.reduced |= reshaper.notes
         done = PartWork(weights, self._schemes_of(unit, part), dict(weights))
         steps = steps_in(work.block, part)
-        self._through(work, done, steps, aims)
+        self._compressing.through(work, done, steps, aims)
         if self.streams.compressed is not None:
             tensors = done.published()
             rounding = kv_rounding(work.block.prefix[:-1], tensors)
@@ -226,44 +216,6 @@ class Engine:
 
     def _paced(self, block: Block, unit: UnitLayout, tell: Callable[[int], None], replayed: bool) -> Pace:
         return Pace(unit.source_bytes, expected_work(self.streams, () if replayed else self.passes, block, unit), tell)
-
-    def _through(self, work: BlockWork, part: PartWork, steps: Sequence[Step], aims: Sequence[Tensor] | None) -> None:
-        """All passes. What is tuned flows from the part's input again, once it has been."""
-        pruned = {x.weight for step in steps for x in step.layout.linears if x.pruned is not None}
-        before = {name: weight for name, weight in part.weights.items() if name in pruned} if self.tunes else {}
-        through = self.streams.through_compressed() if self.tunes else []  # else what has flowed on is not held
-        streams = [(stream, [dict(batch.state) for batch in stream.batches]) for stream in through]
-        for number, segment in enumerate(self._segments):
-            if number:
-                for stream, states in streams:
-                    for batch, state in zip(stream.batches, states, strict=True):
-                        batch.state = dict(state)
-            for bunch in [steps] if any(p.whole_block for p in segment.passes) else [(step,) for step in steps]:
-                self._compress(work, part, bunch, segment)
-            if segment.recover is not None:
-                self._recover(work, part, segment, streams[0][1], aims, before)
-
-    def _recover(
-        self,
-        work: BlockWork,
-        part: PartWork,
-        segment: Segment,
-        states: Sequence[Mapping[str, Tensor]],
-        aims: Sequence[Tensor] | None,
-        before: Mapping[str, Tensor],
-    ) -> None:
-        """`states`: of the calibration rows, at the block's input."""
-        calibration, reference = self.streams.calibration, self.streams.reference
-        assert calibration is not None and reference is not None and segment.recover is not None
-        inputs = [state["hidden"] for state in states]
-        rows = Rows(calibration.batches, inputs, aims or [batch.state["hidden"] for batch in reference.batches])
-        seed = work.block.layer * len(self._segments) + self._segments.index(segment)
-        judge = Judge(self._turned, work.ending)
-        recovery = Recovery(segment.recover.params, work.block, part, rows, self.decoder, judge, self._pace, seed)
-        work.note(work.block.prefix[:-1], {"recover": [recovery.run(before)]})
-        for name, encoded in part.encoded.items():
-            self._take(part, name, encoded)
-        part.take_up()
 
     def _aims(self, block: Block, stored: Mapping[str, Tensor], beyond: Sequence[Beyond], load: Load) -> list[Tensor] | None:
         """The reference's rows behind those blocks that the result lacks, which this one stands in for; None: there are none of them."""
@@ -278,65 +230,14 @@ class Engine:
                 self._flow(gone, steps_in(gone, part), ahead, self._runtime(self._loaded(unit, part, load, norms)))
         return [batch.state["hidden"] for batch in rows]
 
-    def _compress(self, work: BlockWork, part: PartWork, steps: Sequence[Step], segment: Segment) -> None:
-        """These steps through the passes of a segment, and the activations through what comes out; behind a block's end in the last one."""
-        last = segment is self._segments[-1]
-        wanted = frozenset(s for p in segment.passes for s in p.statistics) | (self._measuring.drift if last else frozenset())
-        stages = [self._stage(work, part, step, wanted) for step in steps]
-        join([site for stage in stages for site in stage.sites])
-        self._measuring.measure(work, part, steps, stages)
-        for p in segment.passes:
-            for stage in stages if not p.kv else ():
-                self._measuring.refresh(work, part, steps, stages, p.statistics)
-                p.apply(stage)
-                self._pace(p.products * size_of(stage.layout) * columns_of(stage.layout))
-        for stage in stages:
-            part.encoded |= stage.encoded
-            part.pruned |= stage.pruned
-            if stage.notes:
-                work.note(stage.layout.name, stage.notes)
-            for name, encoded in stage.encoded.items():
-                self._take(part, name, encoded)
-        part.take_up()
-        for stream in self.streams.through_compressed() if last or steps[-1] is not work.block.steps[-1] else ():
-            observer = work.observer if last and stream is self.streams.calibration and self._kv else None
-            self._flow(work.block, steps, stream, self._runtime(part.current), observer.of if observer else None)
-        if any(step.name == "router" for step in steps) and wanted:
-            self._measuring.count(work)
-        keeps = self.tunes or any(p.whole_block for p in segment.passes)
-        for name in () if keeps else [name for stage in stages for name in stage.encoded]:
-            del part.weights[f"{name}.weight"]  # no other step looks at it
-        for p in self.passes:
-            for stage in stages if p.kv and last else ():  # now that keys and values have been seen as the published weights make them
-                p.apply(stage)
-
-    def _take(self, part: PartWork, name: str, encoded: Encoded) -> None:
-        part.current[f"{name}.weight"] = decode(name, encoded.tensors, part.schemes[name], self.decoder.dtype).to(self.decoder.device)
-
-    def _stage(self, work: BlockWork, part: PartWork, step: Step, wanted: frozenset[Statistic]) -> Stage:
-        schemes = {x.name: part.schemes[x.name] for x in step.layout.linears if x.name in part.schemes}
-        wanted = self._measuring.drift if step.name == "router" else wanted  # passes look at its input only in whole blocks
-        sites = sites_of(work.block, step, wanted) if self.streams.calibration is not None else ()
-        kv = work.observer.seen if step.name == "o" and self._kv else {}
-        return Stage(step.layout, part.weights, schemes, sites=sites, kv=kv, heard=lambda: self._pace(0))
+    def _flow(self, block: Block, steps: Sequence[Step], stream: Activations, project: Projection, kv: KvHook | None = None) -> None:
+        flow(block, steps, stream, project, self._pace, kv)
 
     def _runtime(self, weights: Mapping[str, Tensor]) -> Projection:
-        return Projection.as_a_runtime(weights, self.decoder.dtype, self.decoder.device)
-
-    def _flow(self, block: Block, steps: Sequence[Step], stream: Activations, project: Projection, kv: KvHook | None = None) -> None:
-        """A stream through these steps, one step after the other, so that a step's weights are widened once."""
-        for step in steps:
-            for batch in stream.batches:
-                block.advance(step, batch, project.weights, project, kv(batch) if kv and step.name == "qkv" else None)
-                stream.spill.settle(batch)
-                self._pace(size_of(step.layout) * batch_tokens(batch))
-            project.forget()
+        return runtime_of(self.decoder, weights)
 
     def _turned(self, hidden: Tensor) -> Tensor:
-        """Hidden states [positions, hidden] of the original in the basis of what comes out."""
-        for p in self.passes:
-            hidden = p.turn(hidden)
-        return hidden
+        return turned(self.passes, hidden)
 
     def _record(self, work: BlockWork, began: float) -> dict[str, Any]:
         return {**self.cost(began), **work.record(), **self.met()}

@@ -33,7 +33,7 @@ def prepared(output: OutputSpec, source: Source, layout: ModelLayout) -> ModelLa
     return replace(layout, file_format="gguf", tokenizer=tokenizer, warnings=(*layout.warnings, *tokenizer.warnings))
 
 
-def refuse_impossible(spec: CompressionJobSpec, passes: Sequence[Pass], schemes: Mapping[str, Scheme], layout: ModelLayout) -> None:
+def refuse_impossible(spec: CompressionJobSpec, passes: Sequence[Pass], layout: ModelLayout) -> None:
     """Raises UserError for what a GGUF file has no place for, and for a decoder that llama.cpp does not compute."""
     decoder_of(layout)
     names = [next(iter(entry)) for entry in spec.passes]
@@ -49,10 +49,10 @@ def refuse_impossible(spec: CompressionJobSpec, passes: Sequence[Pass], schemes:
                 f"passes[{i}].{names[i]}: what is trained is published as compressed-tensors; leave output.format out, and make a GGUF "
                 "file of its output with a second job"
             )
-        if p.recovers and any(scheme.bits < 16 for scheme in schemes.values()):
+        if p.recovers and (before := next((n for n in range(i) if _quantises(spec.passes[n])), None)) is not None:
             raise UserError(
-                f"passes[{i}].{names[i]}: does not tune what GGUF types make of weights; leave it out, or run it without a pass that "
-                "quantises and make a GGUF file of its output with a second job"
+                f"passes[{i}].{names[i]}: does not tune what GGUF types make of weights; put it before passes[{before}].{names[before]}, "
+                "behind a pass that prunes, or leave it out"
             )
 
 
@@ -72,6 +72,10 @@ def file_name(spec: CompressionJobSpec, layout: ModelLayout) -> str:
         return spec.output.name
     asked = list(dict.fromkeys(_schemes_asked(spec.passes)))
     return f"model-{asked[0] if len(asked) == 1 else 'mixed' if asked else layout.dtype}.gguf"
+
+
+def _quantises(entry: Mapping[str, Any]) -> bool:
+    return any(scheme not in ("F16", "BF16") for scheme in _schemes_asked([entry]))
 
 
 def _schemes_asked(entries: Iterable[Mapping[str, Any]]) -> Iterable[str]:
