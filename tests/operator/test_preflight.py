@@ -50,7 +50,7 @@ def test_it_comes_first_with_what_it_needs_and_says_nothing_yet() -> None:
     decision = judge(job())
     assert [c["kind"] for c in decision.create] == ["ConfigMap", "Role", "ServiceAccount", "Job"]
     assert decision.create[-1]["metadata"]["labels"]["kompressor.io/step"] == "preflight"
-    assert decision.start is None and decision.verdict is None and decision.dry_run is None and decision.again_after == 3
+    assert decision.start is None and decision.verdict is None and decision.dry_run is None and decision.again_after == 5
     assert len(judge(job(preflight="Job")).create) == 4, "it is the default, which no CRD writes into the spec"
     resumed = judge(job(TOLD))
     assert resumed.verdict and resumed.verdict.phase is Phase.VALIDATING, "what was told before must not stand"
@@ -77,8 +77,8 @@ def test_it_never_follows_a_worker() -> None:
 
 
 def test_while_it_looks() -> None:
-    assert judge(job(), looking(created=ago(1)), planner(created=ago(1))) == Decision(again_after=2)
-    decision = judge(job(), looking(created=ago(4)), planner(created=ago(4)))
+    assert judge(job(), looking(created=ago(1)), planner(created=ago(1))) == Decision(again_after=4)
+    decision = judge(job(), looking(created=ago(6)), planner(created=ago(6)))
     assert decision.verdict and (decision.verdict.phase, decision.verdict.reason) == (Phase.VALIDATING, Reason.PREFLIGHT)
     assert validated(job(), decision)[:2] == ("Unknown", "Preflight") and events(job(), decision.verdict) == []
     assert judge(job(), looking(deleting=True)).create == (), "the next one has the same name"
