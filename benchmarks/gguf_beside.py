@@ -7,8 +7,8 @@ Both begin with the same model: llama.cpp with the BF16 file that a job of ours 
 llama.cpp gets is measured by transformers on the rows that calibrate our job, so both know the same of the data. All files are read by
 llama.cpp then, on held-out rows: mean KL to the BF16 file over all tokens and the whole vocabulary, as a ratio with its 95 % interval by
 paired bootstrap over rows. Time, by as many threads, is that of random blocks of Llama's shape from file to file, without calibration;
-memory is the peak of our worker beyond what it has at idle, at two depths, without calibration and with it; what is read ahead is kept
-small, so that it is no part of it.
+memory is the peak of our worker beyond what it has at idle, at two depths, of which the smaller is more than what is read ahead, without
+calibration and with it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import checkpoint  # noqa: E402
 from corpus import Corpus  # noqa: E402
 from figures import table  # noqa: E402
 from gguf_files import Request, llama_cpp  # noqa: E402
-from kompressor_api.names import ENV_MEMORY_PLAN  # noqa: E402
 from models import save_tokenizer, token_rows, train_tokenizer, trained_model  # noqa: E402
 from peer import Bench, ratio, write_rows  # noqa: E402
 
@@ -42,7 +41,7 @@ CALIBRATED, JUDGED, LENGTH = 128, 48, 128
 """Rows, and tokens of each."""
 ROUNDS = 3
 BLOCKS, HIDDEN, FFN, VOCABULARY = 4, 2048, 5632, 8192
-DEPTHS = (4, 24)
+DEPTHS = (24, 96)
 
 
 def ours(bench: Bench, pass_name: str, mix: str, calibrated: bool) -> tuple[Path, float]:
@@ -186,8 +185,7 @@ def depths(work: Path) -> list[list[object]]:
             source = blocks(work / f"{depth}", depth, HIDDEN // 4, FFN // 4)
             tokens = torch.randint(3, VOCABULARY, (CALIBRATED, LENGTH), generator=torch.Generator().manual_seed(0))
             bench = Bench(work, source, write_rows(work / "random.jsonl", tokens), CALIBRATED, LENGTH)
-            output, plan = {"format": "gguf", "name": "m.gguf"}, {ENV_MEMORY_PLAN: "2"}
-            said = bench.ours([{pass_name: {"scheme": mix}}], "deep", output=output, calibrated=calibrated, environ=plan)
+            said = bench.ours([{pass_name: {"scheme": mix}}], "deep", output={"format": "gguf", "name": "m.gguf"}, calibrated=calibrated)
             peaks.append(said["peak"] / 1e6)
         print(json.dumps({"pass": pass_name, "mix": mix, "blocks": DEPTHS, "peaks": peaks}), flush=True)
         rows.append([pass_name, mix, *(f"{peak:.0f}" for peak in peaks), f"{peaks[-1] / peaks[0]:.3f}"])

@@ -121,12 +121,7 @@ class Bench:
         self.work, self.source, self.rows, self.samples, self.length = work, source, rows, samples, length
 
     def ours(
-        self,
-        passes: list[dict[str, Any]],
-        name: str = "ours",
-        calibrated: bool = True,
-        output: Mapping[str, Any] | None = None,
-        environ: dict[str, str] | None = None,
+        self, passes: list[dict[str, Any]], name: str = "ours", calibrated: bool = True, output: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         job = manifest(self.source.as_uri(), self._out(name).as_uri(), passes)
         job["spec"]["output"].update(output or {})
@@ -135,7 +130,7 @@ class Bench:
             job["spec"]["calibration"] = {"dataset": dataset, "samples": self.samples, "sequenceLength": self.length}
         file = self.work / "job.json"
         file.write_text(json.dumps(job))
-        return self._measured([sys.executable, __file__, str(file)], environ)
+        return self._measured([sys.executable, __file__, str(file)])
 
     def peer(self, python: Path, recipe: str, dtype: str, name: str = "peer", all_experts: bool = True) -> dict[str, Any]:
         """`recipe` in Python, in the names of PEER. `all_experts`: of a mixture, each measured on all tokens."""
