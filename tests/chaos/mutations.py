@@ -260,7 +260,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an older event changes nothing",
-        "store.py",
+        "shelf.py",
         "        if known is not None and known.uid == record.uid and _version(known) > version:\n            return False\n",
         "",
         "test_store.py::test_an_older_event_changes_nothing",
