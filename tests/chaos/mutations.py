@@ -266,6 +266,13 @@ MUTATIONS = (
         "test_store.py::test_an_older_event_changes_nothing",
     ),
     Mutation(
+        "a namesake of a Job does not inherit what a pod said",
+        "last_words.py",
+        "return [pod for job, pod in self._kept.get(owner, ()) if job in there]",
+        "return [pod for _, pod in self._kept.get(owner, ())]",
+        "test_store.py::test_no_words_are_kept_of_what_another_pod_or_another_job_follows",
+    ),
+    Mutation(
         "a key is never in work twice",
         "work.py",
         "        if key in self._working:\n            self._dirty.add(key)\n            return\n",
