@@ -92,10 +92,10 @@ def compress(folder: Path, model: str, data: dict[str, Path], rows: int, passes:
 def ways(asked: argparse.Namespace, training: Path) -> dict[str, tuple[Passes, int]]:
     """Passes, and the rows that go through them."""
     recover = {"recover": {"steps": asked.steps, "batchRows": asked.batch_rows}}
-    how = {"sequenceLength": LENGTH, "batch": BATCH, "steps": asked.distil_steps, "learningRate": asked.learning_rate}
+    how = {"sequenceLength": LENGTH, "batch": BATCH, "steps": asked.distil_steps, "learningRate": asked.learning_rate, "floor": 0}
     distil = {"dataset": {"uri": training.as_uri(), "tokens": "ids"}, "packing": False, **how}
     tuned, trained = asked.steps * asked.batch_rows, BATCH * asked.distil_steps
-    taught = {**distil, "hiddenStates": {}}
+    taught = {**distil, "hiddenStates": {"weight": asked.hidden_weight}}
     return {
         "recover": ([recover], tuned),
         "distil": ([{"distil": taught}], trained),
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--batch-rows", type=int, default=8)
     parser.add_argument("--distil-steps", type=int, default=400, help="of 16 rows")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of trainings")
+    parser.add_argument("--hidden-weight", type=float, default=1.0, help="of the loss on hidden states, beside that on logits")
     asked = parser.parse_args()
     found = cases(int(json.loads((trained_model(asked.model) / "config.json").read_text())["num_hidden_layers"]))
     lines = []
