@@ -49,9 +49,9 @@ def test_two_pods_train_one_student_whatever_becomes_of_a_pod(installed: Install
     eventually(lambda: step() > 5, 2 * PATIENCE)  # two processes import torch, read a checkpoint, and train beside other tests
     gone = pod(1)["metadata"]["name"]
     cluster.kubectl("delete", "pod", gone)
-    eventually(lambda: "Retrying" in json.dumps(installed.status("together")["conditions"]))
+    eventually(lambda: "Retrying" in json.dumps(installed.status("together")["conditions"]), 2 * PATIENCE)
     reached = step()
-    eventually(lambda: step() > reached + 5)
+    eventually(lambda: step() > reached + 5, 2 * PATIENCE)
     status = installed.status("together")
     assert (status["attempt"], status["retries"], status["failures"]) == (1, 0, 0), "nobody's fault, and the same Job goes on"
 
