@@ -192,7 +192,8 @@ class Store:
 def observe(jobs: Iterable[ChildJob], pods: Iterable[ChildPod], live: bool = False) -> Observed:
     """In the order that everything else relies on."""
     by_attempt = sorted(jobs, key=lambda job: (job.attempt, job.created))
-    by_creation = sorted(pods, key=lambda pod: (pod.created, pod.name))
+    each = {pod.uid: pod for pod in pods}.values()  # one that goes just now is both listed and remembered
+    by_creation = sorted(each, key=lambda pod: (pod.created, pod.name))
     newest = {job.step: job for job in by_attempt}
     return Observed(
         jobs=tuple(job for job in by_attempt if job.step is Step.COMPRESS),

@@ -233,7 +233,8 @@ def test_a_list_that_lacks_a_pod_keeps_its_words_too() -> None:
     store.tell_pod(ended_pod(3, code=ExitCode.USER_ERROR))
     store.begin_list()
     store.list_pods([], "9")
-    assert known(store) == ["llama-1-a"]
+    store.tell_pod(ended_pod(10, code=ExitCode.USER_ERROR), deleted=True)
+    assert known(store) == ["llama-1-a"], "once, though the watch tells of it as well"
     store.list_resources([], "10")
     store.tell_resource(job_body(version=11))
     assert known(store) == [], "its CompressionJob was gone in between"
