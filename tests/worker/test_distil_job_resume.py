@@ -16,6 +16,7 @@ from test_resume import TRIES
 from thin_models import thin_qwen3
 
 import jobs
+from corpus import Corpus
 from jobs import Bucket
 from kompressor_worker.distil.checkpoints import MANIFEST
 from kompressor_worker.distilling import CHECKPOINTS, STUDENT
@@ -23,11 +24,12 @@ from kompressor_worker.job import load_job
 from kompressor_worker.journal import decode
 from kompressor_worker.storage import JOURNAL, Output
 from kompressor_worker.storage.locations import open_output
+from models import save_tokenizer, train_tokenizer
 
 STEPS = 8
-PASSES = [
+SCHEMES = {"file": "W8A16", "s3": "W8A16", "gguf": "Q4_0"}
+PASSES: list[dict[str, Any]] = [
     {"pruneLayers": {"layers": 8, "correction": "none"}},
-    {"rtn": {"scheme": "W8A16"}},
     {"distil": {"sequenceLength": 24, "packing": False, "batch": 4, "validationRows": 2, "steps": STEPS, "checkpointEvery": 0}},
 ]
 UNLIKE = ("report.html", "kompressor.json", "tensorboard/events.out.tfevents.0.kompressor")
@@ -36,8 +38,10 @@ UNLIKE = ("report.html", "kompressor.json", "tensorboard/events.out.tfevents.0.k
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten of them."""
-    return thin_qwen3(tmp_path_factory.mktemp("blocks"), 10)
+    """Ten of them, and a tokenizer, which a GGUF file has in it."""
+    folder = thin_qwen3(tmp_path_factory.mktemp("blocks"), 10)
+    save_tokenizer(train_tokenizer(Corpus(0), 512), folder)
+    return folder
 
 
 def committed(output: Output) -> int:
@@ -72,13 +76,15 @@ def cut_off(nursery: Nursery, job: Path, environ: dict[str, str], moment: Callab
     return worker.communicate()[1]
 
 
-@pytest.mark.parametrize("where", ["file", "s3"])
+@pytest.mark.parametrize("where", SCHEMES)
 def test_killed_in_every_phase_it_goes_on_there(where: str, nursery: Nursery, blocks: Path, bucket: Bucket, tmp_path: Path) -> None:
     environ, endpoint = (bucket.environ, bucket.server.endpoint) if where == "s3" else ({}, None)
 
     def job(out: str) -> Path:
-        body: dict[str, Any] = jobs.manifest(blocks.as_uri(), "", PASSES)
+        rounded = {"rtn": {"scheme": SCHEMES[where]}}
+        body: dict[str, Any] = jobs.manifest(blocks.as_uri(), "", [PASSES[0], rounded, PASSES[1]])
         body["spec"]["output"] = {"uri": bucket.uri(out), "endpoint": endpoint} if endpoint else {"uri": (tmp_path / out).as_uri()}
+        body["spec"]["output"] |= {"format": "gguf", "maxFileBytes": 1 << 20} if where == "gguf" else {}
         for seed, name in enumerate(("calibration", "evaluation")):
             dataset = {"uri": data(tmp_path / f"{name}.jsonl", 24, 24, seed), "tokens": "ids"}
             body["spec"][name] = {"dataset": dataset, "samples": 16, "sequenceLength": 24}

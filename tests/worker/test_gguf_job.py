@@ -223,19 +223,6 @@ def thin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_recovered_before_it_is_quantised(tmp_path: Path) -> None:
-    """Narrower blocks are tuned as they are; the file has what that has made of them, in Q4_0."""
-    narrow = {"pruneWidth": {"ratio": 0.25, "multiple": 32}}
-    left = []
-    for name, between in (("alone", []), ("tuned", [{"recover": {"steps": 30}}])):
-        (tmp_path / name).mkdir()
-        job = gguf_job(tmp_path / name, "llama", [narrow, *between, {"rtn": {"scheme": "Q4_0"}}])
-        report = compress(job)
-        left.append(report["evaluation"]["kl"])
-        judged(next((tmp_path / name / "out").glob("*.gguf")), job, report)
-    assert left[1] < 0.9 * left[0]
-
-
 @pytest.mark.parametrize("rows", [0, 2, 150])
 def test_killed_and_gone_on(nursery: Nursery, thin: Path, tmp_path: Path, rows: int) -> None:
     """Without data, from snapshots, and from blocks that are published already."""
@@ -263,7 +250,10 @@ Q4_K = {"rtn": {"scheme": "Q4_K"}}
         ([Q4_K], {"format": "compressed-tensors"}, "Q4_K: a type of GGUF files alone; set output.format gguf"),
         ([{"rtn": {"scheme": "Q4_K", "groupSize": 32}}], {}, "groupSize 32 with scheme Q4_K, whose groups are fixed"),
         ([Q4_K, {"kvCache": {}}], {}, r"passes\[1\].kvCache: a GGUF file holds no scales of a cache"),
-        ([Q4_K, {"recover": {}}], {}, r"passes\[1\].recover: does not tune what GGUF types make of weights; put it before passes\[0\].rtn"),
+        (
+            [{"gptq": {"scheme": "Q4_0"}}, {"distil": {}}], {},
+            r"passes\[0\].gptq: passes\[1\].distil chooses the codes of a GGUF file by itself, .*; put rtn with this scheme in its place",
+        ),
         ([Q4_K], {"format": "compressed-tensors", "name": "a.gguf"}, "name and maxFileBytes are of GGUF; set format: gguf"),
         ([Q4_K], {"sparseStorage": "bitmask"}, "GGUF knows no sparseStorage: bitmask"),
         ([{"rtn": {"scheme": "Q8_0", "ignore": ["re:.*experts.3.up_proj"]}}], {}, r"experts\.3\.up_proj would be left exact, but"),

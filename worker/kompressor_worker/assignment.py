@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from kompressor_api.v1alpha1 import CompressionJobSpec
 from kompressor_worker.architectures import refuse_unknown_forward
 from kompressor_worker.formats import bitmask
 from kompressor_worker.formats.readers import reader_warnings, storage_warnings
-from kompressor_worker.gguf_result import gguf_plan, gguf_warnings, refuse_impossible
+from kompressor_worker.gguf_result import gguf_plan, gguf_warnings, quantises, refuse_impossible
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.parts import mixture_warnings
 from kompressor_worker.passes import Pass, build_passes
@@ -36,6 +37,21 @@ class Assignment:
     def plan(self) -> OutputPlan:
         gguf = self.layout.file_format == "gguf"
         return gguf_plan(self.spec, self.layout, self.schemes) if gguf else plan_output(self.layout, self.schemes)
+
+    def before_training(self) -> Assignment:
+        """The student's: the job as if it ended before the training. What is to become a GGUF file is trained as safetensors hold it, on
+        blocks that the training finds by itself, so no pass has quantised it before."""
+        gguf = self.layout.file_format == "gguf"
+        kept = [
+            (entry, p) for entry, p in zip(self.spec.passes, self.passes, strict=True) if not p.trains and not (gguf and quantises(entry))
+        ]
+        entries, passes = [entry for entry, _ in kept], [p for _, p in kept]
+        update: dict[str, Any] = {"passes": entries}
+        if not gguf:
+            return replace(self, spec=self.spec.model_copy(update=update), passes=passes)
+        update["output"] = self.spec.output.model_copy(update={"format": "compressed-tensors"})
+        layout = replace(self.layout, file_format="compressed-tensors", tokenizer=None)
+        return replace(self, spec=self.spec.model_copy(update=update), passes=passes, layout=layout, schemes={})
 
     @classmethod
     def of(cls, spec: CompressionJobSpec, source: ModelLayout) -> Assignment:

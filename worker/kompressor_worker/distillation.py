@@ -122,7 +122,7 @@ def open_models(spec: CompressionJobSpec, environ: Mapping[str, str], stop: thre
     layout = prepared(spec.output, source, read_layout(source))
     found = Distillation.of(passes, source, layout, environ, stop)
     if found is not None and found.student is not None:
-        return Models(told, found.student.source, found.student.layout, found)
+        return Models(told, found.student.source, prepared(spec.output, found.student.source, found.student.layout), found)
     return Models(told, source, layout, found)
 
 

@@ -44,13 +44,6 @@ FACTS = f"{TRAINED}data.json"
 TRAINING_DATA = TrainingData.SECTION
 
 
-def without_training(assigned: Assignment) -> Assignment:
-    """The job as if it ended before the training."""
-    passes = [p for p in assigned.passes if not p.trains]
-    entries = [entry for entry, p in zip(assigned.spec.passes, assigned.passes, strict=True) if not p.trains]
-    return replace(assigned, spec=assigned.spec.model_copy(update={"passes": entries}), passes=passes)
-
-
 @dataclass
 class Distilling:
     """One job's."""
@@ -66,7 +59,7 @@ class Distilling:
 
     def __post_init__(self) -> None:
         self.output: Output = self.job.output
-        self.stands = bool(without_training(self.assigned).passes)
+        self.stands = bool(self.assigned.before_training().passes)
         """Whether passes make the student; else it is a checkpoint that is there."""
         self.report: dict[str, Any] = {}
         """Of the student that they made."""
@@ -83,7 +76,7 @@ class Distilling:
 
     def _make_student(self) -> dict[str, Any]:
         """Its report."""
-        inner, before = self.output.inner(STUDENT), without_training(self.assigned)
+        inner, before = self.output.inner(STUDENT), self.assigned.before_training()
         if CONFIG in inner.existing():
             if inner.read(JOURNAL) is not None:
                 inner.cleanup()
@@ -202,7 +195,7 @@ def lesson_of(
 ) -> Lesson:
     """For one of the processes, once the student is there. Checkpoints have an output of their own, which the process that leads the
     others claims for itself."""
-    student = student_of(output, found, bool(without_training(assigned).passes))
+    student = student_of(output, found, bool(assigned.before_training().passes))
     work, checkpoints = work_of(assigned, limits), output.inner(CHECKPOINTS)
     return Lesson(found.params, found.teacher, student, work, rows.tokens, None, output, checkpoints, group, stop, tell, found.logits)
 

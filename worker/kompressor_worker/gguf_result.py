@@ -19,7 +19,7 @@ from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import OutputPlan
 from kompressor_worker.storage import Source
 
-__all__ = ["file_name", "gguf_plan", "gguf_warnings", "prepared", "refuse_impossible"]
+__all__ = ["file_name", "gguf_plan", "gguf_warnings", "prepared", "quantises", "refuse_impossible"]
 
 
 def prepared(output: OutputSpec, source: Source, layout: ModelLayout) -> ModelLayout:
@@ -43,16 +43,12 @@ def refuse_impossible(spec: CompressionJobSpec, passes: Sequence[Pass], layout: 
             f"passes[{where}].{names[where]}: a GGUF file holds no scales of a cache; leave it out, llama.cpp takes the type of its cache "
             "when it starts (--cache-type-k q8_0)"
         )
-    for i, p in enumerate(passes):
-        if p.trains:
+    trained = next((i for i, p in enumerate(passes) if p.trains), None)
+    for i, name in enumerate(names if trained is not None else ()):
+        if name != "rtn" and quantises(spec.passes[i]):
             raise UserError(
-                f"passes[{i}].{names[i]}: what is trained is published as compressed-tensors; leave output.format out, and make a GGUF "
-                "file of its output with a second job"
-            )
-        if p.recovers and (before := next((n for n in range(i) if _quantises(spec.passes[n])), None)) is not None:
-            raise UserError(
-                f"passes[{i}].{names[i]}: does not tune what GGUF types make of weights; put it before passes[{before}].{names[before]}, "
-                "behind a pass that prunes, or leave it out"
+                f"passes[{i}].{name}: passes[{trained}].{names[trained or 0]} chooses the codes of a GGUF file by itself, on the scales of "
+                "rounding to nearest; put rtn with this scheme in its place"
             )
 
 
@@ -74,8 +70,9 @@ def file_name(spec: CompressionJobSpec, layout: ModelLayout) -> str:
     return f"model-{asked[0] if len(asked) == 1 else 'mixed' if asked else layout.dtype}.gguf"
 
 
-def _quantises(entry: Mapping[str, Any]) -> bool:
-    return any(scheme not in ("F16", "BF16") for scheme in _schemes_asked([entry]))
+def quantises(entry: Mapping[str, Any]) -> bool:
+    """Whether a pass of the spec gives linears another type."""
+    return any(_schemes_asked([entry]))
 
 
 def _schemes_asked(entries: Iterable[Mapping[str, Any]]) -> Iterable[str]:

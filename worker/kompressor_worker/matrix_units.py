@@ -99,7 +99,7 @@ class MatrixUnits:
                 if writer is not None:
                     writer.write(places[source.name], as_bytes(value.contiguous(), places[source.name]))
                 continue
-            codes = RowCodes.of(matrix, self.work.schemes, placed)
+            codes = self._codes(matrix, placed)
             for first, rows in matrix_rows(source, incoming, self.work.limits):
                 stored = codes.stored(self._changed(source.name, first, rows, norms))
                 meet(first, rows, codes.seen(stored))
@@ -127,7 +127,7 @@ class MatrixUnits:
                     self._matrix(stage, matrix, placed, incoming, writer, norm.met, hidden.add)
                 hidden.pace.finish()
         if tied := self._tied(layout):
-            hidden, codes = self._last_hidden(norm, 0, step), RowCodes.of(tied[1], self.work.schemes)
+            hidden, codes = self._last_hidden(norm, 0, step), self._codes(tied[1])
             for first, rows in matrix_rows(matrix_tensor(*tied), incoming, self.work.limits):
                 changed = self._changed(tied[1].weight, first, rows, [None for _ in self.work.passes])
                 hidden.add(first, rows, codes.seen(codes.stored(changed)))
@@ -205,6 +205,10 @@ class MatrixUnits:
             return None
         found = [(s, m) for u in self.work.layout.units for s in u.stages for m in s.linears if m.kind == "embedding"]
         return found[0] if found else None
+
+    def _codes(self, matrix: LinearLayout, placed: Sequence[PlacedTensor] = ()) -> RowCodes:
+        """What becomes of rows that `_changed` has made."""
+        return RowCodes.of(matrix, self.work.schemes, placed)
 
     def _changed(self, name: str, first: int, rows: Tensor, norms: Sequence[Tensor | None]) -> Tensor:
         """Rows of the embeddings or the head as they are published; `norms`: before the head, by pass."""

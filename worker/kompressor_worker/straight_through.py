@@ -19,6 +19,7 @@ from kompressor_worker import grid, kernels
 from kompressor_worker.block import Encoded
 from kompressor_worker.formats.stored import codes_and_grid
 from kompressor_worker.forward import ROWS
+from kompressor_worker.gguf_straight_through import INSIDE, FakeBlocks
 from kompressor_worker.grid import Grid
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.passes.encoding import encode
@@ -70,6 +71,19 @@ class FakeQuantized(nn.Module):
         return self.weight(weight)
 
     @torch.no_grad()
+    def begins(self, weight: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """For weight [out, in], encoded as `tensors` (by full name), both fp32 [out, in]: from where it is rounded to its code, which is
+        the weight itself unless a pass has chosen another than the nearest; and how far the next value is."""
+        codes, columns, found = codes_and_grid(self.linear.name, tensors, self.scheme)
+        rounded = kernels.dequantize(codes, columns, found, self.scheme, torch.float32).to(weight.device)
+        own, weight = self.grid(), weight.float()
+        step = per_weight(own.step, weight, self.scheme)
+        unit = step if self.scheme.type == "int" else step * spacing(rounded / step, self.scheme)
+        nearest = grid.dequantize(grid.quantize(weight, own, self.scheme), own, self.scheme)
+        within = weight.clamp(rounded - INSIDE * unit, rounded + INSIDE * unit) if self.scheme.type == "int" else rounded
+        return torch.where(nearest == rounded, weight, within), unit
+
+    @torch.no_grad()
     def encode(self, weight: Tensor, stands_for: Tensor | None = None) -> Encoded:
         """What decodes to `weight(weight)`, bit for bit. Errors are against `stands_for` [out, in], the weight itself where it is None.
 
@@ -79,6 +93,16 @@ class FakeQuantized(nn.Module):
         encoded = encode(self.linear, (weight if stands_for is None else stands_for).to(self.dtype), codes, found, self.scheme)
         encoded.tensors.update(self.inputs)
         return encoded
+
+
+Fake = FakeQuantized | FakeBlocks
+
+
+def fake_of(linear: LinearLayout, scheme: Scheme, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> Fake:
+    """For a linear that is encoded as `tensors` (by full name), in whichever format."""
+    if scheme.format == "gguf":
+        return FakeBlocks(linear, scheme, tensors[linear.weight], device)
+    return FakeQuantized(linear, scheme, tensors, device)
 
 
 class Rounding(torch.autograd.Function):
@@ -115,6 +139,13 @@ def per_weight(values: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
     height, width = scheme.tile((weight.shape[0], weight.shape[1]))
     wide = values.repeat_interleave(height, 0)[: weight.shape[0]] if height > 1 else values
     return wide.repeat_interleave(width, 1)[:, : weight.shape[1]] if width > 1 else wide
+
+
+def spacing(codes: Tensor, scheme: Scheme) -> Tensor:
+    """How far the next value is from each of these values of E4M3 or E2M1, fp32."""
+    mantissa, least = (3, -6) if scheme.bits == 8 else (1, 0)
+    exponent = codes.abs().clamp(min=2.0**least).log2().floor()
+    return torch.exp2(exponent - mantissa)
 
 
 def per_tile(values: Tensor, scheme: Scheme) -> Tensor:
@@ -173,7 +204,7 @@ class Learning:
     def __init__(
         self,
         weights: Mapping[str, Tensor],
-        fakes: Mapping[str, FakeQuantized],
+        fakes: Mapping[str, Fake],
         dtype: torch.dtype = torch.float32,
         masks: Mapping[str, Tensor] | None = None,
         round_inputs: bool = True,

@@ -25,6 +25,7 @@ from kompressor_worker.errors import StorageError
 from kompressor_worker.formats import bitmask
 from kompressor_worker.journal import Journal
 from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
+from kompressor_worker.matrix_rows import RowCodes
 from kompressor_worker.matrix_units import FinalNorm, MatrixUnits
 from kompressor_worker.pipeline import Load, Loaded
 from kompressor_worker.shards import PlacedTensor
@@ -143,11 +144,32 @@ class Written:
         return kind_of(self.work.layout.units[unit]) == "other"
 
 
+@dataclass
+class TrainedRows(RowCodes):
+    """Rows of a matrix that training has left behind as the file holds them."""
+
+    trained: Trained | None = None
+
+    def stored(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def finish(self, writer: Writer) -> None:
+        assert self.trained is not None
+        if self.scheme is not None:
+            made = self.trained.encoded(self.matrix.name, {})
+            self._error, self._norm = made.squared_error, made.squared_norm
+        super().finish(writer)
+
+
 @dataclass(frozen=True)
 class TrainedMatrices(MatrixUnits):
     """Embeddings and head as they were trained, beside the source's."""
 
     trained: Trained
+
+    def _codes(self, matrix: LinearLayout, placed: Sequence[PlacedTensor] = ()) -> RowCodes:
+        codes = super()._codes(matrix, placed)
+        return TrainedRows(matrix, codes.scheme, codes.place, trained=self.trained)
 
     def _changed(self, name: str, first: int, rows: Tensor, norms: Sequence[Tensor | None]) -> Tensor:
         return self.trained.tensor(name)[first : first + len(rows)]

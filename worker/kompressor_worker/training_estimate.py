@@ -104,7 +104,8 @@ def room_beside(found: Distillation | None, assigned: Assignment) -> int:
     if found is None:
         return 0
     result = sum(shard.size for shard in assigned.plan.shards)
-    student = 0 if all(p.trains for p in assigned.passes) else result
+    before = assigned.before_training()
+    student = sum(shard.size for shard in before.plan.shards) if before.passes else 0
     checkpoint = parameters(assigned.layout) * KEPT_BYTES
     trained = result + saved_bytes([x for x in assigned.layout.linears() if x.bitmask is not None])  # dense
     return student + max(CHECKPOINTS * checkpoint - result, (CHECKPOINTS - 1) * checkpoint + trained)

@@ -152,7 +152,7 @@ class Trying:
     def _trains(self, assigned: Assignment) -> tuple[bool, bool]:
         """Whether there is a training, and a student to be made for it."""
         trains = self.distillation is not None
-        return trains, trains and len(assigned.passes) > 1
+        return trains, trains and bool(assigned.before_training().passes)
 
     def _units(self, rung: Rung, assigned: Assignment, journal: Journal, rows: Mapping[str, Rows]) -> tuple[Work, Units, Distilling | None]:
         """How the result's units are worked on; where it is trained, all that comes before is done here."""

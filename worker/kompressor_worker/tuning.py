@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kompressor_worker import grid, kernels
 from kompressor_worker.block import Encoded, Pruned
 from kompressor_worker.block_work import PartWork
-from kompressor_worker.formats.stored import codes_and_grid
+from kompressor_worker.formats.gguf_types import type_of
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.schemes import Scheme
-from kompressor_worker.straight_through import FakeQuantized, Learning, per_weight
+from kompressor_worker.straight_through import Learning, fake_of
 
 BETAS = (0.9, 0.95)
 TINY = 1e-8
@@ -27,8 +26,6 @@ LEAST_SIZE = 1e-3
 """What stands for the root mean square of a tensor that has less, such as a bias of zeros."""
 REACH = 0.5
 """How far a weight may go on its grid, in steps, and by what share a step may change."""
-INSIDE = 0.49
-"""How far from its code a weight begins at most, in steps: another pass may have rounded it to one that is not its nearest."""
 
 Rates = tuple[float, float]
 """Of plain weights, and on grids."""
@@ -68,13 +65,9 @@ class OnGrid:
     def __init__(self, linear: LinearLayout, weight: Tensor, scheme: Scheme, encoded: Encoded) -> None:
         """`weight` [out, in]: the one that `encoded` stands for."""
         self.stands_for, self.saturated = weight, encoded.saturated
-        self.fake = FakeQuantized(linear, scheme, encoded.tensors, weight.device)
-        codes, columns, found = codes_and_grid(linear.name, encoded.tensors, scheme)
-        rounded = kernels.dequantize(codes, columns, found, scheme, torch.float32).to(weight.device)
+        self.fake = fake_of(linear, scheme, encoded.tensors, weight.device)
         self._mask = weight != 0 if linear.pruned is not None else None
-        self._step = per_weight(self.fake.grid().step, weight, scheme)
-        self._unit = self._step if scheme.type == "int" else self._step * spacing(rounded / self._step, scheme)
-        self._began = began(weight.float(), rounded, self._unit, scheme, self.fake.grid())
+        self._began, self._unit = self.fake.begins(weight, encoded.tensors)
         self.value = self._began.clone().requires_grad_()
 
     def move(self, rates: Rates) -> None:
@@ -100,19 +93,9 @@ class OnGrid:
         return self.fake.encode(value, self.stands_for)
 
 
-def began(weight: Tensor, rounded: Tensor, unit: Tensor, scheme: Scheme, found: grid.Grid) -> Tensor:
-    """fp32 [out, in]: the weight, or where a pass has rounded it to another value than the nearest one, the next place from which it is
-    rounded there."""
-    nearest = grid.dequantize(grid.quantize(weight, found, scheme), found, scheme)
-    within = weight.clamp(rounded - INSIDE * unit, rounded + INSIDE * unit) if scheme.type == "int" else rounded
-    return torch.where(nearest == rounded, weight, within)
-
-
-def spacing(codes: Tensor, scheme: Scheme) -> Tensor:
-    """How far the next value is from each of these values of E4M3 or E2M1, fp32."""
-    mantissa, least = (3, -6) if scheme.bits == 8 else (1, 0)
-    exponent = codes.abs().clamp(min=2.0**least).log2().floor()
-    return torch.exp2(exponent - mantissa)
+def in_halves(scheme: Scheme) -> bool:
+    """Whether values are stored as they are, in a type of a GGUF file: such weights are learned like all that are not encoded."""
+    return scheme.format == "gguf" and not type_of(scheme).levels
 
 
 @dataclass(frozen=True)
@@ -132,6 +115,12 @@ class Learned:
         self.on_grid = {
             name: OnGrid(self._linears[name], part.weights[f"{name}.weight"], part.schemes[name], encoded)
             for name, encoded in part.encoded.items()
+            if not in_halves(part.schemes[name])
+        }
+        self._in_halves = {
+            name: fake_of(self._linears[name], part.schemes[name], encoded.tensors)
+            for name, encoded in part.encoded.items()
+            if name not in self.on_grid
         }
         encoded = {f"{name}.weight" for name in self.on_grid}
         pruned = {x.weight for x in linears if x.pruned is not None}
@@ -162,6 +151,8 @@ class Learned:
         """Into the part. `before`: weights of pruned linears as they were then. Raises BadNumerics."""
         self._part.weights |= best.plain
         self._part.encoded |= {name: self.on_grid[name].encoded(state) for name, state in best.on_grid.items()}
+        for name, fake in self._in_halves.items():
+            self._part.encoded[name] = fake.encode(best.plain[f"{name}.weight"])
         for name, pruned in self._part.pruned.items():
             weight = self._linears[name].weight
             if weight in best.plain and weight in before:

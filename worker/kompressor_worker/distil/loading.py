@@ -23,13 +23,15 @@ from kompressor_worker.errors import UserError
 from kompressor_worker.expand import KV_SCALES
 from kompressor_worker.layout import LinearLayout, StageLayout, UnitLayout
 from kompressor_worker.pipeline import Limits, Load, Prefetcher
+from kompressor_worker.schemes import Scheme
 from kompressor_worker.stream import whole
 from kompressor_worker.tensors import DTYPES, decode, refuse_nonfinite, tensor
 from kompressor_worker.unit_kinds import kind_of
 
 if TYPE_CHECKING:
-    from kompressor_worker.straight_through import FakeQuantized
+    from kompressor_worker.straight_through import Fake
 
+NOTHING: Mapping[str, Scheme] = {}
 Shard = Callable[[torch.nn.Module], None]
 """What becomes of a module once its weights are there: nothing, or a part of it for each process."""
 
@@ -92,42 +94,47 @@ def _read(stage: StageLayout, views: Mapping[str, memoryview], device: torch.dev
             into.raw.update({s.name: tensor(views[s.name], s.dtype, s.shape).clone() for s in t.stored})
 
 
-def build(model: StoredModel, together: Together, trained: bool, limits: Limits, shard: Shard) -> TrainedModel:
-    """The model, each block sharded as soon as it is there; the model itself is not. Raises UserError: a family whose forward is not
-    known."""
+def build(
+    model: StoredModel, together: Together, trained: bool, limits: Limits, shard: Shard, schemes: Mapping[str, Scheme] = NOTHING
+) -> TrainedModel:
+    """The model, each block sharded as soon as it is there; the model itself is not. `schemes`: by linear, those that a model which is
+    `trained` is to be published in where it is not stored in them. Raises UserError: a family whose forward is not known."""
     layout, device = model.layout, together.device
     decoder = Decoder(layout, device)
     decoder.dtype = computing_dtype(DTYPES[layout.dtype], device)
     names = outside_names(layout.units)
     blocks: list[TrainedBlock] = []
     outside: dict[str, Tensor] = {}
-    head: FakeQuantized | None = None
+    ends: dict[str, Fake] = {}
     for found in read_units(model, device, limits, together):
         match kind_of(found.unit):
             case "block":
-                fakes = fakes_of(found, device) if trained else {}
+                fakes = fakes_of(found, device, schemes) if trained else {}
                 kept = {name: x for name, x in found.raw.items() if name.endswith(KV_SCALES)}
                 block = TrainedBlock(decoder, len(blocks), found.unit, found.decoded, fakes, cache_of(found, device), kept, trained)
                 shard(block)
                 blocks.append(block)
             case "embeddings" | "head":
                 outside |= found.decoded
-                head = fakes_of(found, device).get(names.head, head) if trained else None
+                ends |= fakes_of(found, device, schemes) if trained else {}
     made = TrainedModel(decoder, blocks, {name: x for name, x in outside.items() if name in names.all}, names, trained)
-    if head is not None:
-        made.quantise_head(head)
+    made.quantise(ends)
     return made
 
 
-def fakes_of(found: Stored, device: torch.device) -> dict[str, FakeQuantized]:
-    """By linear, of those that are quantised."""
-    made: dict[str, FakeQuantized] = {}
+def fakes_of(found: Stored, device: torch.device, schemes: Mapping[str, Scheme]) -> dict[str, Fake]:
+    """By linear, of those that are stored quantised, or are to be."""
+    made: dict[str, Fake] = {}
     for linear, source in ((x, t) for s in found.unit.stages for x in s.linears for t in s.tensors if t.name == x.weight):
         if source.scheme is not None:
-            from kompressor_worker.straight_through import FakeQuantized
+            from kompressor_worker.straight_through import fake_of
 
             tensors = {name: x for name, x in found.raw.items() if name.startswith(f"{linear.name}.")}
-            made[linear.name] = FakeQuantized(linear, source.scheme, tensors, device)
+            made[linear.name] = fake_of(linear, source.scheme, tensors, device)
+        elif (scheme := schemes.get(linear.name)) is not None and scheme.format == "gguf":
+            from kompressor_worker.gguf_straight_through import FakeBlocks
+
+            made[linear.name] = FakeBlocks.found(linear, scheme, found.decoded[linear.weight], device)
     return made
 
 

@@ -20,10 +20,11 @@ from kompressor_worker import kernels
 from kompressor_worker.batch import Batch
 from kompressor_worker.decoder import Decoder
 from kompressor_worker.decoder_block import Block, Cache
+from kompressor_worker.gguf_straight_through import FakeBlocks
 from kompressor_worker.layout import UnitLayout
 
 if TYPE_CHECKING:
-    from kompressor_worker.straight_through import FakeQuantized
+    from kompressor_worker.straight_through import Fake
 
 T = TypeVar("T")
 
@@ -153,7 +154,7 @@ class TrainedBlock(nn.Module):
         layer: int,
         unit: UnitLayout,
         tensors: Mapping[str, Tensor],
-        fakes: Mapping[str, FakeQuantized] | None = None,
+        fakes: Mapping[str, Fake] | None = None,
         cache: Cache | None = None,
         kept: Mapping[str, Tensor] | None = None,
         trained: bool = True,
@@ -205,14 +206,15 @@ class TrainedModel(nn.Module):
         self.decoder, self.names = decoder, names
         self.blocks = nn.ModuleList(blocks)
         self.outside = Parameters(outside, trained)
-        self.fakes: dict[str, FakeQuantized] = {}
+        self.fakes: dict[str, Fake] = {}
         self.grids = nn.ModuleList()
         self.alike: nn.Module | None = None
         """What compares its states with the teacher's, where that has weights of its own."""
 
-    def quantise_head(self, fake: FakeQuantized) -> None:
-        self.fakes[self.names.head] = fake
-        self.grids.append(fake)
+    def quantise(self, fakes: Mapping[str, Fake]) -> None:
+        """Head, embeddings or both, by linear."""
+        self.fakes |= fakes
+        self.grids.extend(fakes.values())
 
     def forward(self, tokens: Tensor, lengths: tuple[int, ...], at: Tensor, wanted: Wanted, then: Callable[[Seen], T]) -> T:
         """What `then` makes of token ids int64 [rows, length], seen at the positions `at` bool [rows, length]. It is called in here, for a
@@ -232,7 +234,11 @@ class TrainedModel(nn.Module):
     def _embedded(self, tokens: Tensor) -> Tensor:
         name = self.names.embeddings
         rows, dtype = F.embedding(tokens, self.outside[name]), self.outside.dtypes[name]
-        rows = rounded(rows, dtype)
+        fake = self.fakes.get(name.removesuffix(".weight"))
+        if isinstance(fake, FakeBlocks):  # no other format quantises embeddings
+            rows = fake.weight(rows.flatten(0, 1), tokens.flatten()).view_as(rows).to(rows.dtype)
+        else:
+            rows = rounded(rows, dtype)
         return self.decoder.embed(rows.to(dtype) if self.decoder.family.scaled_embeddings else rows)  # as the factor is rounded too
 
     def head(self, dtype: torch.dtype) -> Tensor:

@@ -241,7 +241,7 @@ def built(lesson: Lesson, together: Together, alike: Alike) -> TrainedModel:
     """The student as it is stored, shared out."""
     layout, params = lesson.student.layout, lesson.params
     shard = together.shard(computing_dtype(DTYPES[layout.dtype], together.device), trained=True)
-    student = build(lesson.student, together, True, lesson.work.limits, shard)
+    student = build(lesson.student, together, True, lesson.work.limits, shard, lesson.work.schemes)
     if alike:
         mine, theirs = (int(text_config(each.layout.config)["hidden_size"]) for each in (lesson.student, lesson.teacher))
         student.alike = Projections(alike, mine, theirs, params.seed, together.device)
