@@ -146,7 +146,9 @@ class Distilling:
 
     def section(self, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
         """The report's. `evaluation`: of the result."""
-        history, before = self.history, None if self.found.student is not None else self.report.get("evaluation")
+        history, before = self.history, self.report.get("evaluation")
+        if self.found.student is not None or self.assigned.layout.file_format == "gguf":
+            before = None  # not the result before it was trained: another model, or one that is not rounded yet
         return {
             "teacher": self.found.teacher.source.uri,
             **({"student": self.found.student.source.uri} if self.found.student is not None else {}),

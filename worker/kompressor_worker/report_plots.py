@@ -133,6 +133,7 @@ def curve(points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, fl
         parts.append(_dot(*place(x, y), 3, "", f"{say_x(x)}: {say_y(y)}"))
     for x, y, tone, text in marks:
         parts.append(_dot(*place(x, y), 6, tone, text))
+    parts.append(f'<text x="{LEFT + 8}" y="-4">{"".join(named)}</text>')
     for part, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
         x, _ = place(left + part * (right - left), 10.0**low)
         parts.append(f'<text x="{x:.1f}" y="{height + 17}" text-anchor="{anchor}">{escape(say_x(left + part * (right - left)))}</text>')
@@ -153,16 +154,16 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], say_x: Say, say_y
     def place(x: float, y: float) -> tuple[float, float]:
         return LEFT + 8 + (WIDTH - LEFT - 16) * (x - left) / ((right - left) or 1), height * (1 - max(y, 0.0) / ticks[-1])
 
-    parts = [_axis(ticks, ticks[-1], height, say_y)]
+    parts, named = [_axis(ticks, ticks[-1], height, say_y)], list[str]()
     for number, (name, points) in enumerate(drawn.items()):
         tone = ("", "second", "third")[number % 3]
         path = " ".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(place(*point) for point in points))
         parts.append(f'<path class="curve {tone}" d="{path}"/>')
-        parts.append(
-            f'<text class="{tone}" x="{LEFT + 8 + 240 * number}" y="-4">{escape(name)}: last {escape(say_y(points[-1][1]))}</text>'
-        )
+        apart = ' dx="18"' if named else ""
+        named.append(f'<tspan class="{tone}"{apart}>{escape(name)}: last {escape(say_y(points[-1][1]))}</tspan>')
         if marked is not None and (at := next((point for point in points if point[0] == marked), None)):
             parts.append(_dot(*place(*at), 5, "second", f"{say_x(at[0])}: {say_y(at[1])}"))
+    parts.append(f'<text x="{LEFT + 8}" y="-4">{"".join(named)}</text>')
     for part, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
         x, _ = place(left + part * (right - left), 0.0)
         parts.append(f'<text x="{x:.1f}" y="{height + 17}" text-anchor="{anchor}">{escape(say_x(left + part * (right - left)))}</text>')
