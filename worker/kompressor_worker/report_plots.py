@@ -133,7 +133,6 @@ def curve(points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, fl
         parts.append(_dot(*place(x, y), 3, "", f"{say_x(x)}: {say_y(y)}"))
     for x, y, tone, text in marks:
         parts.append(_dot(*place(x, y), 6, tone, text))
-    parts.append(f'<text x="{LEFT + 8}" y="-4">{"".join(named)}</text>')
     for part, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
         x, _ = place(left + part * (right - left), 10.0**low)
         parts.append(f'<text x="{x:.1f}" y="{height + 17}" text-anchor="{anchor}">{escape(say_x(left + part * (right - left)))}</text>')
