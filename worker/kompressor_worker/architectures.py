@@ -109,7 +109,15 @@ FAMILIES: dict[str, Family] = {
         scaled_embeddings=True,
         full_attention_every=6,
         whole_heads=True,
-        defaults={**GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+        defaults={
+            **GEMMA,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 262_208,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-6,
+        },
     ),
     "olmo3": Family(("olmo3",), ATTENTION, gated("mlp."), post_norms=True, pre_norms=False, whole_norms=True, full_attention_every=4),
     "phi3": Family(

@@ -10,16 +10,17 @@ from typing import Any
 from kompressor_api.v1alpha1 import CompressionJobSpec, OutputSpec
 from kompressor_worker.architectures import text_config
 from kompressor_worker.errors import UserError
-from kompressor_worker.formats.gguf_architectures import decoder_of
+from kompressor_worker.formats.gguf_architectures import CANDIDATES, INSIDE, decoder_of
 from kompressor_worker.formats.gguf_tokenizer import FILES, tokenizer_metadata
 from kompressor_worker.formats.gguf_types import type_of
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes import Pass
+from kompressor_worker.report_sections import size
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.shards import OutputPlan
 from kompressor_worker.storage import Source
 
-__all__ = ["file_name", "gguf_plan", "gguf_warnings", "prepared", "quantises", "refuse_impossible"]
+__all__ = ["decoder_alone", "file_name", "gguf_plan", "gguf_warnings", "prepared", "quantises", "refuse_impossible"]
 
 
 def prepared(output: OutputSpec, source: Source, layout: ModelLayout) -> ModelLayout:
@@ -27,10 +28,33 @@ def prepared(output: OutputSpec, source: Source, layout: ModelLayout) -> ModelLa
     for one that cannot be carried over exactly, and what storage raises."""
     if output.format != "gguf":
         return layout
+    layout = decoder_alone(layout)
     files = {name: source.read(name) for name in FILES if name in layout.file_sizes}
     rows = next((linear.shape[0] for linear in layout.linears() if linear.kind == "embedding"), 0)
     tokenizer = tokenizer_metadata(files, rows, text_config(layout.config))
     return replace(layout, file_format="gguf", tokenizer=tokenizer, warnings=(*layout.warnings, *tokenizer.warnings))
+
+
+OUTER = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype")
+"""Of config.json, what may stand outside of text_config."""
+
+
+def decoder_alone(layout: ModelLayout) -> ModelLayout:
+    """A model that also sees or hears without what it does that with, of which nothing is read then; a warning says so."""
+    text = text_config(layout.config)
+    if text is layout.config or layout.family not in CANDIDATES:
+        return layout
+    left = [unit for unit in layout.units if unit.name != "head" and not any(stage.linears for stage in unit.stages)]
+    left = [unit for unit in left if not any(INSIDE.match(t.name) for stage in unit.stages for t in stage.tensors)]
+    names = (t.name for unit in left for stage in unit.stages for t in stage.tensors)
+    parts = ", ".join(sorted({name.removeprefix("model.").partition(".")[0] for name in names}))
+    warning = (
+        f"left out: {parts}, {size(sum(unit.source_bytes for unit in left))}: a GGUF file holds the decoder alone; llama.cpp sees and "
+        "hears through a second file, which its convert_hf_to_gguf.py makes of the source (--mmproj)"
+    )
+    config = {**{key: layout.config[key] for key in OUTER if key in layout.config}, **text}
+    units = tuple(unit for unit in layout.units if unit not in left)
+    return replace(layout, units=units, config=config, source_config=config, warnings=(*layout.warnings, *([warning] if left else [])))
 
 
 def refuse_impossible(spec: CompressionJobSpec, passes: Sequence[Pass], layout: ModelLayout) -> None:

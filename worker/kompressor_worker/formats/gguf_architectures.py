@@ -8,6 +8,7 @@ llama.cpp's src/models, one file an architecture, as of b11739.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,8 +21,10 @@ from kompressor_worker.formats.gguf_rope import Rotary, rotary_of
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.windows import windows_of
 
-__all__ = ["ARCHITECTURES", "Architecture", "Decoder", "decoder_of", "period_of", "unsupported"]
+__all__ = ["ARCHITECTURES", "CANDIDATES", "INSIDE", "Architecture", "Decoder", "decoder_of", "period_of", "unsupported"]
 
+INSIDE = re.compile(r"(model\.)?language_model\.(model\.)?")
+"""Where the decoder's tensors are in a model that also sees or hears."""
 NO_SINK = -1e30
 """A logit that takes no share of a softmax."""
 
@@ -176,8 +179,7 @@ def decoder_of(layout: ModelLayout) -> Decoder:
     name = _family(layout)
     if name not in CANDIDATES or layout.family is None:
         raise unsupported(f"model_type {model_type!r} has no names in GGUF here (known: {', '.join(CANDIDATES)})")
-    if text is not layout.config:
-        raise unsupported(f"the model also sees or hears, and GGUF takes the {model_type!r} in it alone; start from a checkpoint of that")
+    assert text is layout.config, "a model that also sees is its decoder alone here (gguf_result)"
     family = FAMILIES[layout.family]
     text = {**family.defaults, **text}
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "vocab_size"):

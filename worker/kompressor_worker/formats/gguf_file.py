@@ -8,6 +8,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ ALIGNMENT = 32
 """Of every tensor and of where the data begin: the format's own default."""
 MAX_SPLIT_BYTES = 45 * 10**9
 """Hubs take files up to 50 GB."""
+
+
+OWN = re.compile(r".*(?=layers\.\d+$)")
+"""What comes before a block's own name in that of its unit."""
 
 
 @dataclass
@@ -61,7 +66,7 @@ def plan_gguf(
     names = Names(metadata.decoder)
     experts, constants = metadata.decoder.experts, metadata.constants(names)
     units = [
-        [] if unit.dropped else [*_unit(unit, schemes, names, experts), *_known(constants.get(unit.name.removeprefix("model."), {}))]
+        [] if unit.dropped else [*_unit(unit, schemes, names, experts), *_known(constants.get(OWN.sub("", unit.name), {}))]
         for unit in layout.units
     ]
     shards = _place([t for unit in units for t in unit], max_shard)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from kompressor_worker.formats.gguf_architectures import Decoder, unsupported
+from kompressor_worker.formats.gguf_architectures import INSIDE, Decoder, unsupported
 from kompressor_worker.formats.gguf_form import FLOATS, Form, formed
 
 __all__ = ["FLOATS", "Form", "Names", "formed"]
@@ -59,5 +59,6 @@ class Names:
 
 
 def _prefixed(name: str) -> str:
-    """As in a file of the model with its head; files of the decoder alone leave that out."""
+    """As in a file of the model with its head; files of the decoder alone leave that out, others have it inside of more."""
+    name = INSIDE.sub("", name, count=1)
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
