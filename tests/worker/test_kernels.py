@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_rtn import ALL, DTYPES, same_bytes, shared_scale, weights
 
-from kompressor_worker import kernels
+from kompressor_worker import kernels, processor
 from kompressor_worker.kernels import build, compiled, eager, prebuilt
 from kompressor_worker.schemes import SCHEMES, Scheme
 
@@ -147,7 +147,7 @@ def test_an_exponent_of_nan_is_seen(lib: CDLL) -> None:
 
 def test_eager_can_be_forced() -> None:
     code = (
-        "import torch; from kompressor_worker import kernels; from kompressor_worker.kernels import build;"
+        "import torch; from kompressor_worker import kernels, processor; from kompressor_worker.kernels import build;"
         "from kompressor_worker.schemes import SCHEMES;"
         "assert build.library() is None; assert kernels.quantize(torch.ones(8, 128), SCHEMES['W4A16']).nonfinite == 0;"
         "assert kernels.decode_mxfp4(torch.ones(1, 2, 1, 16).byte(), torch.ones(1, 2, 1).byte(), torch.bfloat16).shape == (1, 32, 2)"
@@ -214,7 +214,7 @@ def answer(library: CDLL | None) -> int | None:
 
 
 @needs_compiler
-@pytest.mark.skipif(not prebuilt.cpu_features() >= prebuilt.V3, reason="not a CPU that an image's libraries are for")
+@pytest.mark.skipif(not processor.features() >= prebuilt.V3, reason="not a CPU that an image's libraries are for")
 def test_an_image_brings_the_library_along(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(build.build_ahead()) == 3
     with monkeypatch.context() as without_compiler:
@@ -252,13 +252,13 @@ def test_a_cpu_gets_the_best_library_that_it_can_run(source: Path, monkeypatch: 
         (prebuilt.V3 - {"fma"}, None),
         (frozenset(), None),
     ):
-        monkeypatch.setattr(prebuilt, "cpu_features", lambda features=features: features)
+        monkeypatch.setattr(processor, "features", lambda features=features: features)
         found = prebuilt.find(build._digest())
         assert (found and found.name.rpartition("-")[0]) == expected
 
 
 @needs_compiler
-@pytest.mark.skipif(not prebuilt.cpu_features() >= prebuilt.V3, reason="not a CPU that an image's libraries are for")
+@pytest.mark.skipif(not processor.features() >= prebuilt.V3, reason="not a CPU that an image's libraries are for")
 def test_levels_give_the_bits_of_a_library_for_this_cpu(lib: CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Vectors half as wide, same bits: a job may go on where its image's library is another one."""
     monkeypatch.setenv("KOMPRESSOR_CACHE", str(tmp_path))

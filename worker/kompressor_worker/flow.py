@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
+from kompressor_worker import kernels
 from kompressor_worker.activations import Activations, Spill
 from kompressor_worker.assignment import Assignment
 from kompressor_worker.block_work import Streams
@@ -25,6 +24,7 @@ from kompressor_worker.journal import Journal
 from kompressor_worker.kernels import build
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.pipeline import Limits
+from kompressor_worker.processor import model_name
 from kompressor_worker.shards import plan_output
 from kompressor_worker.snapshots import Snapshots
 from kompressor_worker.storage import Output
@@ -101,14 +101,6 @@ def device_fingerprint() -> str:
     if torch.cuda.is_available():
         kind = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     else:
-        kind = f"{processor()}, {torch.get_num_threads()} threads"
+        products = "bf16" if kernels.fast_bf16(compute_device()) else "fp32"
+        kind = f"{model_name()}, {torch.get_num_threads()} threads, products in {products}"
     return f"{kind}, torch {version('torch')}, kernels {os.environ.get('KOMPRESSOR_KERNELS') or build.source_digest()}"
-
-
-def processor() -> str:
-    """What decides which code BLAS takes."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

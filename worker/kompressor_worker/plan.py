@@ -6,9 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from kompressor_api.names import Reason
@@ -23,6 +21,7 @@ from kompressor_worker.kv_memory import kv_change, kv_status
 from kompressor_worker.layout import ModelLayout
 from kompressor_worker.passes.distil import TrainingData
 from kompressor_worker.pipeline import Limits
+from kompressor_worker.processor import multiplies_bf16
 from kompressor_worker.publish import bitmask_result, refuse_without_room
 from kompressor_worker.report_sections import duration, size
 from kompressor_worker.run import Summary, judge_published
@@ -231,13 +230,6 @@ def _trained(plan: Plan, rung: Rung, found: Distillation | None, data: Mapping[s
     else:
         memory = Memory(max(plan.memory.host, each * estimate.memory))
     return replace(plan, memory=memory, training=estimate)
-
-
-def multiplies_bf16() -> bool:
-    """Whether a core of this machine does so faster than fp32, as `kernels.fast_bf16` has it; without torch."""
-    with suppress(OSError):
-        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
-    return False
 
 
 def processes_per_pod(worker: WorkerSpec) -> int:

@@ -11,6 +11,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from kompressor_worker import processor
+
 FOLDER = Path(__file__).with_name("prebuilt")
 
 
@@ -43,19 +45,11 @@ def paths(digest: str) -> dict[Level, Path]:
 
 def find(digest: str) -> Path | None:
     """The library of this source for this CPU, if an image brought it along."""
-    features = cpu_features()
+    features = processor.features()
     level = next((level for level in LEVELS if level.needs <= features), None)
     if level is None or not _path(level, digest).exists():
         return None
     return _path(level, digest)
-
-
-def cpu_features() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 
 
 def _path(level: Level, digest: str) -> Path:

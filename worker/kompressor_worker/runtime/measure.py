@@ -20,6 +20,7 @@ from typing import Any
 
 from kompressor_api.runtime import RuntimeSpec
 from kompressor_worker.calibration import Rows
+from kompressor_worker.processor import model_name
 from kompressor_worker.runtime import Installed
 from kompressor_worker.runtime.asked import needs
 from kompressor_worker.runtime.engine_process import EngineProcess
@@ -71,7 +72,7 @@ def timed(
                 one.end()
     found = {
         "engine": said["engine"],
-        "device": said["device"] or processor(),
+        "device": said["device"] or model_name(),
         "memoryOf": "GPU" if said["device"] else "host",
         **runtime.model_dump(by_alias=True, include={"prompt", "generate", "batch", "rounds"}),
         "inTurns": together,
@@ -154,12 +155,6 @@ def prompts_of(rows: Rows, runtime: RuntimeSpec) -> list[list[int]]:
     """The evaluation data's tokens one after the other, from the start again where they do not suffice."""
     stream = cycle([int(token) for row in rows.tokens for token in row.tolist()])
     return [list(islice(stream, runtime.prompt)) for _ in range(max(runtime.batch))]
-
-
-def processor() -> str:
-    from kompressor_worker import flow
-
-    return flow.processor()
 
 
 def digits(value: float) -> float:
