@@ -90,7 +90,7 @@ def blocks(weight: torch.Tensor) -> Iterator[Case]:
     importance, columns = torch.rand(weight.shape[1]) + 0.1, weight.shape[1]
     few = weight[: max(1, len(weight) // 8)].contiguous()
     for name, passes in (("Q8_0", 1), ("Q4_0", 18), ("Q3_K", 19), ("Q4_K", 43)):
-        given, each = (few, importance, name), 10 if TYPES[name].minimum is None else 13
+        given, each = (few, importance, name, True), 10 if TYPES[name].minimum is None else 13
         yield Case(
             f"search {name}",
             partial(torch.ops.kompressor.gguf_quantize, *given),

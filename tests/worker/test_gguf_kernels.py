@@ -68,12 +68,32 @@ def test_decodes_any_bytes_as_the_formats_library(name: str) -> None:
 @pytest.mark.parametrize("name", PACKED)
 def test_little_is_lost(name: str) -> None:
     weight = bell(16, 512).bfloat16()
-    data, error, norm, bad = kernels.gguf_quantize(weight, name)
+    data, error, norm, bad = kernels.gguf_quantize(weight, name, unbiased=False)
     off = (decoded(data, name) - weight.float()).double().square().sum()
     assert bad == 0 and error == pytest.approx(float(off), rel=1e-9)
     assert norm == pytest.approx(float(weight.double().square().sum()), rel=1e-9)
     assert (error / norm) ** 0.5 < RELATIVE[name]
     assert kernels.gguf_errors(weight, data, name) == pytest.approx((error, norm), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_block_is_shorter_than_it_was(name: str, weighted: bool) -> None:
+    """Along itself; for that all of its values become larger, and no more is lost than the part that they were too short."""
+    weight = bell(16, 512)
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(1)) + 0.1 if weighted else None
+    made = [decoded(kernels.gguf_quantize(weight, name, importance, unbiased=unbiased)[0], name) for unbiased in (False, True)]
+    shares = torch.ones(512) if importance is None else importance
+    x, short, long = ((shares * weight * t).view(-1, TYPES[name].block).sum(1) for t in (weight, *made))
+    if name in ("Q8_0", "MXFP4"):  # shorter by less than fp16 tells, and powers of two
+        assert torch.equal(*made)
+        return
+    assert (long / x - 1).abs().max() < 3e-3 and (short / x).mean() < 1  # scales so small have few digits in fp16
+    lost = [float((shares * (t - weight).square()).sum() / x.sum()) for t in made]
+    assert lost[1] < lost[0] / (1 - lost[0]) * 1.02
+    longer = (made[1] / made[0]).view(-1, TYPES[name].block)
+    if TYPES[name].minimum is None:  # whose own scale has digits of its own
+        assert (longer.nan_to_num(0).amax(1) - longer.nan_to_num(9).amin(1)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -95,7 +115,7 @@ def test_importance_moves_the_error(name: str) -> None:
 @pytest.mark.parametrize("name", EVEN)
 def test_codes_and_grid_make_the_same_bytes(name: str) -> None:
     weight = bell(16, 512)
-    data = kernels.gguf_quantize(weight, name)[0]
+    data = kernels.gguf_quantize(weight, name, unbiased=False)[0]
     found = kernels.gguf_grid(weight, name)
     codes, same = kernels.gguf_codes(data, name, 512)
     assert torch.equal(found.data, data) and torch.equal(found.scale, same.scale) and torch.equal(found.centre, same.centre)
@@ -138,7 +158,7 @@ def test_odd_rows(name: str) -> None:
     assert not made[0].any()
     ordinary = [1, 2, 6, 7, 10, 11, 12, 13]
     share = ((made - weight).square().sum(1) / weight.square().sum(1).clamp(min=1e-30))[ordinary].sqrt()
-    assert share.max() < {"Q2_K": 0.27, "MXFP4": 0.18}.get(name, 0.15)
+    assert share.max() < {"Q2_K": 0.28, "MXFP4": 0.18}.get(name, 0.15)
     assert kernels.gguf_quantize(weight[:0], name)[0].shape == (0, row_bytes(name, 512))
     weight[3, 7], weight[5, 9] = torch.nan, torch.inf
     assert kernels.gguf_quantize(weight, name)[3] == 2
@@ -154,10 +174,11 @@ def test_compiled_equals_eager(lib: CDLL, name: str) -> None:
     for weight in (bell(3, 1792), bell(5, 512).half(), bell(3, 2816).bfloat16(), odd(), of_any_bits()):  # lanes that are not all filled
         columns = weight.shape[1]
         for importance in (None, torch.exp(torch.randn(columns, generator=torch.Generator().manual_seed(1)))):
-            data, stats = gguf_eager.quantize(weight, importance, name)
-            ours, figures = gguf_compiled.quantize(lib, weight, importance, name)
-            assert torch.equal(ours, data)
-            assert torch.allclose(figures, stats, rtol=1e-9)
+            for unbiased in (False, True):
+                data, stats = gguf_eager.quantize(weight, importance, name, unbiased)
+                ours, figures = gguf_compiled.quantize(lib, weight, importance, name, unbiased)
+                assert torch.equal(ours, data)
+                assert torch.allclose(figures, stats, rtol=1e-9)
         made = gguf_compiled.dequantize(lib, data, columns, name, weight.dtype)
         assert torch.equal(made.view(torch.uint8), gguf_eager.dequantize(data, columns, name, weight.dtype).view(torch.uint8))
         assert torch.allclose(gguf_compiled.errors(lib, weight, data, name), stats[:2], rtol=1e-9)
@@ -172,7 +193,7 @@ def test_threads_change_nothing(lib: CDLL, threads: None, name: str) -> None:
     weight, results = bell(64, 2048).bfloat16(), []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        data, stats = gguf_compiled.quantize(lib, weight, None, name)
+        data, stats = gguf_compiled.quantize(lib, weight, None, name, True)
         results.append((data, stats, gguf_compiled.dequantize(lib, data, 2048, name, torch.float32)))
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))

@@ -64,7 +64,7 @@ class FakeBlocks(nn.Module):
     @classmethod
     def found(cls, linear: LinearLayout, scheme: Scheme, weight: Tensor, device: torch.device | None = None) -> FakeBlocks:
         """In the blocks that rounding to nearest makes of weight [out, in]. Raises BadNumerics."""
-        data, _, _, bad = kernels.gguf_quantize(weight, type_of(scheme).name)
+        data, _, _, bad = kernels.gguf_quantize(weight, type_of(scheme).name, unbiased=False)
         if bad:
             raise BadNumerics(
                 f"{linear.weight}: {bad} of {weight.numel()} values are NaN or Inf; the checkpoint is damaged, fetch it again"

@@ -30,18 +30,21 @@ class GgufGrid:
     """uint8 [out, row bytes]: the scales as the file holds them, and the nearest codes."""
 
 
-def gguf_quantize(weight: Tensor, kind: str, importance: Tensor | None = None, heard: Heard = unheard) -> tuple[Tensor, float, float, int]:
+def gguf_quantize(
+    weight: Tensor, kind: str, importance: Tensor | None = None, heard: Heard = unheard, unbiased: bool = True
+) -> tuple[Tensor, float, float, int]:
     """Weight [out, in] (bf16, fp16 or fp32) as rows of the tensor type `kind`: data uint8 [out, row bytes], the sums of (value - weight)^2
     and of weight^2, and how many elements are NaN or Inf: unless none, nothing else means anything.
 
     The scales are searched for so that the squared error is least, weighted with `importance`, fp32 [in], such as the second moments of
-    the layer's input. What is beyond fp16's scales is cut off there. `heard` is called between pieces, and may raise.
+    the layer's input. What is beyond fp16's scales is cut off there. `unbiased`: each block's scale is then made larger until the block is
+    as long along itself as it was, which no least squares leave it (`gguf_search`). `heard` is called between pieces, and may raise.
     """
     assert weight.dtype in FLOATS and weight.shape[1] % TYPES[kind].block == 0, (weight.dtype, weight.shape, kind)
     share = None if importance is None else _shares(importance.to(weight.device), weight.shape[1])
     made, stats = [], []
     for rows in row_pieces(weight, weight.shape[1] * WORK):
-        data, sums = torch.ops.kompressor.gguf_quantize(weight[rows].contiguous(), share, kind)
+        data, sums = torch.ops.kompressor.gguf_quantize(weight[rows].contiguous(), share, kind, unbiased)
         made.append(data)
         stats.append(sums.tolist())
         heard()
@@ -64,8 +67,8 @@ def gguf_codes(data: Tensor, kind: str, columns: int) -> tuple[Tensor, GgufGrid]
 
 
 def gguf_grid(weight: Tensor, kind: str, importance: Tensor | None = None, heard: Heard = unheard) -> GgufGrid:
-    """The grid that `gguf_quantize` would round the weight [out, in] to."""
-    data = gguf_quantize(weight, kind, importance, heard)[0]
+    """The grid on which rounding the weight [out, in] to nearest leaves the least error."""
+    data = gguf_quantize(weight, kind, importance, heard, unbiased=False)[0]
     return gguf_codes(data, kind, weight.shape[1])[1]
 
 

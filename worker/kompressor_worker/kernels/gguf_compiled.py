@@ -69,14 +69,14 @@ def _tries(name: str, weighted: bool) -> Tries:
     return made
 
 
-def quantize(lib: ctypes.CDLL, weight: Tensor, importance: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+def quantize(lib: ctypes.CDLL, weight: Tensor, importance: Tensor | None, name: str, unbiased: bool) -> tuple[Tensor, Tensor]:
     if name in gguf_eager.HALVES:
-        return gguf_eager.quantize(weight, importance, name)
+        return gguf_eager.quantize(weight, importance, name, unbiased)
     (rows, columns), kind, stats = weight.shape, TYPES[name], torch.empty(3, dtype=torch.float64)
     data = torch.empty((rows, columns // kind.block * kind.nbytes), dtype=torch.uint8)
     lib.kompressor_gguf_quantize(
         _pointer(weight), DTYPES[weight.dtype], None if importance is None else _pointer(importance), _i64(rows), _i64(columns),
-        ctypes.byref(_kind(name)), ctypes.byref(_tries(name, importance is not None)),
+        ctypes.byref(_kind(name)), ctypes.byref(_tries(name, importance is not None)), ctypes.c_int(unbiased),
         1 if weight.numel() < SEARCHED else torch.get_num_threads(), _pointer(data), _pointer(stats),
     )  # fmt: skip
     return data, stats

@@ -18,7 +18,7 @@ CHUNK = 1 << 18
 """Elements worked on at once."""
 
 
-def quantize(weight: Tensor, importance: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, importance: Tensor | None, name: str, unbiased: bool) -> tuple[Tensor, Tensor]:
     """weight [rows, columns], importance fp32 [columns], above zero, to uint8 [rows, bytes] and fp64 [3] on the CPU: sums of (value -
     weight)^2 and of weight^2, and how much is NaN or Inf; if anything is, the weight is taken for zeros."""
     kind, (rows, columns) = TYPES[name], weight.shape
@@ -29,15 +29,15 @@ def quantize(weight: Tensor, importance: Tensor | None, name: str) -> tuple[Tens
         data = weight.to(HALVES[name]).contiguous().view(torch.uint8).view(rows, -1)
     else:
         together = max(1, CHUNK // columns)
-        parts = [_blocks(weight[at : at + together], importance, kind) for at in range(0, rows, together)]
+        parts = [_blocks(weight[at : at + together], importance, kind, unbiased) for at in range(0, rows, together)]
         data = torch.cat(parts) if parts else weight.new_empty((0, columns // kind.block * kind.nbytes), dtype=torch.uint8)
     return data, torch.cat([errors(weight, data, name), torch.tensor([float(bad)], dtype=torch.float64)])
 
 
-def _blocks(weight: Tensor, importance: Tensor | None, kind: GgufType) -> Tensor:
+def _blocks(weight: Tensor, importance: Tensor | None, kind: GgufType, unbiased: bool) -> Tensor:
     x = weight.float().reshape(-1, kind.block)
     w = None if importance is None else importance.expand(weight.shape).reshape(x.shape)
-    found = gguf_search.search(x, w, kind)
+    found = gguf_search.search(x, w, kind, unbiased)
     blocks = torch.zeros((len(x), kind.nbytes), dtype=torch.uint8, device=x.device)
     gguf_packing.write_scales(blocks, found.scales, kind)
     gguf_packing.write_codes(blocks, found.codes, kind)

@@ -2,31 +2,43 @@
 
 namespace {
 
-// The codes nearest on the scales that were found, and for each lane the sums of (value - x)^2 and of x^2.
-template <class Levels> inline void settle(Panel& p, const GgufKind& kind, const Levels& levels, double* error, double* norm) {
-    const bool minima = kind.minimum >= 0;
-    D sums[4] = {};
+// visit(column, its group's step, its group's low): of a block.
+template <class Visit> inline void each_column(const Panel& p, const GgufKind& kind, Visit visit) {
     for (int64_t g = 0; g < kind.block / kind.group; g++) {
         F step = kind.small == NONE ? p.outer : p.outer * p.small[g], low = kind.small == NONE ? -p.outer_low : p.outer_low * p.least[g];
         if (kind.exponent) step = half_exponents(p.exponent);
-        const F each = inverse(step);
-        for (int64_t i = g * kind.group; i < (g + 1) * kind.group; i++) {
-            F level;
-            if (kind.exponent) {
-                level = levels.level_at(p.codes[i]);
-            } else {
-                level = levels.round((minima ? p.x[i] + low : p.x[i]) * each);
-                p.codes[i] = levels.place(level);
-            }
-            const F value = level * step, off = (minima ? value - low : value) - p.x[i];
-            HalfF halves[2], whole[2];
-            std::memcpy(halves, &off, sizeof off), std::memcpy(whole, &p.x[i], sizeof off);
-            for (int h = 0; h < 2; h++) {
-                const D e = widen(halves[h]), n = widen(whole[h]);
-                sums[h] += e * e, sums[2 + h] += n * n;
-            }
-        }
+        for (int64_t i = g * kind.group; i < (g + 1) * kind.group; i++) visit(i, step, low);
     }
+}
+
+// The codes nearest on the scales that were found, and then, where that is wanted, the block's scales larger by its gain.
+template <class Levels> inline void round_codes(Panel& p, const GgufKind& kind, const Levels& levels, bool unbiased) {
+    const bool minima = kind.minimum >= 0;
+    F each{}, along{}, kept{};
+    each_column(p, kind, [&](int64_t i, F step, F low) {
+        if (i % kind.group == 0) each = inverse(step);
+        const F level = levels.round((minima ? p.x[i] + low : p.x[i]) * each), value = level * step, weighed = p.w[i] * p.x[i];
+        p.codes[i] = levels.place(level);
+        along += weighed * p.x[i], kept += weighed * (minima ? value - low : value);
+    });
+    if (!unbiased) return;
+    F gain = along / kept;
+    gain = gain > 0.0f ? gain : splat(1.0f), gain = within(gain, splat(0.5f), splat(2.0f));
+    p.outer = as_half(p.outer * gain), p.outer_low = as_half(p.outer_low * gain);
+}
+
+// For each lane the sums of (value - x)^2 and of x^2.
+template <class Levels> inline void price(const Panel& p, const GgufKind& kind, const Levels& levels, double* error, double* norm) {
+    D sums[4] = {};
+    each_column(p, kind, [&](int64_t i, F step, F low) {
+        const F value = levels.level_at(p.codes[i]) * step, off = (kind.minimum >= 0 ? value - low : value) - p.x[i];
+        HalfF halves[2], whole[2];
+        std::memcpy(halves, &off, sizeof off), std::memcpy(whole, &p.x[i], sizeof off);
+        for (int h = 0; h < 2; h++) {
+            const D e = widen(halves[h]), n = widen(whole[h]);
+            sums[h] += e * e, sums[2 + h] += n * n;
+        }
+    });
     std::memcpy(error, sums, 2 * sizeof(D)), std::memcpy(norm, sums + 2, 2 * sizeof(D));
 }
 
@@ -142,7 +154,8 @@ template <int T> void load_panel(Panel& p, const GgufKind& kind, GgufJob& job, i
 
 typedef void (*Load)(Panel&, const GgufKind&, GgufJob&, int64_t, int64_t);
 
-template <class Levels> void gguf_quantize(Load load, const GgufKind& kind, const GgufTries& tries, GgufJob& job, int threads) {
+template <class Levels>
+void gguf_quantize(Load load, const GgufKind& kind, const GgufTries& tries, bool unbiased, GgufJob& job, int threads) {
     const Levels levels(kind);
     const int64_t panels = (job.blocks + LANES - 1) / LANES, together = std::max<int64_t>(1, (1 << 13) / (LANES * kind.block));
     parallel((panels + together - 1) / together, threads, [&](int64_t task) {
@@ -155,7 +168,8 @@ template <class Levels> void gguf_quantize(Load load, const GgufKind& kind, cons
             else if (job.importance) find<true>(*p, kind, tries, levels);
             else find<false>(*p, kind, tries, levels);
             double error[LANES], norm[LANES];
-            settle(*p, kind, levels, error, norm);
+            if (!kind.exponent) round_codes(*p, kind, levels, unbiased && tries.form != 2);
+            price(*p, kind, levels, error, norm);
             const U outer = half_bits(p->outer), outer_low = half_bits(p->outer_low);
             uint8_t codes[LANES][WIDEST];
             for (int64_t i = 0; i < kind.block; i += STEP) turn_bytes(p->codes + i, codes[0] + i);
@@ -173,14 +187,15 @@ template <class Levels> void gguf_quantize(Load load, const GgufKind& kind, cons
 
 // stats: squared error, squared norm, NaN and Inf. importance may be null.
 extern "C" void kompressor_gguf_quantize(const char* weight, int dtype, const float* importance, int64_t rows, int64_t columns,
-                                         const GgufKind* kind, const GgufTries* tries, int threads, uint8_t* data, double* stats) {
+                                         const GgufKind* kind, const GgufTries* tries, int unbiased, int threads, uint8_t* data,
+                                         double* stats) {
     const int64_t in_row = columns / kind->block, blocks = rows * in_row;
     std::vector<double> sums(2 * blocks);
     prefer_huge_pages(data, blocks * kind->nbytes);
     GgufJob job{weight, importance, blocks, in_row, data, sums.data()};
     const Load load = dtype == BF16 ? load_panel<BF16> : dtype == FP16 ? load_panel<FP16> : load_panel<FP32>;
-    if (kind->even) gguf_quantize<Even>(load, *kind, *tries, job, threads);
-    else gguf_quantize<Uneven>(load, *kind, *tries, job, threads);
+    if (kind->even) gguf_quantize<Even>(load, *kind, *tries, unbiased, job, threads);
+    else gguf_quantize<Uneven>(load, *kind, *tries, unbiased, job, threads);
     stats[0] = stats[1] = 0;
     for (int64_t b = 0; b < blocks; b++) stats[0] += sums[2 * b], stats[1] += sums[2 * b + 1];
     stats[2] = double(job.nonfinite);

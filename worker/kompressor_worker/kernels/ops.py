@@ -148,7 +148,11 @@ _register(
     compiled.top_k_divergence,
     "triton_divergence",
 )
-_register("gguf_quantize(Tensor weight, Tensor? importance, str type) -> (Tensor, Tensor)", gguf_eager.quantize, gguf_compiled.quantize)
+_register(
+    "gguf_quantize(Tensor weight, Tensor? importance, str type, bool unbiased) -> (Tensor, Tensor)",
+    gguf_eager.quantize,
+    gguf_compiled.quantize,
+)
 _register(
     "gguf_dequantize(Tensor data, int columns, str type, ScalarType dtype) -> Tensor", gguf_eager.dequantize, gguf_compiled.dequantize
 )
