@@ -5,10 +5,10 @@ its output, but for what columns have in common. Several widths of a step are tr
 weighted least squares; the groups' scales are then rounded to multiples of their block's, and this is fitted in turn to the codes.
 `docs/decisions/0040-gguf-kernels.md` says what that gains over llama.cpp's own searches.
 
-Least squares make every block shorter: what is left out is at right angles to what is kept, so sum w x value = sum w value^2 < sum w x^2. Of
-a random error that is no matter, but all blocks shrink alike, and what the weights have learned shrinks with them: at 2 bits by a twelfth,
-layer after layer. So the scale is made larger again in the end, until that sum is what it was, with the codes as they are. (Scales of this
-kind are called unbiased: Vargaftik et al. 2021, arXiv 2105.08339.)
+Least squares make every block shorter: what is left out is at right angles to what is kept, so sum w x value = sum w value^2, which is less
+than sum w x^2. Of a random error that is no matter, but all blocks shrink alike, and what the weights have learned shrinks with them: at 2
+bits by a twelfth, layer after layer. So in the end the scale is made larger again, until that sum is what it was, with the codes as they
+are. (Such scales are called unbiased: Vargaftik et al. 2021, arXiv 2105.08339.)
 
 Columns of a group come first, [columns, groups, blocks], and sums run over them one after the other: so a lane of a vector is a block, and
 no bit depends on how many lanes there are. About 10 operations a column and width with one sum pass, 13 with minima.
