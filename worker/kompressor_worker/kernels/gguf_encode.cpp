@@ -12,12 +12,12 @@ template <class Visit> inline void each_column(const Panel& p, const GgufKind& k
 }
 
 // The codes nearest on the scales that were found, and then, where that is wanted, the block's scales larger by its gain.
-template <class Levels> inline void round_codes(Panel& p, const GgufKind& kind, const Levels& levels, bool unbiased) {
+template <bool weighted, class Levels> inline void round_codes(Panel& p, const GgufKind& kind, const Levels& levels, bool unbiased) {
     const bool minima = kind.minimum >= 0;
     F each{}, along{}, kept{};
     each_column(p, kind, [&](int64_t i, F step, F low) {
         if (i % kind.group == 0) each = inverse(step);
-        const F level = levels.round((minima ? p.x[i] + low : p.x[i]) * each), value = level * step, weighed = p.w[i] * p.x[i];
+        const F level = levels.round((minima ? p.x[i] + low : p.x[i]) * each), value = level * step, weighed = weighted ? p.w[i] * p.x[i] : p.x[i];
         p.codes[i] = levels.place(level);
         along += weighed * p.x[i], kept += weighed * (minima ? value - low : value);
     });
@@ -168,7 +168,9 @@ void gguf_quantize(Load load, const GgufKind& kind, const GgufTries& tries, bool
             else if (job.importance) find<true>(*p, kind, tries, levels);
             else find<false>(*p, kind, tries, levels);
             double error[LANES], norm[LANES];
-            if (!kind.exponent) round_codes(*p, kind, levels, unbiased && tries.form != 2);
+            const bool longer = unbiased && tries.form != 2;
+            if (!kind.exponent && job.importance) round_codes<true>(*p, kind, levels, longer);
+            else if (!kind.exponent) round_codes<false>(*p, kind, levels, longer);
             price(*p, kind, levels, error, norm);
             const U outer = half_bits(p->outer), outer_low = half_bits(p->outer_low);
             uint8_t codes[LANES][WIDEST];
