@@ -12,6 +12,7 @@ import torch
 from kompressor_worker.block import Encoded, Site, Stage
 from kompressor_worker.formats.gguf_types import row_bytes, type_of
 from kompressor_worker.layout import LinearLayout, StageLayout
+from kompressor_worker.passes import gguf_encoding
 from kompressor_worker.passes.gguf_encoding import to_nearest
 from kompressor_worker.passes.gptq import Gptq, GptqParams
 from kompressor_worker.schemes import GGUF, Scheme
@@ -58,6 +59,23 @@ def read(encoded: Encoded, linear: LinearLayout, scheme: Scheme) -> torch.Tensor
     (data,) = encoded.tensors.values()
     assert data.dtype is torch.uint8 and data.shape == (linear.shape[0], row_bytes(type_of(scheme).name, linear.shape[1]))
     return torch.from_numpy(gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[type_of(scheme).name]))
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_0"])
+def test_the_output_is_as_long_along_itself_as_it_was(
+    case: tuple[torch.Tensor, torch.Tensor], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (weight, x), scheme = case, GGUF[name]
+    stage, linear = stage_of(weight, x)
+    before = weight.float() @ x.T
+
+    def length() -> float:
+        return float((before * (read(applied(stage, linear, scheme), linear, scheme) @ x.T)).sum() / before.square().sum())
+
+    unbiased = length()
+    monkeypatch.setattr(gguf_encoding, "_gain", lambda *given: 1.0)
+    short = length()
+    assert short < 1 and abs(unbiased - 1) < 0.1 * (1 - short) + 3e-4, (short, unbiased)
 
 
 @pytest.mark.parametrize("name", INTEGERS)

@@ -21,14 +21,24 @@ from kompressor_worker.kernels.bf16 import fast_bf16
 from kompressor_worker.kernels.cholesky import inverse_factor
 from kompressor_worker.kernels.column_loop import block_of_groups
 from kompressor_worker.kernels.eager import Quantized
-from kompressor_worker.kernels.gguf import GgufGrid, gguf_codes, gguf_dequantize, gguf_errors, gguf_grid, gguf_pack, gguf_quantize
+from kompressor_worker.kernels.gguf import (
+    GgufGrid,
+    gguf_codes,
+    gguf_dequantize,
+    gguf_errors,
+    gguf_grid,
+    gguf_pack,
+    gguf_quantize,
+    gguf_scaled,
+)
 from kompressor_worker.kernels.pieces import Heard, row_pieces, unheard
 from kompressor_worker.schemes import Inputs, Scheme
 from kompressor_worker.sparsity import Sparsity
 
 __all__ = [
     "GgufGrid", "Quantized", "add_gram", "amax", "code_errors", "decode_fp8_block", "decode_mxfp4", "dequantize", "fake_quantize_input",
-    "fake_quantize_kv", "fast_bf16", "gguf_codes", "gguf_dequantize", "gguf_errors", "gguf_grid", "gguf_pack", "gguf_quantize", "gptq",
+    "fake_quantize_kv", "fast_bf16", "gguf_codes", "gguf_dequantize", "gguf_errors", "gguf_grid", "gguf_pack", "gguf_quantize",
+    "gguf_scaled", "gptq",
     "gptq_groups", "hadamard", "inverse_factor", "nonfinite", "ops", "pack_bitmask", "prune", "quantize", "stored", "tile_errors",
     "unpack_bitmask",
 ]  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kompressor_worker.formats.gguf_packing import read_scales, write_scales
 from kompressor_worker.formats.gguf_types import TYPES
+from kompressor_worker.kernels.gguf_search import LARGEST
 from kompressor_worker.kernels.pieces import Heard, row_pieces, unheard
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -77,6 +79,18 @@ def gguf_pack(codes: Tensor, grid: GgufGrid, kind: str) -> Tensor:
     assert codes.dtype is torch.int8 and len(codes) == len(grid.data), (codes.dtype, codes.shape, grid.data.shape)
     made: Tensor = torch.ops.kompressor.gguf_pack(grid.data.contiguous(), codes.contiguous(), kind)
     return made
+
+
+def gguf_scaled(data: Tensor, factor: float, kind: str) -> Tensor:
+    """A copy of `data` whose values are `factor` times as large, as near as fp16 scales come; of MXFP4, whose are powers of two, there is
+    none."""
+    blocks, found = data.reshape(-1, TYPES[kind].nbytes).clone(), TYPES[kind]
+    scales = read_scales(blocks, found)
+    halves = (None if x is None else (x.float() * factor).clamp(-LARGEST, LARGEST).half() for x in (scales.scale, scales.minimum))
+    scale, minimum = halves
+    assert scale is not None and kind != "MXFP4", kind
+    write_scales(blocks, replace(scales, scale=scale, minimum=minimum), found)
+    return blocks.view(data.shape)
 
 
 def gguf_errors(weight: Tensor, data: Tensor, kind: str) -> tuple[float, float]:

@@ -8,13 +8,16 @@ from torch import Tensor
 from kompressor_worker import kernels
 from kompressor_worker.block import Encoded
 from kompressor_worker.errors import BadNumerics
-from kompressor_worker.formats.gguf_types import type_of
+from kompressor_worker.formats.gguf_types import GgufType, type_of
 from kompressor_worker.grid import Grid
+from kompressor_worker.kernels.gguf_search import MOST_GAIN
 from kompressor_worker.kernels.pieces import Heard, unheard
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.passes.hessian import Factor
 from kompressor_worker.schemes import Scheme
 
+SAMPLED = 256
+"""Rows of a weight, about, of which its output's length is reckoned."""
 DEAD_STEP = 2.0**-100
 """In place of a step of zero: whatever the code, its value is the group's centre."""
 
@@ -40,7 +43,8 @@ def by_gptq(
     zeros: Tensor | None = None,
 ) -> Encoded:
     """The encoding of `linear` on the grid that rounding to nearest has with the Hessian's diagonal fp32 [in] for importance; the codes
-    with the least error of its output. For finite weights and types whose levels are even.
+    with the least error of its output, on scales by which that is as long along itself as it was. For finite weights and types whose
+    levels are even.
 
     With `zeros` bool [out, in] those weights stay zero, if the type has no minima: else no code need stand for zero."""
     kind = type_of(scheme)
@@ -52,5 +56,18 @@ def by_gptq(
     columns = factor.columns // kind.group
     ordered, _ = kernels.gptq(factor.ordered(shifted), factor.inverse, grid, scheme, columns, heard, mask=mask)
     data = kernels.gguf_pack(factor.as_they_lay(ordered), found, kind.name)
+    data = kernels.gguf_scaled(data, _gain(weight, data, kind, factor), kind.name)
     error, norm = kernels.gguf_errors(weight, data, kind.name)
     return Encoded({linear.weight: data.cpu()}, error, norm)
+
+
+def _gain(weight: Tensor, data: Tensor, kind: GgufType, factor: Factor) -> float:
+    """What makes sum w^T H value what sum w^T H w is, of some rows: least squares leave the output shorter (`kernels.gguf_search`), though
+    by less than weights that are rounded each for itself. H = U^-1 U^-T, so both are products of U^-T w."""
+    rows = slice(None, None, max(1, len(weight) // SAMPLED))
+    values = kernels.gguf_dequantize(data[rows], kind.name, weight.shape[1], torch.float32)
+    whole, kept = (
+        torch.linalg.solve_triangular(factor.inverse.T, factor.ordered(x.float()).T, upper=False) for x in (weight[rows], values)
+    )
+    along, left = (float((whole * x).sum(dtype=torch.float64)) for x in (whole, kept))
+    return min(max(along / left, 1 / MOST_GAIN), MOST_GAIN) if left > 0 else 1.0
