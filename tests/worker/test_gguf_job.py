@@ -254,6 +254,7 @@ Q4_K = {"rtn": {"scheme": "Q4_K"}}
             [{"gptq": {"scheme": "Q4_0"}}, {"distil": {}}], {},
             r"passes\[0\].gptq: passes\[1\].distil chooses the codes of a GGUF file by itself, .*; put rtn with this scheme in its place",
         ),
+        ([Q4_K, {"recover": {}}, {"distil": {}}], {}, r"passes\[1\].recover: passes\[2\].distil rounds weights anew, .* or leave it out"),
         ([Q4_K], {"format": "compressed-tensors", "name": "a.gguf"}, "name and maxFileBytes are of GGUF; set format: gguf"),
         ([Q4_K], {"sparseStorage": "bitmask"}, "GGUF knows no sparseStorage: bitmask"),
         ([{"rtn": {"scheme": "Q8_0", "ignore": ["re:.*experts.3.up_proj"]}}], {}, r"experts\.3\.up_proj would be left exact, but"),

@@ -68,7 +68,14 @@ def refuse_impossible(spec: CompressionJobSpec, passes: Sequence[Pass], layout: 
             "when it starts (--cache-type-k q8_0)"
         )
     trained = next((i for i, p in enumerate(passes) if p.trains), None)
+    rounded = False
     for i, name in enumerate(names if trained is not None else ()):
+        rounded = rounded or quantises(spec.passes[i])
+        if passes[i].recovers and rounded:
+            raise UserError(
+                f"passes[{i}].{name}: passes[{trained}].{names[trained or 0]} rounds weights anew, so what is tuned of their rounding before "
+                "is lost; put it before the pass that quantises, behind one that prunes, or leave it out"
+            )
         if name != "rtn" and quantises(spec.passes[i]):
             raise UserError(
                 f"passes[{i}].{name}: passes[{trained}].{names[trained or 0]} chooses the codes of a GGUF file by itself, on the scales of "
