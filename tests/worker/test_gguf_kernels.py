@@ -151,14 +151,13 @@ def odd() -> torch.Tensor:
 @pytest.mark.parametrize("name", [*PACKED, "F16", "BF16"])
 def test_odd_rows(name: str) -> None:
     weight = odd()
-    data, *_ = kernels.gguf_quantize(weight, name)
-    made = decoded(data, name)
+    made, nearest = (decoded(kernels.gguf_quantize(weight, name, unbiased=unbiased)[0], name) for unbiased in (True, False))
     if name != "F16":  # what is beyond its range is infinite
         assert made.isfinite().all()
     assert not made[0].any()
     ordinary = [1, 2, 6, 7, 10, 11, 12, 13]
-    share = ((made - weight).square().sum(1) / weight.square().sum(1).clamp(min=1e-30))[ordinary].sqrt()
-    assert share.max() < {"Q2_K": 0.28, "MXFP4": 0.18}.get(name, 0.15)
+    share = ((nearest - weight).square().sum(1) / weight.square().sum(1).clamp(min=1e-30))[ordinary].sqrt()
+    assert share.max() < {"Q2_K": 0.27, "MXFP4": 0.18}.get(name, 0.15)
     assert kernels.gguf_quantize(weight[:0], name)[0].shape == (0, row_bytes(name, 512))
     weight[3, 7], weight[5, 9] = torch.nan, torch.inf
     assert kernels.gguf_quantize(weight, name)[3] == 2

@@ -19,12 +19,11 @@ from kompressor_worker.block import Encoded
 from kompressor_worker.errors import BadNumerics
 from kompressor_worker.formats import gguf_packing
 from kompressor_worker.formats.gguf_types import type_of
+from kompressor_worker.kernels.gguf_search import DEAD_STEP
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.schemes import Scheme
 from kompressor_worker.tensors import DTYPES
 
-DEAD_STEP = 2.0**-100
-"""In place of a step of zero: whatever the code, its value is the group's own."""
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 INSIDE = 0.49
 """How far from its code a weight begins at most, in steps: another pass may have rounded it to one that is not its nearest."""

@@ -28,6 +28,8 @@ from kompressor_worker.formats.gguf_types import GgufType
 
 DEAD = 1e-15
 """A group whose largest magnitude is no more than this is one of zeros: no fp16 scale reaches it."""
+DEAD_STEP = 2.0**-100
+"""In place of a step of zero, to divide by: whatever the code, its value is the group's own."""
 LARGEST = 65504.0
 """Of fp16: scales end there."""
 WIDTHS: dict[str, tuple[float, ...]] = {

@@ -10,7 +10,7 @@ from kompressor_worker.block import Encoded
 from kompressor_worker.errors import BadNumerics
 from kompressor_worker.formats.gguf_types import GgufType, type_of
 from kompressor_worker.grid import Grid
-from kompressor_worker.kernels.gguf_search import MOST_GAIN
+from kompressor_worker.kernels.gguf_search import DEAD_STEP, MOST_GAIN
 from kompressor_worker.kernels.pieces import Heard, unheard
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.passes.hessian import Factor
@@ -18,8 +18,6 @@ from kompressor_worker.schemes import Scheme
 
 SAMPLED = 256
 """Rows of a weight, about, of which its output's length is reckoned."""
-DEAD_STEP = 2.0**-100
-"""In place of a step of zero: whatever the code, its value is the group's centre."""
 
 
 def to_nearest(linear: LinearLayout, weight: Tensor, scheme: Scheme, importance: Tensor | None = None, heard: Heard = unheard) -> Encoded:
