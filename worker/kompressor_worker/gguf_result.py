@@ -73,8 +73,8 @@ def refuse_impossible(spec: CompressionJobSpec, passes: Sequence[Pass], layout: 
         rounded = rounded or quantises(spec.passes[i])
         if passes[i].recovers and rounded:
             raise UserError(
-                f"passes[{i}].{name}: passes[{trained}].{names[trained or 0]} rounds weights anew, so what is tuned of their rounding before "
-                "is lost; put it before the pass that quantises, behind one that prunes, or leave it out"
+                f"passes[{i}].{name}: passes[{trained}].{names[trained or 0]} rounds weights anew, so what is tuned of their rounding is "
+                "lost; put it before the pass that quantises, behind one that prunes, or leave it out"
             )
         if name != "rtn" and quantises(spec.passes[i]):
             raise UserError(
