@@ -32,13 +32,11 @@ BASELINES: dict[str, Passes] = {
 }
 CLAIMS: dict[tuple[str, str], float] = {
     ("llama_learned", "uniform W4A16"): 0.7,
-    ("llama_learned", "W8A16 first and last"): 1.0,
-    ("llama", "W8A16 first and last"): 0.9,
     ("llama", "uniform W4A16 in groups of 32"): 1.0,
-    ("qwen3_moe", "uniform W4A16"): 0.8,
     ("qwen3_moe", "W8A16 first and last"): 0.95,
 }
-"""Model and baseline: chosen at no more bytes, schemes leave less than so much of the baseline's KL."""
+"""Model and baseline: chosen at no more bytes, schemes leave less than so much of the baseline's KL. `benchmarks/choices.py` has
+every model beside every baseline."""
 
 
 @pytest.fixture(scope="module")
