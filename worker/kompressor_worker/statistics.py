@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kompressor_worker import kernels
 
-Statistic = Literal["hessian", "norms", "range", "magnitude", "histogram"]
+Statistic = Literal["hessian", "norms", "means", "range", "magnitude", "histogram"]
 BINS = 1 << 16
 
 
@@ -30,6 +30,8 @@ class Statistics:
     """fp32 [columns, columns]: sum over rows of x^T x; both triangles."""
     squares: Tensor | None = None
     """fp32 [columns]: sum over rows of x^2 ("norms")."""
+    sums: Tensor | None = None
+    """fp32 [columns]: sum over rows of x ("means")."""
     low: Tensor | None = None
     high: Tensor | None = None
     """fp32 [columns]: smallest and largest value ("range")."""
@@ -61,6 +63,8 @@ class Statistics:
         x = x.float()
         if "norms" in self.wanted:
             self.squares = _plus(self.squares, x.square().sum(0))
+        if "means" in self.wanted:
+            self.sums = _plus(self.sums, x.sum(0))
         if "range" in self.wanted:
             low, high = x.amin(0), x.amax(0)
             self.low = low if self.low is None else torch.minimum(self.low, low)
@@ -74,7 +78,7 @@ class Statistics:
             self.hessian.div_(scale[:, None]).div_(scale[None, :])
         if self.squares is not None:
             self.squares.div_(scale.square())
-        for sums in (self.low, self.high, self.magnitude):
+        for sums in (self.sums, self.low, self.high, self.magnitude):
             if sums is not None:
                 sums.div_(scale)
         if self.histogram is not None:
@@ -91,6 +95,7 @@ class Statistics:
 ATTRIBUTES: dict[Statistic, tuple[str, ...]] = {
     "hessian": ("hessian",),
     "norms": ("squares",),
+    "means": ("sums",),
     "range": ("low", "high"),
     "magnitude": ("magnitude",),
     "histogram": ("histogram",),

@@ -27,6 +27,7 @@ from kompressor_worker.kernels.gguf import (
     gguf_dequantize,
     gguf_errors,
     gguf_grid,
+    gguf_keep_mean,
     gguf_pack,
     gguf_quantize,
     gguf_scaled,
@@ -37,8 +38,8 @@ from kompressor_worker.sparsity import Sparsity
 
 __all__ = [
     "GgufGrid", "Quantized", "add_gram", "amax", "code_errors", "decode_fp8_block", "decode_mxfp4", "dequantize", "fake_quantize_input",
-    "fake_quantize_kv", "fast_bf16", "gguf_codes", "gguf_dequantize", "gguf_errors", "gguf_grid", "gguf_pack", "gguf_quantize",
-    "gguf_scaled", "gptq",
+    "fake_quantize_kv", "fast_bf16", "gguf_codes", "gguf_dequantize", "gguf_errors", "gguf_grid", "gguf_keep_mean", "gguf_pack",
+    "gguf_quantize", "gguf_scaled", "gptq",
     "gptq_groups", "hadamard", "inverse_factor", "nonfinite", "ops", "pack_bitmask", "prune", "quantize", "stored", "tile_errors",
     "unpack_bitmask",
 ]  # fmt: skip

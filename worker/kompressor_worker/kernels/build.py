@@ -44,6 +44,7 @@ SOURCES = (
     "gguf_blocks.cpp",
     "gguf_search.cpp",
     "gguf_encode.cpp",
+    "gguf_mean.cpp",
 )
 # No fast-math and no contraction to FMA: results are to equal the eager reference bit for bit.
 FLAGS = [

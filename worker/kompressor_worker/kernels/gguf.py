@@ -74,6 +74,26 @@ def gguf_grid(weight: Tensor, kind: str, importance: Tensor | None = None, heard
     return gguf_codes(data, kind, weight.shape[1])[1]
 
 
+def gguf_keep_mean(weight: Tensor, data: Tensor, kind: str, squares: Tensor, mean: Tensor, heard: Heard = unheard) -> Tensor:
+    """A copy of `data`, rows of the weight [out, in], with some codes a level further where that brings the mean of the layer's output
+    nearer to what it is (`gguf_mean`). `squares` and `mean`, fp32 [in]: of the input, per token. Zeros keep their codes. For types whose
+    levels are even (`GgufType.even`)."""
+    assert TYPES[kind].even and squares.shape == mean.shape == weight.shape[1:], (kind, squares.shape, mean.shape, weight.shape)
+    whole = math.fsum(squares.tolist()) / len(squares)
+    if not math.isfinite(whole) or whole <= 0:
+        return data
+    center = (mean.double() * whole**-0.5).to(weight.device)
+    variance = (squares.to(weight.device).double() / whole - center.square()).float().clamp(min=LEAST).contiguous()
+    made = [data[:0]]
+    for rows in row_pieces(weight, weight.shape[1] * WORK):
+        part = torch.ops.kompressor.gguf_keep_mean(
+            weight[rows].contiguous(), data[rows].contiguous(), variance, center.float().contiguous(), kind
+        )
+        made.append(part)
+        heard()
+    return torch.cat(made)
+
+
 def gguf_pack(codes: Tensor, grid: GgufGrid, kind: str) -> Tensor:
     """data uint8 [out, row bytes] for codes int8 [out, in] on the grid."""
     assert codes.dtype is torch.int8 and len(codes) == len(grid.data), (codes.dtype, codes.shape, grid.data.shape)

@@ -109,6 +109,15 @@ def pack(lib: ctypes.CDLL, data: Tensor, codes: Tensor, name: str) -> Tensor:
     return made
 
 
+def keep_mean(lib: ctypes.CDLL, weight: Tensor, data: Tensor, variance: Tensor, mean: Tensor, name: str) -> Tensor:
+    (rows, columns), made = weight.shape, data.clone()
+    lib.kompressor_gguf_keep_mean(
+        _pointer(weight), DTYPES[weight.dtype], _pointer(variance), _pointer(mean), ctypes.byref(_kind(name)), _i64(rows), _i64(columns),
+        _threads(weight), _pointer(made),
+    )  # fmt: skip
+    return made
+
+
 def errors(lib: ctypes.CDLL, weight: Tensor, data: Tensor, name: str) -> Tensor:
     if name in gguf_eager.HALVES:
         return gguf_eager.errors(weight, data, name)

@@ -14,3 +14,4 @@
 #include "gguf_blocks.cpp"
 #include "gguf_search.cpp"
 #include "gguf_encode.cpp"
+#include "gguf_mean.cpp"

@@ -23,6 +23,7 @@ from kompressor_worker.kernels import (
     eager,
     gguf_compiled,
     gguf_eager,
+    gguf_mean,
     gram,
     pruning,
     token_divergence,
@@ -158,4 +159,9 @@ _register(
 )
 _register("gguf_codes(Tensor data, int columns, str type) -> (Tensor, Tensor, Tensor)", gguf_eager.codes, gguf_compiled.codes)
 _register("gguf_pack(Tensor data, Tensor codes, str type) -> Tensor", gguf_eager.pack, gguf_compiled.pack)
+_register(
+    "gguf_keep_mean(Tensor weight, Tensor data, Tensor variance, Tensor mean, str type) -> Tensor",
+    gguf_mean.keep_mean,
+    gguf_compiled.keep_mean,
+)
 _register("gguf_errors(Tensor weight, Tensor data, str type) -> Tensor", gguf_eager.errors, gguf_compiled.errors)

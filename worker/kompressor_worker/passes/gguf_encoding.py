@@ -15,6 +15,7 @@ from kompressor_worker.kernels.pieces import Heard, unheard
 from kompressor_worker.layout import LinearLayout
 from kompressor_worker.passes.hessian import Factor
 from kompressor_worker.schemes import Scheme
+from kompressor_worker.statistics import Statistics
 
 SAMPLED = 256
 """Rows of a weight, about, of which its output's length is reckoned."""
@@ -28,6 +29,21 @@ def to_nearest(linear: LinearLayout, weight: Tensor, scheme: Scheme, importance:
             f"{linear.weight}: {bad} of {weight.numel()} values are NaN or Inf; the checkpoint is damaged or its training diverged, "
             "fetch it again, or list the layer under ignore"
         )
+    return Encoded({linear.weight: data.cpu()}, error, norm)
+
+
+def keeping_mean(
+    linear: LinearLayout, weight: Tensor, scheme: Scheme, nearest: Encoded, measured: Statistics, heard: Heard = unheard
+) -> Encoded:
+    """The encoding `nearest` of `linear` with codes by which its output is right on average too, where the input's moments are known and
+    the type's levels are even; else as it is."""
+    kind = type_of(scheme)
+    if measured.squares is None or measured.sums is None or not kind.even:
+        return nearest
+    data = nearest.tensors[linear.weight].to(weight.device)
+    squares, mean = (sums / measured.rows for sums in (measured.squares, measured.sums))
+    data = kernels.gguf_keep_mean(weight, data, kind.name, squares, mean, heard)
+    error, norm = kernels.gguf_errors(weight, data, kind.name)
     return Encoded({linear.weight: data.cpu()}, error, norm)
 
 

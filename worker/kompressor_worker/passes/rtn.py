@@ -64,7 +64,7 @@ class Rtn(Pass):
         self.params = params
         scheme = SCHEMES.get(params.scheme)
         self.statistics = frozenset() if scheme is None else needed_statistics(scheme, params)
-        self.welcomes = frozenset({"norms"}) if params.scheme in MIXES and params.scheme not in ("F16", "BF16") else frozenset()
+        self.welcomes = frozenset({"norms", "means"}) if params.scheme in MIXES and params.scheme not in ("F16", "BF16") else frozenset()
         self._assigned: dict[str, Scheme] = {}
 
     def assign(self, layout: ModelLayout, taken: Mapping[str, Scheme]) -> dict[str, Scheme]:
@@ -98,11 +98,12 @@ class Rtn(Pass):
             stage.encoded[linear.name] = _encoded(linear, result, scheme, common, inputs[linear.name])
 
     def _blocks(self, stage: Stage, linear: LinearLayout, scheme: Scheme) -> Encoded:
-        """As a GGUF file has it; errors weighted with the second moments of the input where these are measured."""
-        from kompressor_worker.passes.gguf_encoding import to_nearest
+        """As a GGUF file has it; errors weighted with the moments of the input where these are measured."""
+        from kompressor_worker.passes.gguf_encoding import keeping_mean, to_nearest
 
-        measured = next((site.statistics.squares for site in stage.sites if linear in site.linears), None)
-        return to_nearest(linear, stage.weights[linear.weight], scheme, measured, stage.heard)
+        weight, measured = stage.weights[linear.weight], next((site.statistics for site in stage.sites if linear in site.linears), None)
+        nearest = to_nearest(linear, weight, scheme, None if measured is None else measured.squares, stage.heard)
+        return nearest if measured is None else keeping_mean(linear, weight, scheme, nearest, measured, stage.heard)
 
     def _quantize(self, weight: torch.Tensor, scheme: Scheme, shared: torch.Tensor | None, heard: Heard) -> Quantized:
         from kompressor_worker import kernels
