@@ -28,11 +28,12 @@ USER = 65532
 START_SECONDS = 30.0
 KERNELS = """
 import os, platform, time
+from kompressor_worker import processor
 from kompressor_worker.kernels import build, prebuilt
 began = time.monotonic()
 loaded = build.library()._name
 took = time.monotonic() - began
-brought = platform.machine() == "x86_64" and prebuilt.V3 <= prebuilt.cpu_features()
+brought = platform.machine() == "x86_64" and prebuilt.V3 <= processor.features()
 assert loaded.startswith(str(prebuilt.FOLDER)) == brought, loaded
 assert build.build().exists()
 print(f"{os.path.basename(loaded)} loaded in {took:.2f} s, others compiled")
