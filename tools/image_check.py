@@ -26,6 +26,14 @@ from setup import step
 
 USER = 65532
 START_SECONDS = 30.0
+CACHES = {
+    "HOME": "/tmp",
+    "XDG_CACHE_HOME": "/tmp/cache",
+    "HF_HOME": "/tmp/huggingface",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",
+    "TRITON_CACHE_DIR": "/tmp/triton",
+}
+"""Where a worker writes beside its output: in a pod a volume is mounted there."""
 KERNELS = """
 import os, platform, time
 from kompressor_worker import processor
@@ -118,10 +126,9 @@ def check_lacks(image: Image, scratch: Path, *modules: str) -> None:
 def check_worker(image: Image, scratch: Path) -> None:
     """Prints its version, has torch, brings its kernels along and can compile them with its own compiler, is not root."""
     check_user(image, scratch)
-    home = {"HOME": "/tmp", "XDG_CACHE_HOME": "/tmp/cache"}
     version = image.run(*image.entry, "--version", scratch=scratch)
-    torch = image.run("python3", "-c", "import torch; print(torch.__version__, torch.version.cuda)", scratch=scratch, extra=home)
-    kernels = image.run("python3", "-c", KERNELS, scratch=scratch, extra=home)
+    torch = image.run("python3", "-c", "import torch; print(torch.__version__, torch.version.cuda)", scratch=scratch, extra=CACHES)
+    kernels = image.run("python3", "-c", KERNELS, scratch=scratch, extra=CACHES)
     print(f"    {version}, torch {torch}, kernels {kernels}, as user {image.user}, {size(image)}", flush=True)
 
 
@@ -133,6 +140,8 @@ def check_llama_cpp(image: Image, scratch: Path) -> None:
 
     check_worker(image, scratch)
     shutil.copytree(trained_model("llama"), scratch / "source")
+    for file in (scratch / "source").iterdir():  # of the one who trained it, and the image's user is another
+        file.chmod(0o644)
     (scratch / "held-out.txt").write_text("\n\n".join(Corpus(0).text(1_000_003, characters=40_000).splitlines()))
     spec = {
         "model": {"source": {"uri": "file:///tmp/source"}},
@@ -145,7 +154,7 @@ def check_llama_cpp(image: Image, scratch: Path) -> None:
     }  # fmt: skip
     job = {"apiVersion": "kompressor.io/v1alpha1", "kind": "CompressionJob", "metadata": {"name": "j"}, "spec": spec}
     (scratch / "job.json").write_text(json.dumps(job))
-    image.run(*image.entry, "run", "/tmp/job.json", scratch=scratch, extra={"HOME": "/tmp", "XDG_CACHE_HOME": "/tmp/cache"})
+    image.run(*image.entry, "run", "/tmp/job.json", scratch=scratch, extra=CACHES)
     measured = json.loads((scratch / "out" / "kompressor.json").read_text())["runtime"]
     print(f"    llama.cpp there: {json.dumps(measured)[:300]}", flush=True)
 
