@@ -39,7 +39,7 @@ GPTQ = ("Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q3_K_S", "Q2_K")
 MODELS = ("llama", "llama_learned", "qwen3", "qwen3_moe")
 CALIBRATED, JUDGED, LENGTH = 128, 48, 128
 """Rows, and tokens of each."""
-ROUNDS = 3
+ROUNDS = 6
 BLOCKS, HIDDEN, FFN, VOCABULARY = 4, 2048, 5632, 8192
 DEPTHS = (24, 96)
 
@@ -169,7 +169,11 @@ def times(mixes: Sequence[str], work: Path) -> list[list[object]]:
     original, _ = ours(bench, "rtn", "BF16", False)
     rows: list[list[object]] = []
     for mix in mixes:
-        pairs = [(ours(bench, "rtn", mix, False)[1], theirs(original, work / "theirs.gguf", mix)) for _ in range(ROUNDS)]
+        pairs = []
+        for turn in range(ROUNDS):  # who comes second finds memory that the first has touched
+            peer = theirs(original, work / "theirs.gguf", mix) if turn % 2 else 0.0
+            mine = ours(bench, "rtn", mix, False)[1]
+            pairs.append((mine, peer or theirs(original, work / "theirs.gguf", mix)))
         shares = sorted(mine / peer for mine, peer in pairs)
         rows.append([mix, sorted(peer for _, peer in pairs)[ROUNDS // 2], shares[ROUNDS // 2]])
         print(json.dumps({"mix": mix, "seconds": pairs}), flush=True)

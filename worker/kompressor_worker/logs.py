@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 FIELDS = ("unit", "reason", "exitCode", "result")
 """What a record may say beside its message (`extra=`)."""
-NOISY = ("boto3", "botocore", "urllib3", "s3transfer", "httpx", "httpx2", "kubernetes")
+NOISY = ("boto3", "botocore", "urllib3", "s3transfer", "httpx", "httpx2", "kubernetes", "gguf")
 
 
 class JsonFormatter(logging.Formatter):

@@ -50,7 +50,8 @@ def gguf_quantize(
         made.append(data)
         stats.append(sums.tolist())
         heard()
-    data = torch.cat(made) if made else weight.new_empty((0, weight.shape[1] // TYPES[kind].block * TYPES[kind].nbytes), dtype=torch.uint8)
+    none = weight.new_empty((0, weight.shape[1] // TYPES[kind].block * TYPES[kind].nbytes), dtype=torch.uint8)
+    data = _joined(made, none)
     error, norm, bad = (sum(column) for column in zip(*stats, strict=True)) if stats else (0.0, 0.0, 0)
     return data, error, norm, int(bad)
 
@@ -84,14 +85,14 @@ def gguf_keep_mean(weight: Tensor, data: Tensor, kind: str, squares: Tensor, mea
         return data
     center = (mean.double() * whole**-0.5).to(weight.device)
     variance = (squares.to(weight.device).double() / whole - center.square()).float().clamp(min=LEAST).contiguous()
-    made = [data[:0]]
+    made = []
     for rows in row_pieces(weight, weight.shape[1] * WORK):
         part = torch.ops.kompressor.gguf_keep_mean(
             weight[rows].contiguous(), data[rows].contiguous(), variance, center.float().contiguous(), kind
         )
         made.append(part)
         heard()
-    return torch.cat(made)
+    return _joined(made, data)
 
 
 def gguf_pack(codes: Tensor, grid: GgufGrid, kind: str) -> Tensor:
@@ -117,6 +118,11 @@ def gguf_errors(weight: Tensor, data: Tensor, kind: str) -> tuple[float, float]:
     """Sums of (value - weight)^2 and of weight^2."""
     error, norm = torch.ops.kompressor.gguf_errors(weight.contiguous(), data.contiguous(), kind).tolist()
     return error, norm
+
+
+def _joined(pieces: list[Tensor], none: Tensor) -> Tensor:
+    """One is not copied: fresh memory costs as much as the search of a simple type."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else none
 
 
 def _shares(importance: Tensor, columns: int) -> Tensor | None:
