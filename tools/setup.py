@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from older_glibc import older
@@ -23,6 +24,9 @@ VENV = ROOT / ".venv"
 UV_VERSION = "0.13.9"
 NEEDS_NEW_GLIBC = "llama_cpp_py_sync"
 """A package whose wheels are built for a glibc that not every machine has."""
+
+CERTIFICATES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
+"""Where a system has those that it trusts, such as a company's own."""
 
 
 def cache_directory() -> Path:
@@ -55,6 +59,11 @@ def find_uv() -> Path:
     return uv
 
 
+def uv_environment() -> dict[str, str]:
+    """uv trusts what the system does, as pip does, unless told otherwise: by itself it knows public authorities alone."""
+    return ({"UV_SYSTEM_CERTS": "1"} if any(map(os.path.exists, CERTIFICATES)) else {}) | dict(os.environ)
+
+
 def make_environment(venv: Path, lock: Path, project: bool) -> Path:
     """A virtual environment with exactly what the lock names; returns its python."""
     python = venv / "bin" / "python"
@@ -62,13 +71,13 @@ def make_environment(venv: Path, lock: Path, project: bool) -> Path:
     stamp, digest = venv / ".ready", hashlib.sha256(inputs).hexdigest()
     if stamp.exists() and stamp.read_text() == digest and python.exists():
         return python
-    uv = find_uv()
+    uv, run = find_uv(), partial(subprocess.run, check=True, env=uv_environment())
     with step(f"Python packages into {venv.name} ({lock.name})"):
         if not python.exists():
-            subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(venv)], check=True)
-        subprocess.run([uv, "pip", "sync", "--quiet", "--python", str(python), str(lock)], check=True)
+            run([uv, "venv", "--quiet", "--python", sys.executable, str(venv)])
+        run([uv, "pip", "sync", "--quiet", "--python", str(python), str(lock)])
         if project:
-            subprocess.run([uv, "pip", "install", "--quiet", "--python", str(python), "--no-deps", "--editable", str(ROOT)], check=True)
+            run([uv, "pip", "install", "--quiet", "--python", str(python), "--no-deps", "--editable", str(ROOT)])
             for package in venv.glob(f"lib/python*/site-packages/{NEEDS_NEW_GLIBC}"):
                 older(package)
     stamp.write_text(digest)
