@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,8 +175,7 @@ def times(mixes: Sequence[str], work: Path) -> list[list[object]]:
             peer = theirs(original, work / "theirs.gguf", mix) if turn % 2 else 0.0
             mine = ours(bench, "rtn", mix, False)[1]
             pairs.append((mine, peer or theirs(original, work / "theirs.gguf", mix)))
-        shares = sorted(mine / peer for mine, peer in pairs)
-        rows.append([mix, sorted(peer for _, peer in pairs)[ROUNDS // 2], shares[ROUNDS // 2]])
+        rows.append([mix, median(peer for _, peer in pairs), median(mine / peer for mine, peer in pairs)])
         print(json.dumps({"mix": mix, "seconds": pairs}), flush=True)
     return rows
 
